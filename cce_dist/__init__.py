@@ -1,0 +1,14 @@
+"""Vocabulary-parallel Cut Cross-Entropy for training language models on many GPUs."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from cce_dist.config import CCEConfig
+from cce_dist.loss import linear_cross_entropy
+from cce_dist.shard import VocabShard
+
+try:
+    __version__ = version("cce_dist")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0"
+
+__all__ = ["CCEConfig", "VocabShard", "__version__", "linear_cross_entropy"]

@@ -1,0 +1,92 @@
+"""The collectives of the loss. Each is one call of torch.distributed on tensors of one entry per token.
+
+Shapes: n tokens of this rank, M the most tokens that any rank brings, W ranks of the token group, N = W·M, D hidden.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+# torch 2.13 renamed both and warns about the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def merge_softmax(max_N: Tensor, sumexp_N: Tensor, target_N: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Combines the shards' (max, Σ exp(z − max), target logit) into the global ones: a MAX, then one packed SUM.
+
+    A NaN reaches every rank through the SUM, because gloo's MAX drops it.
+
+    Returns:
+        lse_N and target_N over the whole vocabulary.
+    """
+    global_max_N = max_N.clone()
+    dist.all_reduce(global_max_N, dist.ReduceOp.MAX, group=group)
+    packed_2N = torch.stack((sumexp_N * torch.exp(max_N - global_max_N), target_N))
+    dist.all_reduce(packed_2N, dist.ReduceOp.SUM, group=group)
+    return global_max_N + packed_2N[0].log(), packed_2N[1]
+
+
+def most_tokens(num_tokens: int, host_group: ProcessGroup) -> int:
+    """The largest token count of any rank, over a CPU group: the device is not asked."""
+    most = torch.tensor([num_tokens], dtype=torch.int64)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=host_group)
+    return int(most)
+
+
+def gather_tokens(own: Tensor, most: int, group: ProcessGroup, fill: float | int = 0) -> Tensor:
+    """All-gathers [n, ...] into [W·M, ...]; each rank's part is padded to M rows with ``fill``."""
+    shape = own.shape[1:]
+    padded = own.new_full((most, *shape), fill)
+    padded[: own.shape[0]] = own
+    gathered = own.new_empty((most * dist.get_world_size(group), *shape))
+    if gathered.numel():
+        # As bytes: what a backend can reduce does not limit what it can move.
+        _all_gather(_bytes(gathered), _bytes(padded), group=group)
+    return gathered
+
+
+def reduce_scatter_tokens(partial_ND: Tensor, num_tokens: int, group: ProcessGroup) -> Tensor:
+    """Sums [W·M, D] over the ranks; returns this rank's own [n, D]."""
+    most = partial_ND.shape[0] // dist.get_world_size(group)
+    if partial_ND.is_cuda and dist.get_backend(group) == "gloo":  # gloo reduce-scatters CPU tensors only
+        dist.all_reduce(partial_ND, group=group)
+        first = most * dist.get_rank(group)
+        return partial_ND[first : first + num_tokens]
+    own_MD = partial_ND.new_empty((most, *partial_ND.shape[1:]))
+    if partial_ND.numel():
+        _reduce_scatter(own_MD, partial_ND, group=group)
+    return own_MD[:num_tokens]
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8)
+
+
+class _GroupMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own_sum: Tensor, own_count: Tensor, group: ProcessGroup) -> Tensor:
+        total = torch.stack((own_sum.double(), own_count.double()))
+        dist.all_reduce(total, group=group)
+        ctx.save_for_backward(total[1])
+        ctx.group, ctx.dtype = group, own_sum.dtype
+        return (total[0] / total[1]).to(own_sum.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (count,) = ctx.saved_tensors
+        upstream = upstream.to(torch.float64, copy=True)
+        dist.all_reduce(upstream, group=ctx.group)
+        return (upstream / count).to(ctx.dtype), None, None
+
+
+def group_mean(own_sum: Tensor, own_count: Tensor, group: ProcessGroup) -> Tensor:
+    """Σ sums / Σ counts over the group, the same on every rank.
+
+    Its gradient is that of Σ_r u_r·L_r, u_r the upstream of rank r: W times the mean's gradient where all u_r are 1,
+    which a framework's averaging over the ranks divides back.
+    """
+    return _GroupMean.apply(own_sum, own_count, group)

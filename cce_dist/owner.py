@@ -1,0 +1,77 @@
+"""Shard owners: where the rows of a vocabulary shard live, and where their gradient goes.
+
+The loss knows only local rows and a `VocabShard`. An owner finds the rows inside a framework and delivers their
+gradient: `local_weight` returns a differentiable tensor whose backward hands dC on. Each framework's module has one.
+
+Shapes: V local rows of the classifier, D hidden.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cce_dist.shard import VocabShard
+
+
+class ShardOwner(Protocol):
+    """The one interface between a framework that stores the classifier and the loss."""
+
+    shard: VocabShard
+
+    def local_weight(self) -> Tensor:
+        """The rank's rows [V, D]; its backward delivers dC, divided by ``shard.grad_divisor``."""
+
+    def local_bias(self) -> Tensor | None:
+        """The rank's bias [V], or None."""
+
+
+class ModuleOwner:
+    """Rows held by a module as a plain parameter or a DTensor Shard(0): autograd itself delivers the gradient.
+
+    Args:
+        module: has ``weight`` [V, D] and, possibly, ``bias`` [V].
+        shard: which global rows those are; None: all of them, in a single process.
+    """
+
+    def __init__(self, module: nn.Module, shard: VocabShard | None = None) -> None:
+        self.module = module
+        self.shard = shard if shard is not None else VocabShard.whole(_parameter(module, "weight").shape[0])
+
+    def local_weight(self) -> Tensor:
+        return divide_gradient(local_rows(_parameter(self.module, "weight")), self.shard.grad_divisor)
+
+    def local_bias(self) -> Tensor | None:
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else divide_gradient(local_rows(bias), self.shard.grad_divisor)
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    parameter = getattr(module, name, None)
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"{type(module).__name__} has no tensor {name!r}: a classifier such as nn.Linear is needed.")
+    return parameter
+
+
+def local_rows(parameter: Tensor) -> Tensor:
+    """The local rows of a parameter, differentiable; the gradient of a DTensor returns with its own placements."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local(grad_placements=parameter.placements)
+    return parameter
+
+
+class _DivideGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, divisor: float) -> Tensor:
+        ctx.divisor = divisor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad / ctx.divisor, None
+
+
+def divide_gradient(x: Tensor, divisor: float) -> Tensor:
+    """Identity whose backward divides by ``divisor``: does for a shard what a framework does for the rest."""
+    return x if divisor == 1.0 else _DivideGradient.apply(x, divisor)

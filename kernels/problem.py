@@ -1,0 +1,125 @@
+"""What the kernels compute on: one shard's logits, never formed, and what forward leaves for backward.
+
+Shapes: N tokens (compacted: the valid ones first), D hidden, V local classifier rows, T tiles of ``tile`` consecutive
+rows, S splits of the vocabulary.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE = 256
+"""Consecutive classifier rows whose softmax mass is kept or dropped together."""
+
+
+class Logits(NamedTuple):
+    """z_ij = f(s·(e_i·c_j + bias_j)) with f(x) = softcap·tanh(x / softcap), or the identity.
+
+    Attributes:
+        hidden_ND: fp32, fp16 or bf16 (fp64 in the torch backend), contiguous; rows from n_valid on are zero.
+        weight_VD: in the dtype of hidden, contiguous rows.
+        bias_V: or None.
+        target_N: int32, the local column of the row's label, −1 where it is on another shard or the row is not valid.
+        token_N: int32, the row's place in the batch before compaction: a name for it, for random draws.
+        tile_key_T: int32, a name for each tile that no other shard uses.
+        n_valid: int32 [1], on the device.
+    """
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    target_N: Tensor
+    token_N: Tensor
+    tile_key_T: Tensor
+    n_valid: Tensor
+    logit_scale: float
+    softcap: float | None
+    tile: int = TILE
+
+    @property
+    def num_tiles(self) -> int:
+        return -(-self.weight_VD.shape[0] // self.tile)
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        return torch.float64 if self.hidden_ND.dtype == torch.float64 else torch.float32
+
+
+class Tiles(NamedTuple):
+    """The log-sum-exp of each (tile, row) of a shard alone, from which backward selects.
+
+    Attributes:
+        lse_TN: the triton backend stores base-2 fp16 relative to ``reference_SN``, the torch backend absolute natural
+            logarithms in the accumulator's dtype.
+        reference_SN: base-2 log-sum-exp of the first tile of each split; None in the torch backend.
+    """
+
+    lse_TN: Tensor
+    reference_SN: Tensor | None = None
+
+
+class Summary(NamedTuple):
+    """Forward's result on one shard.
+
+    Attributes:
+        max_N, sumexp_N: local max m and Σ exp(z − m).
+        target_N: the target's logit where this shard holds it, else 0.
+        tiles: or None when backward will not filter.
+    """
+
+    max_N: Tensor
+    sumexp_N: Tensor
+    target_N: Tensor
+    tiles: Tiles | None = None
+
+
+class Filter(NamedTuple):
+    """Which (row, tile) pairs backward recomputes.
+
+    Attributes:
+        mode: "exact": all. "filtered": those with softmax mass above ``eps``, and the targets'. "unbiased": those, and
+            each other one with probability mass / eps and the weight eps / mass.
+        eps: softmax mass of a (row, tile) pair.
+        tail: give what is not kept its mean-field gradient (always so in "unbiased").
+        seed: int64 [1] on the device; keys the draws together with token_N and tile_key_T.
+        uniform: one number in [0, 1) used for every draw, to test the unbiasedness without luck.
+    """
+
+    mode: Literal["exact", "filtered", "unbiased"]
+    eps: float = 0.0
+    tail: bool = True
+    seed: Tensor | None = None
+    uniform: float | None = None
+
+
+class Upstream(NamedTuple):
+    """dL/d(s(e·c + bias))_ij = scale·(softmax_N[i]·softmax_ij − target_N[i]·1[j = y_i])·f'_ij.
+
+    Attributes:
+        softmax_N: a_i / scale, the upstream of nll plus that of lse; 0 in rows that are not valid.
+        target_N: b_i / scale, the upstream of nll.
+        scale: 0-d power of two on the device, max(|a|, |b|) rounded up, so that the rest is at most 1 in 16 bits.
+    """
+
+    softmax_N: Tensor
+    target_N: Tensor
+    scale: Tensor
+
+
+class Wanted(NamedTuple):
+    """Which gradients backward computes, dC's dtype, and the bytes that it may use for recomputed probabilities."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    weight_dtype: torch.dtype
+    workspace_bytes: int
+
+
+class Gradients(NamedTuple):
+    """dE_ND (fp32, a partial sum over shards, compacted order), dC_VD (weight_dtype), dbias_V (fp32); or None."""
+
+    hidden_ND: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None

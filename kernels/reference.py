@@ -1,0 +1,192 @@
+"""The torch backend: the readable reference, on any device, without ever forming N x V logits.
+
+It works on chunks of whole tiles by chunks of rows, in the order summarise -> select -> tail -> differentiate.
+Formulas: "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009), section 4, for the loss; the kept
+pairs, mean-field tail and unbiased weights are described in `kernels/select.py` and `kernels/tail.py`.
+
+Shapes: N tokens, D hidden, V local rows, T tiles; n, v, t the rows, columns and tiles of a chunk.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .problem import Filter, Gradients, Logits, Summary, Tiles, Upstream, Wanted
+
+SAMPLED_ROWS = 128
+SMALLEST_DRAW = 2.0**-32
+
+
+def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary:
+    """Max, Σ exp and target logit of each row, and the log-sum-exp of each (tile, row) when ``want_tiles``."""
+    rows = logits.hidden_ND.shape[0]
+    sumexp_N = torch.zeros(rows, dtype=logits.accumulator, device=logits.hidden_ND.device)
+    max_N, target_N = torch.full_like(sumexp_N, -torch.inf), torch.zeros_like(sumexp_N)
+    tile_lse_TN = sumexp_N.new_empty((logits.num_tiles, rows)) if want_tiles else None
+    for n, v, t in _chunks(logits, workspace_bytes):
+        z_nv = _logits(logits, n, v)[0]
+        new_max_n = torch.maximum(max_N[n], z_nv.amax(1))
+        safe_max_n = torch.where(new_max_n == -torch.inf, 0.0, new_max_n)
+        sumexp_N[n] = sumexp_N[n] * torch.exp(max_N[n] - safe_max_n) + torch.exp(z_nv - safe_max_n[:, None]).sum(1)
+        max_N[n] = safe_max_n
+        is_target_nv = _is_target(logits, n, v)
+        target_N[n] += torch.where(is_target_nv, z_nv, 0.0).sum(1)
+        if tile_lse_TN is not None:
+            tile_lse_TN[t, n] = torch.logsumexp(_by_tile(z_nv, logits.tile, -torch.inf), dim=2).T
+    return Summary(max_N, sumexp_N, target_N, None if tile_lse_TN is None else Tiles(tile_lse_TN))
+
+
+def differentiate(
+    logits: Logits, tiles: Tiles | None, lse_N: Tensor, upstream: Upstream, filter_: Filter, wanted: Wanted
+) -> Gradients:
+    """The gradient of Σ b·nll + (a − b)·lse, lse over all shards; see `Upstream`, `Filter` and `Gradients`."""
+    hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
+    dtype, scale = logits.accumulator, upstream.scale * logits.logit_scale
+    dhidden_ND = torch.zeros_like(hidden_ND, dtype=dtype)
+    dweight_VD = torch.zeros_like(weight_VD, dtype=dtype)
+    dbias_V = torch.zeros(weight_VD.shape[0], dtype=dtype, device=hidden_ND.device)
+    for n, v, t in _chunks(logits, wanted.workspace_bytes):
+        z_nv, slope_nv = _logits(logits, n, v)
+        softmax_nv = torch.exp(z_nv - lse_N[n, None])
+        is_target_nv = _is_target(logits, n, v)
+        p_nv = upstream.softmax_N[n, None] * softmax_nv
+        p_nv = torch.where(is_target_nv, p_nv - upstream.target_N[n, None], p_nv) * slope_nv
+        if tiles is not None:
+            weight_tn, _ = keep(logits, tiles, lse_N, filter_, t, n)
+            weight_nv = weight_tn.T.repeat_interleave(logits.tile, dim=1)[:, : p_nv.shape[1]]
+            p_nv = torch.where(weight_nv == 0, 0.0, p_nv * weight_nv)
+        p_nv = torch.where(_valid(logits, n)[:, None], p_nv, 0.0)
+        dhidden_ND[n] += p_nv @ weight_VD[v].to(dtype)
+        dweight_VD[v] += p_nv.T @ hidden_ND[n].to(dtype)
+        dbias_V[v] += p_nv.sum(0)
+    if tiles is not None and hidden_ND.shape[0] and (filter_.tail or filter_.mode == "unbiased"):
+        _add_tail(logits, tiles, lse_N, upstream, filter_, dhidden_ND, dweight_VD, dbias_V)
+    return Gradients(
+        dhidden_ND.mul_(scale) if wanted.hidden else None,
+        dweight_VD.mul_(scale).to(wanted.weight_dtype) if wanted.weight else None,
+        dbias_V.mul_(scale) if wanted.bias else None,
+    )
+
+
+def keep(logits: Logits, tiles: Tiles, lse_N: Tensor, filter_: Filter, t: slice, n: slice) -> tuple[Tensor, Tensor]:
+    """The weight k of each pair [t, n] (0: dropped), and which pairs are large: kept whatever is drawn.
+
+    The comparison is written so that a NaN is kept.
+    """
+    mass_tn = torch.exp(tiles.lse_TN[t, n] - lse_N[n])
+    tile_ids_t = torch.arange(t.start, t.stop, device=mass_tn.device)[:, None]
+    target_n = logits.target_N[n]
+    large_tn = ~(mass_tn <= filter_.eps) | ((target_n >= 0) & (target_n // logits.tile == tile_ids_t))
+    if filter_.mode == "filtered":
+        return large_tn.to(mass_tn.dtype), large_tn
+    chance_tn = mass_tn / filter_.eps
+    draw_tn = _draw(filter_, logits.token_N[n], logits.tile_key_T[t], mass_tn)
+    drawn_tn = (draw_tn < chance_tn) & (chance_tn > SMALLEST_DRAW)
+    weight_tn = torch.where(drawn_tn, 1 / chance_tn, 0.0)
+    return torch.where(large_tn, 1.0, weight_tn), large_tn
+
+
+def _add_tail(
+    logits: Logits,
+    tiles: Tiles,
+    lse_N: Tensor,
+    upstream: Upstream,
+    filter_: Filter,
+    dhidden_ND: Tensor,
+    dweight_VD: Tensor,
+    dbias_V: Tensor,
+) -> None:
+    """Adds R c̃ to dE, π RᵀE to dC and π R to dbias; R_ti = a_i·mass_ti·(1 − k_ti), c̃_t = Σ π_j c_j over tile t."""
+    everything = slice(0, logits.hidden_ND.shape[0])
+    for tile in range(logits.num_tiles):
+        t = slice(tile, tile + 1)
+        v = slice(tile * logits.tile, min((tile + 1) * logits.tile, logits.weight_VD.shape[0]))
+        weight_N, large_N = (x[0] for x in keep(logits, tiles, lse_N, filter_, t, everything))
+        mass_N = torch.exp(tiles.lse_TN[tile] - lse_N)
+        tail_N = torch.where(weight_N == 1, 0.0, upstream.softmax_N * mass_N * (1 - weight_N))
+        tail_N = torch.where(_valid(logits, everything), tail_N, 0.0)
+        pi_v = tile_profile(logits, lse_N, large_N, v)
+        weight_vD = logits.weight_VD[v].to(pi_v.dtype)
+        dhidden_ND += torch.outer(tail_N, pi_v @ weight_vD)
+        dweight_VD[v] += torch.outer(pi_v, tail_N @ logits.hidden_ND.to(tail_N.dtype))
+        dbias_V[v] += pi_v * tail_N.sum()
+
+
+def tile_profile(logits: Logits, lse_N: Tensor, large_N: Tensor, v: slice) -> Tensor:
+    """π_j = Σ_i p_ij f'_ij / Σ_i mass_i over up to 128 sampled tail rows; uniform where those have no mass."""
+    sample_n = torch.arange(SAMPLED_ROWS, device=lse_N.device) * logits.n_valid // SAMPLED_ROWS
+    z_nv, slope_nv = _logits(logits, sample_n, v)
+    softmax_nv = torch.exp(z_nv - lse_N[sample_n, None])
+    use_n = ~large_N[sample_n] & ~softmax_nv.isnan().any(1)
+    softmax_nv = torch.where(use_n[:, None], softmax_nv, 0.0)
+    mass = softmax_nv.sum()
+    uniform = torch.full_like(softmax_nv[0], 1.0 / softmax_nv.shape[1])
+    return torch.where(mass > 0, (softmax_nv * slope_nv).sum(0) / mass, uniform)
+
+
+def _draw(filter_: Filter, token_n: Tensor, key_t: Tensor, like_tn: Tensor) -> Tensor:
+    if filter_.uniform is not None:
+        return torch.full_like(like_tn, filter_.uniform)
+    assert filter_.seed is not None
+    bits_tn = philox(filter_.seed, token_n.long()[None, :].expand_as(like_tn), key_t.long()[:, None].expand_as(like_tn))
+    return bits_tn.to(torch.float32) * 2.0**-32
+
+
+def philox(seed: Tensor, c0: Tensor, c1: Tensor) -> Tensor:
+    """The first word of Philox4x32-10 (Salmon et al., SC 2011) of counter (c0, c1, 0, 0): int64 in [0, 2^32).
+
+    The same function as ``tl.philox``, so that both backends draw alike.
+    """
+    low = 0xFFFFFFFF
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        # int64 products wrap, and the wrapped bits are those of the unsigned product.
+        product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = ((product2 >> 32) & low) ^ c1 ^ k0, ((product0 >> 32) & low) ^ c3 ^ k1
+        c1, c3 = product2 & low, product0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0
+
+
+def _chunks(logits: Logits, workspace_bytes: int) -> Iterator[tuple[slice, slice, slice]]:
+    """(rows, columns, tiles) of each chunk; about four chunk-sized temporaries are alive at a time."""
+    rows, vocab = logits.hidden_ND.shape[0], logits.weight_VD.shape[0]
+    entries = max(workspace_bytes // (4 * logits.accumulator.itemsize), 1)
+    row_step = max(min(rows, entries // logits.tile), 1)
+    tile_step = max(entries // (row_step * logits.tile), 1)
+    for tile in range(0, logits.num_tiles, tile_step):
+        t = slice(tile, min(tile + tile_step, logits.num_tiles))
+        v = slice(t.start * logits.tile, min(t.stop * logits.tile, vocab))
+        for row in range(0, rows, row_step):
+            yield slice(row, min(row + row_step, rows)), v, t
+
+
+def _logits(logits: Logits, n: slice | Tensor, v: slice) -> tuple[Tensor, Tensor]:
+    """z and f' of a chunk, accumulated in fp32 (fp64)."""
+    dtype = logits.accumulator
+    x_nv = logits.hidden_ND[n].to(dtype) @ logits.weight_VD[v].to(dtype).T
+    if logits.bias_V is not None:
+        x_nv += logits.bias_V[v].to(dtype)
+    x_nv *= logits.logit_scale
+    if logits.softcap is None:
+        return x_nv, torch.ones((), dtype=dtype, device=x_nv.device).expand_as(x_nv)
+    tanh_nv = torch.tanh(x_nv / logits.softcap)
+    return logits.softcap * tanh_nv, 1 - tanh_nv * tanh_nv
+
+
+def _is_target(logits: Logits, n: slice, v: slice) -> Tensor:
+    columns_v = torch.arange(v.start, v.stop, device=logits.target_N.device)
+    return logits.target_N[n, None] == columns_v
+
+
+def _valid(logits: Logits, n: slice) -> Tensor:
+    return torch.arange(n.start, n.stop, device=logits.n_valid.device) < logits.n_valid
+
+
+def _by_tile(z_nv: Tensor, tile: int, fill: float) -> Tensor:
+    """[n, v] as [n, t, tile], the last tile filled up."""
+    tiles = -(-z_nv.shape[1] // tile)
+    return pad(z_nv, (0, tiles * tile - z_nv.shape[1]), value=fill).view(z_nv.shape[0], tiles, tile)
