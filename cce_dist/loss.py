@@ -27,8 +27,8 @@ from cce_dist.shard import VocabShard
 Reduction = Literal["mean", "sum", "none"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_DEFAULT_WORKSPACE_MB = 64
-_LEAST_WORKSPACE_BYTES_PER_TOKEN = 2 * TILE
+_DEFAULT_WORKSPACE_MB = {"exact": 256, "filtered": 64, "unbiased": 64}
+_LEAST_WORKSPACE_PER_TOKEN = 2 * TILE  # bytes: one tile of probabilities
 
 
 class _Settings(NamedTuple):
@@ -114,7 +114,7 @@ def linear_cross_entropy(  # type: ignore[misc]
     fault = (
         _tensor_fault(hidden, weight_VD, labels, bias_V, shard, shift)
         or _setting_fault(softcap, logit_scale, reduction, num_valid_tokens, gradient, filter_eps, backend)
-        or _workspace_fault(hidden, workspace_mb, max_tokens)
+        or _workspace_fault(hidden, shard, workspace_mb, max_tokens)
     )
     settings = _Settings(
         ignore_index,
@@ -125,7 +125,7 @@ def linear_cross_entropy(  # type: ignore[misc]
         0.0 if fault else _resolve_eps(filter_eps, gradient, shard.vocab_size),
         seed,
         "triton" if backend == "triton" or (backend == "auto" and _triton_can(hidden)) else "torch",
-        (_DEFAULT_WORKSPACE_MB if workspace_mb is None else workspace_mb) << 20,
+        0 if fault else _workspace_bytes(workspace_mb, "exact" if filter_eps == 0 else gradient),
         max_tokens,
     )
     contract = _contract(hidden, weight_VD, bias_V, shard, settings, reduction, num_valid_tokens)
@@ -483,12 +483,23 @@ def _setting_fault(
     return None
 
 
-def _workspace_fault(hidden: Tensor, workspace_mb: int | None, max_tokens: int | None) -> str | None:
+def _workspace_bytes(workspace_mb: int | None, gradient: Gradient) -> int:
+    return (_DEFAULT_WORKSPACE_MB[gradient] if workspace_mb is None else workspace_mb) << 20
+
+
+def _workspace_fault(
+    hidden: Tensor, shard: VocabShard, workspace_mb: int | None, max_tokens: int | None
+) -> str | None:
     num_tokens = hidden.shape[:-1].numel()
     if max_tokens is not None and max_tokens < num_tokens:
         return f"max_tokens must be at least this rank's {num_tokens} tokens, got {max_tokens}."
-    if workspace_mb is not None and workspace_mb < 1:
-        return f"workspace_mb must be at least 1, got {workspace_mb}."
+    ranks = 1 if shard.token_group is None else dist.get_world_size(shard.token_group)
+    least = -(-max(num_tokens * ranks * _LEAST_WORKSPACE_PER_TOKEN, 1) // (1 << 20))
+    if workspace_mb is not None and workspace_mb < least:
+        return (
+            f"workspace_mb must be at least {least}, {_LEAST_WORKSPACE_PER_TOKEN} bytes for each of the {num_tokens} "
+            f"tokens of {ranks} ranks, got {workspace_mb}."
+        )
     return None
 
 

@@ -50,8 +50,8 @@ class Tiles(NamedTuple):
     """The log-sum-exp of each (tile, row) of a shard alone, from which backward selects.
 
     Attributes:
-        lse_TN: the triton backend stores base-2 fp16 relative to ``reference_SN``, the torch backend absolute natural
-            logarithms in the accumulator's dtype.
+        lse_TN: the triton backend stores base-2 logarithms relative to ``reference_SN`` (fp16 for 16-bit inputs), the
+            torch backend absolute natural ones in the accumulator's dtype.
         reference_SN: base-2 log-sum-exp of the first tile of each split; None in the torch backend.
     """
 

@@ -1,0 +1,75 @@
+"""Device functions that several kernels share: loading a block, and turning products into logits.
+
+Logits are kept in base 2 (z·log2 e) inside the kernels, so that a softmax needs exp2 alone.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .problem import Logits
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_block(source, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    """[ROWS, COLUMNS] of a row-major matrix at (row, column), zero outside it."""
+    if TMA:
+        return source.load([row, column])
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        pointers = source + r[:, None].to(tl.int64) * stride + c[None, :]
+        return tl.load(pointers, mask=(r[:, None] < rows) & (c[None, :] < columns), other=0.0)
+
+
+@triton.jit
+def load_rows(source, rows, use, column, columns, stride, COLUMNS: tl.constexpr):
+    """The given rows of a row-major matrix, COLUMNS columns from ``column`` on, zero where not ``use``."""
+    c = column + tl.arange(0, COLUMNS)
+    pointers = source + rows[:, None].to(tl.int64) * stride + c[None, :]
+    return tl.load(pointers, mask=use[:, None] & (c[None, :] < columns), other=0.0)
+
+
+@triton.jit
+def softcapped(x, softcap, HAS_SOFTCAP: tl.constexpr):
+    """(f(x)·log2 e, f'(x))."""
+    if HAS_SOFTCAP:
+        t = 1 - 2 / (tl.exp2(x * (2 * LOG2_E / softcap)) + 1)
+        return t * (softcap * LOG2_E), 1 - t * t
+    else:
+        return x * LOG2_E, 1.0
+
+
+@triton.jit
+def logits_of(products, bias, columns, num_columns, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """Base-2 logits and f' of a block of products e·c; −inf in columns past the last."""
+    if HAS_BIAS:
+        products += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
+    z, slope = softcapped(products * scale, softcap, HAS_SOFTCAP)
+    return tl.where((columns < num_columns)[None, :], z, -float("inf")), slope
+
+
+def descriptor(matrix: torch.Tensor, rows: int, columns: int, tma: bool) -> Any:
+    """A TMA descriptor of a row-major matrix for blocks of that shape, or the matrix itself."""
+    if not tma:
+        return matrix
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+
+def can_use_tma(logits: Logits) -> bool:
+    """Rows must start at multiples of 16 bytes."""
+    matrices = (logits.hidden_ND, logits.weight_VD)
+    return all(x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in matrices)
+
+
+def precision(logits: Logits) -> str:
+    """How fp32 products are formed, as torch.set_float32_matmul_precision asks; 16-bit ones do not look at it."""
+    if logits.hidden_ND.dtype != torch.float32:
+        return "tf32"
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]

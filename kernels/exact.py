@@ -1,0 +1,161 @@
+"""Exact gradient: the probabilities of a chunk of the vocabulary at a time in 16 bits, and two library products a chunk.
+
+Grid of the kernel: (rows / BLOCK_N) x (tiles of the chunk), columns fastest within a group of row blocks. FLOPs of the
+whole: 6·N·V·D (recomputed products, dE, dC). Bytes: P is written and read twice, 6·N·V, from a chunk that the
+workspace bounds.
+
+Shapes: N tokens, D hidden, V local rows, v the rows of a chunk.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .blocks import can_use_tma, descriptor, load_block, logits_of, precision
+from .problem import Logits, Upstream
+from .tuning import tuning_for
+
+
+@triton.jit
+def _probability_kernel(
+    p_Nv,
+    hidden,
+    weight,
+    bias,
+    lse2_N,
+    target_N,
+    softmax_upstream_N,
+    target_upstream_N,
+    n_valid_ptr,
+    first_column,
+    chunk_columns,
+    N,
+    V,
+    D,
+    stride_hidden,
+    stride_weight,
+    scale,
+    softcap,
+    headroom,
+    ROW_GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    tiles = tl.cdiv(chunk_columns, TILE)
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    first_block = program // (ROW_GROUP * tiles) * ROW_GROUP
+    blocks_in_group = min(row_blocks - first_block, ROW_GROUP)
+    within = program - first_block * tiles
+    row = (first_block + within % blocks_in_group) * BLOCK_N
+    n_valid = tl.load(n_valid_ptr)
+    column = within // blocks_in_group * TILE
+    n = row + tl.arange(0, BLOCK_N)
+    chunk_range = column + tl.arange(0, TILE)
+    columns = first_column + chunk_range
+    p = tl.zeros([BLOCK_N, TILE], tl.float32)
+    if row < n_valid:
+        for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+            e = load_block(hidden, row, d, N, D, stride_hidden, BLOCK_N, BLOCK_D, TMA)
+            c = load_block(weight, first_column + column, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
+            p = tl.dot(e, c.T, p, input_precision=PRECISION)
+        valid = n < n_valid
+        z, slope = logits_of(p, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        a = tl.load(softmax_upstream_N + n, mask=valid, other=0.0) * headroom
+        b = tl.load(target_upstream_N + n, mask=valid, other=0.0) * headroom
+        lse2 = tl.load(lse2_N + n, mask=valid, other=0.0)
+        target = tl.load(target_N + n, mask=valid, other=-1)
+        p = tl.exp2(z - lse2[:, None]) * a[:, None]
+        p = tl.where(target[:, None] == columns[None, :], p - b[:, None], p) * slope
+        p = tl.where(valid[:, None] & (columns < V)[None, :], p, 0.0)
+    pointers = p_Nv + n[:, None].to(tl.int64) * chunk_columns + chunk_range[None, :]
+    inside = (n < N)[:, None] & (chunk_range < chunk_columns)[None, :]
+    tl.store(pointers, p.to(p_Nv.dtype.element_ty), mask=inside)
+
+
+def differentiate_exactly(
+    logits: Logits,
+    lse_N: torch.Tensor,
+    upstream: Upstream,
+    dhidden_ND: torch.Tensor | None,
+    dweight_VD: torch.Tensor | None,
+    dbias_V: torch.Tensor | None,
+    headroom: float,
+    workspace_bytes: int,
+) -> None:
+    """Adds to ``dhidden_ND`` (fp32, without the factor scale·s) and writes ``dweight_VD`` and ``dbias_V``."""
+    hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
+    (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
+    tuning = tuning_for(hidden_ND)
+    tma = tuning.tma and can_use_tma(logits)
+    factor = upstream.scale * (logits.logit_scale / headroom)
+    lse2_N = lse_N * 1.4426950408889634
+    chunk = max(workspace_bytes // (rows * hidden_ND.element_size()) // logits.tile, 1) * logits.tile
+    # Chunks of equal size: the last product would otherwise be a thin one.
+    chunks = triton.cdiv(vocab, chunk)
+    chunk = triton.cdiv(triton.cdiv(vocab, chunks), logits.tile) * logits.tile
+    workspace = torch.empty(rows * min(chunk, vocab), dtype=hidden_ND.dtype, device=hidden_ND.device)
+    for first in range(0, vocab, chunk):
+        columns = min(chunk, vocab - first)
+        p_Nv = workspace[: rows * columns].view(rows, columns)
+        _probability_kernel[(triton.cdiv(rows, tuning.block_n) * triton.cdiv(columns, logits.tile),)](
+            p_Nv,
+            descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
+            descriptor(weight_VD, logits.tile, tuning.block_d, tma),
+            logits.bias_V,
+            lse2_N,
+            logits.target_N,
+            upstream.softmax_N,
+            upstream.target_N,
+            logits.n_valid,
+            first,
+            columns,
+            rows,
+            vocab,
+            hidden_size,
+            hidden_ND.stride(0),
+            weight_VD.stride(0),
+            logits.logit_scale,
+            1.0 if logits.softcap is None else logits.softcap,
+            headroom,
+            ROW_GROUP=tuning.row_group,
+            BLOCK_N=tuning.block_n,
+            TILE=logits.tile,
+            BLOCK_D=tuning.block_d,
+            HAS_BIAS=logits.bias_V is not None,
+            HAS_SOFTCAP=logits.softcap is not None,
+            TMA=tma,
+            PRECISION=precision(logits),
+            STAGES=tuning.stages,
+            num_warps=tuning.warps,
+        )
+        v = slice(first, first + columns)
+        if dhidden_ND is not None:
+            add_product(dhidden_ND, p_Nv, weight_VD[v])
+        if dweight_VD is not None:
+            dweight_VD[v] = product(p_Nv.T, hidden_ND) * factor
+        if dbias_V is not None:
+            dbias_V[v] = p_Nv.sum(0, dtype=torch.float32) * factor
+    if dhidden_ND is not None:
+        dhidden_ND *= factor
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b in fp32 from 16-bit (or fp32) factors, without rounding the sums."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def add_product(sum_: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """sum_ += a b, in fp32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(sum_, a, b, out_dtype=torch.float32, out=sum_)
+    else:
+        sum_.addmm_(a.float(), b.float())

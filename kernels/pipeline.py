@@ -1,0 +1,78 @@
+"""The triton backend: forward and backward of the loss on one shard, from the stages in this package.
+
+summarise -> (the ranks combine) -> select -> tail -> differentiate; or, in exact mode and under
+torch.use_deterministic_algorithms, the chunked exact gradient, which is bitwise repeatable.
+
+Shapes: N tokens, D hidden, V local rows, T tiles.
+"""
+
+import torch
+
+from . import summarise as summarise_stage
+from .differentiate import differentiate as differentiate_pairs
+from .exact import add_product, differentiate_exactly, product
+from .problem import Filter, Gradients, Logits, Summary, Tiles, Upstream, Wanted
+from .select import Selection
+from .tail import tail_means
+
+# fp16 has no range for small probabilities; they are at most about 2 before this factor.
+_PROBABILITY_HEADROOM = {torch.float16: 2.0**14}
+_TAIL_HEADROOM = {torch.float16: 2.0**10}
+
+
+def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary:
+    """See `Summary`; forward needs no workspace."""
+    rows, vocab = logits.hidden_ND.shape[0], logits.weight_VD.shape[0]
+    if rows == 0 or vocab == 0:
+        zeros_N = torch.zeros(rows, dtype=torch.float32, device=logits.hidden_ND.device)
+        tiles = Tiles(zeros_N.new_empty((logits.num_tiles, rows)), zeros_N.new_empty((0, rows)))
+        return Summary(torch.full_like(zeros_N, -torch.inf), zeros_N, zeros_N.clone(), tiles if want_tiles else None)
+    return summarise_stage.summarise(logits, want_tiles)
+
+
+def differentiate(
+    logits: Logits, tiles: Tiles | None, lse_N: torch.Tensor, upstream: Upstream, filter_: Filter, wanted: Wanted
+) -> Gradients:
+    """The gradient of Σ b·nll + (a − b)·lse, lse over all shards; see `Upstream`, `Filter` and `Gradients`."""
+    hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
+    device, dtype = hidden_ND.device, hidden_ND.dtype
+    sparse = tiles is not None and not torch.are_deterministic_algorithms_enabled()
+    empty = hidden_ND.shape[0] == 0 or weight_VD.shape[0] == 0
+    make_weight = torch.zeros if empty else torch.empty
+    dhidden_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=device) if wanted.hidden else None
+    dweight_VD = make_weight(weight_VD.shape, dtype=wanted.weight_dtype, device=device) if wanted.weight else None
+    dbias_V = make_weight(weight_VD.shape[0], dtype=torch.float32, device=device) if wanted.bias else None
+    headroom = _PROBABILITY_HEADROOM.get(dtype, 1.0)
+    if empty:
+        pass
+    elif not sparse or tiles is None:
+        differentiate_exactly(
+            logits, lse_N, upstream, dhidden_ND, dweight_VD, dbias_V, headroom, wanted.workspace_bytes
+        )
+    else:
+        selection = Selection(logits, tiles, lse_N, filter_)
+        tail = None
+        if filter_.tail or filter_.mode == "unbiased":
+            tail = _tail(logits, selection, upstream, headroom, dhidden_ND)
+        differentiate_pairs(
+            logits, selection, upstream, dhidden_ND, dweight_VD, dbias_V, tail, headroom, wanted.workspace_bytes
+        )
+    return Gradients(dhidden_ND, dweight_VD, dbias_V)
+
+
+def _tail(
+    logits: Logits,
+    selection: Selection,
+    upstream: Upstream,
+    headroom: float,
+    dhidden_ND: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Puts Rᵀ c̃ into dE; returns π_V, (R E)_TD and (Σ R)_T, which the weight items of `differentiate` add to dC."""
+    own_headroom = _TAIL_HEADROOM.get(logits.hidden_ND.dtype, 1.0)
+    pi_V, mean_TD = tail_means(logits, selection)
+    tail_TN = selection.tail_rows(upstream, logits.hidden_ND.dtype, own_headroom)
+    if dhidden_ND is not None:
+        add_product(dhidden_ND, tail_TN.T, mean_TD)
+        dhidden_ND *= upstream.scale * (logits.logit_scale / own_headroom)
+    ratio = headroom / own_headroom
+    return pi_V, product(tail_TN, logits.hidden_ND) * ratio, tail_TN.sum(1, dtype=torch.float32) * ratio

@@ -1,0 +1,220 @@
+"""Select: which (row, tile) pairs the sparse backward recomputes, and with what weight.
+
+A pair's softmax mass is s = exp(lse of the tile alone − global lse). It is large, and kept with weight k = 1, when
+s > eps, when it holds the row's target, or when s is NaN. Otherwise "filtered" drops it (k = 0) and "unbiased" keeps it
+with probability q = s/eps and weight k = 1/q: E[k] = 1. What is not kept gets R = a·s·(1 − k) through the tail, which
+has mean zero in "unbiased": a control variate.
+
+Draws are the first word of Philox4x32-10 of (seed; token, tile key), equal in the torch backend. Stored tile summaries
+are fp16 relative to a reference: the test adds their rounding error to s, so that none that is large is dropped.
+
+Shapes: N tokens, T tiles, S splits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .problem import Filter, Logits, Tiles, Upstream
+
+SMALLEST_DRAW = tl.constexpr(2.0**-32)
+_ROWS = 1024
+
+
+@triton.jit
+def pair_weight(
+    n,
+    valid,
+    tile,
+    tile_lse_TN,
+    reference_SN,
+    lse2_N,
+    target_N,
+    token_N,
+    key,
+    seed_ptr,
+    uniform,
+    eps,
+    N,
+    tiles_per_split,
+    TILE: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    HAS_UNIFORM: tl.constexpr,
+):
+    """(k, s, is large) of the pairs (n, tile)."""
+    relative = tl.load(tile_lse_TN + tile.to(tl.int64) * N + n, mask=valid, other=-float("inf")).to(tl.float32)
+    reference = tl.load(reference_SN + tile // tiles_per_split * N + n, mask=valid, other=0.0)
+    offset = reference - tl.load(lse2_N + n, mask=valid, other=0.0)
+    target = tl.load(target_N + n, mask=valid, other=-1)
+    mass = tl.exp2(relative + offset)
+    # fp16 rounds by at most 2^-11 of the value; −inf + inf would be NaN, so that case is left as it is.
+    rounding = tl.where(relative == -float("inf"), 0.0, tl.abs(relative) * 2.0**-10)
+    upper = tl.exp2(relative + rounding + offset)
+    is_small = (upper <= eps) & ((target < 0) | (target // TILE != tile))
+    weight = tl.where(is_small, 0.0, 1.0)
+    if UNBIASED:
+        chance = mass / eps
+        if HAS_UNIFORM:
+            draw = tl.zeros_like(mass) + uniform
+        else:
+            token = tl.load(token_N + n, mask=valid, other=0)
+            zero = tl.zeros_like(token)
+            bits, _, _, _ = tl.philox(tl.load(seed_ptr), token, zero + key, zero, zero)
+            draw = bits.to(tl.uint32, bitcast=True).to(tl.float32) * 2.0**-32
+        drawn = is_small & (draw < chance) & (chance > SMALLEST_DRAW)
+        weight = tl.where(drawn, 1 / chance, weight)
+    return tl.where(valid, weight, 0.0), mass, (is_small == 0) & valid
+
+
+@triton.jit
+def _list_kernel(
+    list_TN,
+    count_T,
+    tile_lse_TN,
+    reference_SN,
+    lse2_N,
+    target_N,
+    token_N,
+    tile_key_T,
+    n_valid_ptr,
+    seed_ptr,
+    uniform,
+    eps,
+    N,
+    tiles_per_split,
+    TILE: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    HAS_UNIFORM: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The kept rows of each tile, in order, and their number. Grid: one program a tile. Bytes: 2·T·N read."""
+    tile = tl.program_id(0)
+    n_valid = tl.load(n_valid_ptr)
+    key = tl.load(tile_key_T + tile)
+    count = 0
+    for row in range(0, n_valid, ROWS):
+        n = row + tl.arange(0, ROWS)
+        weight, _, _ = pair_weight(
+            n,
+            n < n_valid,
+            tile,
+            tile_lse_TN,
+            reference_SN,
+            lse2_N,
+            target_N,
+            token_N,
+            key,
+            seed_ptr,
+            uniform,
+            eps,
+            N,
+            tiles_per_split,
+            TILE,
+            UNBIASED,
+            HAS_UNIFORM,
+        )
+        kept = (weight != 0).to(tl.int32)
+        place = count + tl.cumsum(kept, 0) - 1
+        tl.store(list_TN + tile.to(tl.int64) * N + place, n.to(list_TN.dtype.element_ty), mask=kept != 0)
+        count += tl.sum(kept, 0)
+    tl.store(count_T + tile, count)
+
+
+@triton.jit
+def _tail_rows_kernel(
+    tail_TN,
+    upstream_N,
+    tile_lse_TN,
+    reference_SN,
+    lse2_N,
+    target_N,
+    token_N,
+    tile_key_T,
+    n_valid_ptr,
+    seed_ptr,
+    uniform,
+    eps,
+    N,
+    tiles_per_split,
+    headroom,
+    TILE: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    HAS_UNIFORM: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """R_ti = a_i·s_ti·(1 − k_ti)·headroom. Grid: (tile, block of ROWS rows). Bytes: 4·T·N."""
+    tile = tl.program_id(0)
+    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    valid = n < tl.load(n_valid_ptr)
+    weight, mass, _ = pair_weight(
+        n,
+        valid,
+        tile,
+        tile_lse_TN,
+        reference_SN,
+        lse2_N,
+        target_N,
+        token_N,
+        tl.load(tile_key_T + tile),
+        seed_ptr,
+        uniform,
+        eps,
+        N,
+        tiles_per_split,
+        TILE,
+        UNBIASED,
+        HAS_UNIFORM,
+    )
+    upstream = tl.load(upstream_N + n, mask=valid, other=0.0)
+    tail = tl.where((weight == 1) | (valid == 0), 0.0, upstream * mass * (1 - weight) * headroom)
+    tl.store(tail_TN + tile.to(tl.int64) * N + n, tail.to(tail_TN.dtype.element_ty), mask=n < N)
+
+
+class Selection:
+    """The arguments of `pair_weight`, held together for the kernels that call it."""
+
+    def __init__(self, logits: Logits, tiles: Tiles, lse_N: torch.Tensor, filter_: Filter) -> None:
+        assert tiles.reference_SN is not None
+        self.rows, self.num_tiles = logits.hidden_ND.shape[0], logits.num_tiles
+        self.lse2_N = lse_N * 1.4426950408889634
+        self.tensors = (tiles.lse_TN, tiles.reference_SN, self.lse2_N, logits.target_N, logits.token_N)
+        self.tile_key_T, self.n_valid = logits.tile_key_T, logits.n_valid
+        # A pointer must be passed even where nothing is drawn.
+        self.draw = (
+            filter_.seed if filter_.seed is not None else logits.n_valid,
+            -1.0 if filter_.uniform is None else filter_.uniform,
+            filter_.eps,
+        )
+        self.sizes = (self.rows, -(-self.num_tiles // tiles.reference_SN.shape[0]))
+        self.flags = {
+            "TILE": logits.tile,
+            "UNBIASED": filter_.mode == "unbiased",
+            "HAS_UNIFORM": filter_.uniform is not None,
+        }
+
+    def kept_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The kept rows of each tile [T, N] (the first count of each; 16 bits where they suffice) and count_T."""
+        dtype = torch.int16 if self.rows <= 1 << 15 else torch.int32
+        list_TN = torch.empty((self.num_tiles, self.rows), dtype=dtype, device=self.n_valid.device)
+        count_T = torch.empty(self.num_tiles, dtype=torch.int32, device=self.n_valid.device)
+        _list_kernel[(self.num_tiles,)](
+            list_TN, count_T, *self.tensors, self.tile_key_T, self.n_valid, *self.draw, *self.sizes, **self.flags, ROWS=_ROWS
+        )
+        return list_TN, count_T
+
+    def tail_rows(self, upstream: Upstream, dtype: torch.dtype, headroom: float) -> torch.Tensor:
+        """R_TN in ``dtype``, times ``headroom``."""
+        tail_TN = torch.empty((self.num_tiles, self.rows), dtype=dtype, device=self.n_valid.device)
+        _tail_rows_kernel[(self.num_tiles, triton.cdiv(self.rows, _ROWS))](
+            tail_TN,
+            upstream.softmax_N,
+            *self.tensors,
+            self.tile_key_T,
+            self.n_valid,
+            *self.draw,
+            *self.sizes,
+            headroom,
+            **self.flags,
+            ROWS=_ROWS,
+        )
+        return tail_TN

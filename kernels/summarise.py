@@ -1,0 +1,214 @@
+"""Forward: for every token the max, Σ exp and target logit over this shard, and the log-sum-exp of every tile.
+
+Grid: one program a multiprocessor, each walking over units of (block of rows, split of the vocabulary). A unit passes
+over the split's tiles; a tile is BLOCK_N x TILE logits in registers (128 x 256 on Hopper: two warpgroups with 128
+accumulators a thread). Row blocks of a group run side by side on the same columns, so that a classifier tile is read
+from memory once a group and hidden states stay in L2.
+FLOPs: 2·N·V·D. Bytes: V·D·2·⌈N / (row_group·BLOCK_N)⌉ + N·D·2 read, 2·T·N of tile summaries written; the products
+dominate by far. No atomics and no locks: each split writes its own partial, `_finish_kernel` merges them.
+
+Shapes: N tokens, D hidden, V local rows, T tiles, S splits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, softcapped
+from .problem import Logits, Summary, Tiles
+from .tuning import num_programs, tuning_for
+
+LN_2 = tl.constexpr(0.6931471805599453)
+_FINISH_ROWS = 16
+
+
+@triton.jit
+def _summarise_kernel(
+    hidden,
+    weight,
+    bias,
+    n_valid_ptr,
+    max_SN,
+    sumexp_SN,
+    reference_SN,
+    tile_lse_TN,
+    N,
+    V,
+    D,
+    stride_hidden,
+    stride_weight,
+    scale,
+    softcap,
+    splits,
+    tiles_per_split,
+    ROW_GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WANT_TILES: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    n_valid = tl.load(n_valid_ptr)
+    row_blocks = tl.cdiv(n_valid, BLOCK_N)
+    num_tiles = tl.cdiv(V, TILE)
+    for unit in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
+        first_block = unit // (ROW_GROUP * splits) * ROW_GROUP
+        blocks_in_group = min(row_blocks - first_block, ROW_GROUP)
+        within = unit - first_block * splits
+        row = (first_block + within % blocks_in_group) * BLOCK_N
+        split = within // blocks_in_group
+        n = row + tl.arange(0, BLOCK_N)
+        first_tile = split * tiles_per_split
+        max_n = tl.full([BLOCK_N], -float("inf"), tl.float32)
+        sum_n = tl.zeros([BLOCK_N], tl.float32)
+        reference_n = tl.zeros([BLOCK_N], tl.float32)
+        for tile in range(first_tile, min(first_tile + tiles_per_split, num_tiles)):
+            products = tl.zeros([BLOCK_N, TILE], tl.float32)
+            for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+                e = load_block(hidden, row, d, N, D, stride_hidden, BLOCK_N, BLOCK_D, TMA)
+                c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
+                products = tl.dot(e, c.T, products, input_precision=PRECISION)
+            columns = tile * TILE + tl.arange(0, TILE)
+            z, _ = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+            tile_max_n = tl.max(z, 1)
+            tile_max_n = tl.where(tile_max_n == -float("inf"), 0.0, tile_max_n)
+            # NaN logits do not survive the max but do reach this sum, and so the loss.
+            tile_sum_n = tl.sum(tl.exp2(z - tile_max_n[:, None]), 1)
+            if WANT_TILES:
+                tile_lse_n = tile_max_n + tl.log2(tile_sum_n)
+                reference_n = tl.where(tile == first_tile, tile_lse_n, reference_n)
+                relative_n = (tile_lse_n - reference_n).to(tile_lse_TN.dtype.element_ty)
+                tl.store(tile_lse_TN + tl.cast(tile, tl.int64) * N + n, relative_n, mask=n < n_valid)
+            new_max_n = tl.maximum(max_n, tile_max_n)
+            sum_n = sum_n * tl.exp2(max_n - new_max_n) + tile_sum_n * tl.exp2(tile_max_n - new_max_n)
+            max_n = new_max_n
+        tl.store(max_SN + split * N + n, max_n, mask=n < n_valid)
+        tl.store(sumexp_SN + split * N + n, sum_n, mask=n < n_valid)
+        if WANT_TILES:
+            tl.store(reference_SN + split * N + n, reference_n, mask=n < n_valid)
+
+
+@triton.jit
+def _finish_kernel(
+    hidden,
+    weight,
+    bias,
+    target,
+    n_valid_ptr,
+    max_SN,
+    sumexp_SN,
+    max_N,
+    sumexp_N,
+    target_logit_N,
+    N,
+    D,
+    stride_hidden,
+    stride_weight,
+    scale,
+    softcap,
+    splits,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Merges the splits and computes the targets' logits. Grid: one program a BLOCK_N rows. Bytes: 2·N·D·2 read."""
+    n_valid = tl.load(n_valid_ptr)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = n < n_valid
+    max_n = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    sum_n = tl.zeros([BLOCK_N], tl.float32)
+    for split in range(splits):
+        split_max_n = tl.load(max_SN + split * N + n, mask=valid, other=0.0)
+        new_max_n = tl.maximum(max_n, split_max_n)
+        safe_max_n = tl.where(new_max_n == -float("inf"), 0.0, new_max_n)
+        sum_n = sum_n * tl.exp2(max_n - safe_max_n)
+        sum_n += tl.load(sumexp_SN + split * N + n, mask=valid, other=1.0) * tl.exp2(split_max_n - safe_max_n)
+        max_n = new_max_n
+    target_n = tl.load(target + n, mask=valid, other=-1)
+    owned = target_n >= 0
+    product_n = tl.zeros([BLOCK_N], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        columns = d + tl.arange(0, BLOCK_D)
+        use = owned[:, None] & (columns[None, :] < D)
+        e = tl.load(hidden + n[:, None].to(tl.int64) * stride_hidden + columns[None, :], mask=use, other=0.0)
+        c = tl.load(weight + target_n[:, None].to(tl.int64) * stride_weight + columns[None, :], mask=use, other=0.0)
+        product_n += tl.sum(e.to(tl.float32) * c.to(tl.float32), 1)
+    if HAS_BIAS:
+        product_n += tl.load(bias + target_n, mask=owned, other=0.0).to(tl.float32)
+    logit_n, _ = softcapped(product_n * scale, softcap, HAS_SOFTCAP)
+    tl.store(target_logit_N + n, tl.where(owned, logit_n * LN_2, 0.0), mask=n < N)
+    tl.store(max_N + n, tl.where(max_n == -float("inf"), 0.0, max_n) * LN_2, mask=n < N)
+    tl.store(sumexp_N + n, sum_n, mask=n < N)
+
+
+def summarise(logits: Logits, want_tiles: bool) -> Summary:
+    """See `Summary`. Rows that are not valid get max 0, Σ exp S and target logit 0."""
+    hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
+    (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
+    tuning = tuning_for(hidden_ND)
+    splits = min(tuning.splits, logits.num_tiles)
+    tiles_per_split = -(-logits.num_tiles // splits)
+    splits = -(-logits.num_tiles // tiles_per_split)
+    tma = tuning.tma and can_use_tma(logits)
+    partials = hidden_ND.new_empty((3, splits, rows), dtype=torch.float32)
+    lse_dtype = torch.float32 if hidden_ND.dtype == torch.float32 else torch.float16
+    lse_TN = hidden_ND.new_empty((logits.num_tiles, rows), dtype=lse_dtype) if want_tiles else None
+    head = (rows, vocab, hidden_size, hidden_ND.stride(0), weight_VD.stride(0))
+    cap = 1.0 if logits.softcap is None else logits.softcap
+    flags = {"HAS_BIAS": logits.bias_V is not None, "HAS_SOFTCAP": logits.softcap is not None}
+    _summarise_kernel[(num_programs(hidden_ND),)](
+        descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
+        descriptor(weight_VD, logits.tile, tuning.block_d, tma),
+        logits.bias_V,
+        logits.n_valid,
+        partials[0],
+        partials[1],
+        partials[2],
+        lse_TN,
+        *head,
+        logits.logit_scale,
+        cap,
+        splits,
+        tiles_per_split,
+        ROW_GROUP=tuning.row_group,
+        BLOCK_N=tuning.block_n,
+        TILE=logits.tile,
+        BLOCK_D=tuning.block_d,
+        WANT_TILES=want_tiles,
+        TMA=tma,
+        PRECISION=precision(logits),
+        STAGES=tuning.stages,
+        num_warps=tuning.warps,
+        **flags,
+    )
+    merged = partials.new_empty((3, rows))
+    _finish_kernel[(triton.cdiv(rows, _FINISH_ROWS),)](
+        hidden_ND,
+        weight_VD,
+        logits.bias_V,
+        logits.target_N,
+        logits.n_valid,
+        partials[0],
+        partials[1],
+        merged[0],
+        merged[1],
+        merged[2],
+        rows,
+        hidden_size,
+        hidden_ND.stride(0),
+        weight_VD.stride(0),
+        logits.logit_scale,
+        cap,
+        splits,
+        BLOCK_N=_FINISH_ROWS,
+        BLOCK_D=256,
+        num_warps=4,
+        **flags,
+    )
+    tiles = None if lse_TN is None else Tiles(lse_TN, partials[2])
+    return Summary(merged[0], merged[1], merged[2], tiles)

@@ -1,0 +1,136 @@
+"""Mean-field tail: what the dropped pairs of a tile contribute, as if each row's mass lay over the tile like the average's.
+
+π_j = Σ_i p_ij f'_ij / Σ_i s_i over about 128 sampled rows whose pair with the tile is not large (it must not depend on
+what is drawn, or the unbiased gradient would not be); it sums to 1 in a tile without softcap, and is uniform where the
+sample has no mass. c̃_t = Σ_j π_j c_j. With R from `select`: dE += Rᵀ c̃ and dC_j += π_j (R E)_t, two small products.
+
+Grid: one program a tile of TILE rows. FLOPs: 2·128·V·D. Bytes: V·D·2 read from memory (and again from L2), so the time
+is that of reading the classifier once.
+
+Shapes: N tokens, D hidden, V local rows, T tiles.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .blocks import can_use_tma, descriptor, load_block, load_rows, logits_of, precision
+from .problem import Logits
+from .select import Selection, pair_weight
+from .tuning import tuning_for
+
+SAMPLED_ROWS = 128
+
+
+@triton.jit
+def _tail_mean_kernel(
+    pi_V,
+    mean_TD,
+    hidden,
+    weight,
+    bias,
+    tile_lse_TN,
+    reference_SN,
+    lse2_N,
+    target_N,
+    token_N,
+    n_valid_ptr,
+    eps,
+    N,
+    tiles_per_split,
+    V,
+    D,
+    stride_hidden,
+    stride_weight,
+    scale,
+    softcap,
+    SAMPLES: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n_valid = tl.load(n_valid_ptr)
+    sample = (tl.arange(0, SAMPLES).to(tl.int64) * n_valid // SAMPLES).to(tl.int32)
+    valid = sample < n_valid
+    products = tl.zeros([SAMPLES, TILE], tl.float32)
+    for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+        e = load_rows(hidden, sample, valid, d, D, stride_hidden, BLOCK_D)
+        c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
+        products = tl.dot(e, c.T, products, input_precision=PRECISION)
+    columns = tile * TILE + tl.arange(0, TILE)
+    z, slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    _, _, large = pair_weight(
+        sample,
+        valid,
+        tile,
+        tile_lse_TN,
+        reference_SN,
+        lse2_N,
+        target_N,
+        token_N,
+        0,
+        lse2_N,
+        0.0,
+        eps,
+        N,
+        tiles_per_split,
+        TILE,
+        False,
+        False,
+    )
+    p = tl.exp2(z - tl.load(lse2_N + sample, mask=valid, other=0.0)[:, None])
+    is_nan = tl.sum((p != p).to(tl.int32), 1) > 0
+    use = valid & (large == 0) & (is_nan == 0)
+    p = tl.where(use[:, None], p, 0.0)
+    mass = tl.sum(tl.sum(p, 1), 0)
+    uniform = 1.0 / min(TILE, V - tile * TILE)
+    pi = tl.where(mass > 0, tl.sum(p * slope, 0) / tl.where(mass > 0, mass, 1.0), uniform)
+    pi = tl.where(columns < V, pi, 0.0)
+    tl.store(pi_V + columns, pi, mask=columns < V)
+    for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+        c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
+        mean = tl.sum(c.to(tl.float32) * pi[:, None], 0)
+        d_range = d + tl.arange(0, BLOCK_D)
+        tl.store(mean_TD + tile.to(tl.int64) * D + d_range, mean.to(mean_TD.dtype.element_ty), mask=d_range < D)
+
+
+def tail_means(logits: Logits, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
+    """(π_V in fp32, c̃_TD in the dtype of hidden)."""
+    hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
+    vocab, hidden_size = weight_VD.shape
+    tuning = tuning_for(hidden_ND)
+    tma = tuning.tma and can_use_tma(logits)
+    pi_V = torch.empty(vocab, dtype=torch.float32, device=hidden_ND.device)
+    mean_TD = torch.empty((logits.num_tiles, hidden_size), dtype=hidden_ND.dtype, device=hidden_ND.device)
+    _tail_mean_kernel[(logits.num_tiles,)](
+        pi_V,
+        mean_TD,
+        hidden_ND,
+        descriptor(weight_VD, logits.tile, tuning.pair_block_d, tma),
+        logits.bias_V,
+        *selection.tensors,
+        logits.n_valid,
+        selection.draw[2],
+        *selection.sizes,
+        vocab,
+        hidden_size,
+        hidden_ND.stride(0),
+        weight_VD.stride(0),
+        logits.logit_scale,
+        1.0 if logits.softcap is None else logits.softcap,
+        SAMPLES=SAMPLED_ROWS,
+        TILE=logits.tile,
+        BLOCK_D=tuning.pair_block_d,
+        HAS_BIAS=logits.bias_V is not None,
+        HAS_SOFTCAP=logits.softcap is not None,
+        TMA=tma,
+        PRECISION=precision(logits),
+        STAGES=tuning.pair_stages,
+        num_warps=8,
+    )
+    return pi_V, mean_TD
