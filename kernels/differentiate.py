@@ -88,6 +88,139 @@ def _signal(counter):
 
 
 @triton.jit
+def _weight_item(
+    tile,
+    columns,
+    sub,
+    count,
+    blocks,
+    first_block,
+    rows_of_tile,
+    dweight_VD,
+    dbias_V,
+    ring,
+    hidden,
+    pi_V,
+    tail_TD,
+    tail_T,
+    V,
+    D,
+    stride_hidden,
+    factor,
+    ring_blocks,
+    HAS_TAIL: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PAIR_ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Columns [sub·BLOCK_D, ...) of a tile's dC, from the ring's P and the tail."""
+    d = sub * BLOCK_D
+    gradient = tl.zeros([TILE, BLOCK_D], tl.float32)
+    bias_gradient = tl.zeros([TILE], tl.float32)
+    for k in tl.range(0, blocks * PAIR_ROWS, BLOCK_K, num_stages=STAGES):
+        place = k + tl.arange(0, BLOCK_K)
+        n = tl.load(rows_of_tile + place, mask=place < count, other=0).to(tl.int32)
+        slot = (first_block + k // PAIR_ROWS) % ring_blocks
+        ring_row = slot.to(tl.int64) * PAIR_ROWS + k % PAIR_ROWS + tl.arange(0, BLOCK_K)
+        p = tl.load(ring + ring_row[:, None] * TILE + tl.arange(0, TILE)[None, :])
+        e = load_rows(hidden, n, place < count, d, D, stride_hidden, BLOCK_D)
+        gradient = tl.dot(p.T, e, gradient, input_precision=PRECISION)
+        if HAS_BIAS:
+            bias_gradient += tl.sum(p.to(tl.float32), 0)
+    d_range = d + tl.arange(0, BLOCK_D)
+    if HAS_TAIL:
+        pi = tl.load(pi_V + columns, mask=columns < V, other=0.0)
+        tail = tl.load(tail_TD + tile.to(tl.int64) * D + d_range, mask=d_range < D, other=0.0)
+        gradient += pi[:, None] * tail[None, :]
+        bias_gradient += pi * tl.load(tail_T + tile)
+    pointers = dweight_VD + columns[:, None].to(tl.int64) * D + d_range[None, :]
+    inside = (columns < V)[:, None] & (d_range < D)[None, :]
+    tl.store(pointers, (gradient * factor).to(dweight_VD.dtype.element_ty), mask=inside)
+    if HAS_BIAS:
+        if sub == 0:
+            tl.store(dbias_V + columns, bias_gradient * factor, mask=columns < V)
+
+
+@triton.jit
+def _pair_probabilities(
+    n,
+    valid,
+    tile,
+    columns,
+    hidden,
+    weight,
+    bias,
+    softmax_upstream_N,
+    target_upstream_N,
+    tile_lse_TN,
+    reference_SN,
+    lse2_N,
+    target_N,
+    token_N,
+    key,
+    seed_ptr,
+    uniform,
+    eps,
+    N,
+    tiles_per_split,
+    V,
+    D,
+    stride_hidden,
+    stride_weight,
+    scale,
+    softcap,
+    headroom,
+    TILE: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    HAS_UNIFORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PAIR_ROWS: tl.constexpr,
+    PAIR_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """P of one pair block: (a·softmax − b·[target])·f'·k·headroom, zero past the kept rows and columns."""
+    products = tl.zeros([PAIR_ROWS, TILE], tl.float32)
+    for d in tl.range(0, D, PAIR_D, num_stages=STAGES):
+        e = load_rows(hidden, n, valid, d, D, stride_hidden, PAIR_D)
+        c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, PAIR_D, TMA)
+        products = tl.dot(e, c.T, products, input_precision=PRECISION)
+    z, slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    k, _, _ = pair_weight(
+        n,
+        valid,
+        tile,
+        tile_lse_TN,
+        reference_SN,
+        lse2_N,
+        target_N,
+        token_N,
+        key,
+        seed_ptr,
+        uniform,
+        eps,
+        N,
+        tiles_per_split,
+        TILE,
+        UNBIASED,
+        HAS_UNIFORM,
+    )
+    a = tl.load(softmax_upstream_N + n, mask=valid, other=0.0) * k * headroom
+    b = tl.load(target_upstream_N + n, mask=valid, other=0.0) * k * headroom
+    lse2 = tl.load(lse2_N + n, mask=valid, other=0.0)
+    target = tl.load(target_N + n, mask=valid, other=-1)
+    p = tl.exp2(z - lse2[:, None]) * a[:, None]
+    p = tl.where(target[:, None] == columns[None, :], p - b[:, None], p) * slope
+    return tl.where(valid[:, None] & (columns < V)[None, :], p, 0.0)
+
+
+@triton.jit
 def _differentiate_kernel(
     dhidden_ND,
     dweight_VD,
@@ -149,7 +282,6 @@ def _differentiate_kernel(
 ):
     num_items = tl.load(total_ptr) + T * WEIGHT_ITEMS
     factor = tl.load(scale_ptr).to(tl.float32) * scale / headroom
-    ring_type = ring.dtype.element_ty
     index = tl.atomic_add(head_ptr, 1)
     while index < num_items:
         item = tl.load(item_Q + index)
@@ -164,46 +296,50 @@ def _differentiate_kernel(
         columns = tile * TILE + tl.arange(0, TILE)
         if is_weight_item:
             _wait(ready_T + tile, blocks)
-            d = sub * BLOCK_D
-            gradient = tl.zeros([TILE, BLOCK_D], tl.float32)
-            bias_gradient = tl.zeros([TILE], tl.float32)
-            for k in tl.range(0, blocks * PAIR_ROWS, BLOCK_K, num_stages=PAIR_STAGES):
-                place = k + tl.arange(0, BLOCK_K)
-                n = tl.load(rows_of_tile + place, mask=place < count, other=0).to(tl.int32)
-                slot = (first_block + k // PAIR_ROWS) % ring_blocks
-                ring_row = slot.to(tl.int64) * PAIR_ROWS + k % PAIR_ROWS + tl.arange(0, BLOCK_K)
-                p = tl.load(ring + ring_row[:, None] * TILE + tl.arange(0, TILE)[None, :])
-                e = load_rows(hidden, n, place < count, d, D, stride_hidden, BLOCK_D)
-                gradient = tl.dot(p.T, e, gradient, input_precision=PRECISION)
-                if HAS_BIAS:
-                    bias_gradient += tl.sum(p.to(tl.float32), 0)
-            d_range = d + tl.arange(0, BLOCK_D)
-            if HAS_TAIL:
-                pi = tl.load(pi_V + columns, mask=columns < V, other=0.0)
-                tail = tl.load(tail_TD + tile.to(tl.int64) * D + d_range, mask=d_range < D, other=0.0)
-                gradient += pi[:, None] * tail[None, :]
-                bias_gradient += pi * tl.load(tail_T + tile)
-            pointers = dweight_VD + columns[:, None].to(tl.int64) * D + d_range[None, :]
-            inside = (columns < V)[:, None] & (d_range < D)[None, :]
-            tl.store(pointers, (gradient * factor).to(dweight_VD.dtype.element_ty), mask=inside)
-            if HAS_BIAS:
-                if sub == 0:
-                    tl.store(dbias_V + columns, bias_gradient * factor, mask=columns < V)
+            _weight_item(
+                tile,
+                columns,
+                sub,
+                count,
+                blocks,
+                first_block,
+                rows_of_tile,
+                dweight_VD,
+                dbias_V,
+                ring,
+                hidden,
+                pi_V,
+                tail_TD,
+                tail_T,
+                V,
+                D,
+                stride_hidden,
+                factor,
+                ring_blocks,
+                HAS_TAIL,
+                TILE,
+                HAS_BIAS,
+                PRECISION,
+                PAIR_ROWS,
+                PAIR_STAGES,
+                BLOCK_D,
+                BLOCK_K,
+            )
             _signal(done_T + tile)
         else:
             place = sub * PAIR_ROWS + tl.arange(0, PAIR_ROWS)
             valid = place < count
             n = tl.load(rows_of_tile + place, mask=valid, other=0).to(tl.int32)
-            p = tl.zeros([PAIR_ROWS, TILE], tl.float32)
-            for d in tl.range(0, D, PAIR_D, num_stages=PAIR_STAGES):
-                e = load_rows(hidden, n, valid, d, D, stride_hidden, PAIR_D)
-                c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, PAIR_D, TMA)
-                p = tl.dot(e, c.T, p, input_precision=PRECISION)
-            z, slope = logits_of(p, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-            k, _, _ = pair_weight(
+            p = _pair_probabilities(
                 n,
                 valid,
                 tile,
+                columns,
+                hidden,
+                weight,
+                bias,
+                softmax_upstream_N,
+                target_upstream_N,
                 tile_lse_TN,
                 reference_SN,
                 lse2_N,
@@ -215,17 +351,24 @@ def _differentiate_kernel(
                 eps,
                 N,
                 tiles_per_split,
+                V,
+                D,
+                stride_hidden,
+                stride_weight,
+                scale,
+                softcap,
+                headroom,
                 TILE,
                 UNBIASED,
                 HAS_UNIFORM,
-            )
-            a = tl.load(softmax_upstream_N + n, mask=valid, other=0.0) * headroom
-            b = tl.load(target_upstream_N + n, mask=valid, other=0.0) * headroom
-            lse2 = tl.load(lse2_N + n, mask=valid, other=0.0)
-            target = tl.load(target_N + n, mask=valid, other=-1)
-            p = tl.exp2(z - lse2[:, None]) * a[:, None]
-            p = tl.where(target[:, None] == columns[None, :], p - b[:, None], p) * slope * k[:, None]
-            p = tl.where(valid[:, None] & (columns < V)[None, :], p, 0.0).to(ring_type)
+                HAS_BIAS,
+                HAS_SOFTCAP,
+                TMA,
+                PRECISION,
+                PAIR_ROWS,
+                PAIR_D,
+                PAIR_STAGES,
+            ).to(ring.dtype.element_ty)
             if WEIGHT_ITEMS > 0:
                 displaced = tl.load(guard_Q + index)
                 if displaced >= 0:
@@ -241,11 +384,6 @@ def _differentiate_kernel(
                     pointers = dhidden_ND + n[:, None].to(tl.int64) * D + d_range[None, :]
                     tl.atomic_add(pointers, part, mask=valid[:, None] & (d_range < D)[None, :], sem="relaxed")
         index = tl.atomic_add(head_ptr, 1)
-
-
-def least_workspace(rows: int, element_size: int, tile: int) -> int:
-    """Bytes of a ring that holds one full tile."""
-    return rows * tile * element_size
 
 
 def differentiate(

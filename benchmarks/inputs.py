@@ -1,0 +1,108 @@
+"""Inputs that a benchmark of a filtering loss may be run on: the head of a language model trained for a moment.
+
+Random hidden states and classifiers have flat softmaxes, zero inputs have trivial ones; both misjudge any filter. Here a
+small causal LM (two layers, untied head) is trained with plain PyTorch on token ids, and its last hidden states,
+classifier and labels are the inputs. With ``steps=0`` they are those at random initialisation.
+
+Shapes: N tokens, D hidden, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SEQUENCE = 512
+
+
+class Inputs(NamedTuple):
+    """hidden_ND and weight_VD in the benchmark's dtype, labels_N, and the model's loss on them."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    labels_N: Tensor
+    loss: float
+
+
+def load_tokens(path: Path, vocab_size: int) -> np.ndarray:
+    """Token ids below ``vocab_size`` from a .npy array, or an .npz with ``ids``, or with their low and high bits.
+
+    A file of a larger vocabulary is mapped onto this one by spreading its distinct ids evenly, in their order.
+    """
+    stored = np.load(path)
+    if isinstance(stored, np.ndarray):
+        ids = stored.astype(np.int64)
+    elif "ids" in stored:
+        ids = stored["ids"].astype(np.int64)
+    else:
+        ids = stored["lo"].astype(np.int64) + (stored["hi"].astype(np.int64) << 16)
+        ids = ids[ids < 262144]
+    if ids.max() < vocab_size:
+        return ids
+    distinct, rank = np.unique(ids, return_inverse=True)
+    if len(distinct) > vocab_size:
+        raise ValueError(f"{path} holds {len(distinct)} distinct ids, more than the vocabulary of {vocab_size}.")
+    return rank * vocab_size // len(distinct)
+
+
+class _Model(nn.Module):
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.position = nn.Embedding(SEQUENCE, hidden_size)
+        heads = hidden_size // 64 if hidden_size % 64 == 0 else 1
+        layer = nn.TransformerEncoderLayer(
+            hidden_size, heads, 2 * hidden_size, dropout=0.0, batch_first=True, norm_first=True, bias=False
+        )
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.norm = nn.RMSNorm(hidden_size)
+        self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.position.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=hidden_size**-0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids) + self.position.weight[: ids.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device, dtype=x.dtype)
+        return self.norm(self.layers(x, mask=mask, is_causal=True))
+
+
+def trained_inputs(
+    tokens: np.ndarray,
+    num_tokens: int,
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    steps: int,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    seed: int = 0,
+) -> Inputs:
+    """Trains for ``steps`` steps of 8192 tokens and returns the head's inputs on ``num_tokens`` later tokens."""
+    torch.manual_seed(seed)
+    model = _Model(vocab_size, hidden_size).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=device == "cuda")
+    per_step = 8192
+    stream = torch.from_numpy(tokens)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (step + 1) / 20)
+        ids = stream[step * per_step : (step + 1) * per_step + 1].to(device)
+        with torch.autocast(device, torch.bfloat16):
+            hidden = model(ids[:-1].view(-1, SEQUENCE)).view(-1, hidden_size)
+            loss = F.cross_entropy(model.head(hidden), ids[1:])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    ids = stream[steps * per_step : steps * per_step + num_tokens + 1].to(device)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        hidden = torch.cat([model(part.view(-1, SEQUENCE)).view(-1, hidden_size) for part in ids[:-1].split(per_step)])
+        losses = [
+            F.cross_entropy(model.head(h).float(), y) for h, y in zip(hidden.split(1024), ids[1:].split(1024), strict=True)
+        ]
+    weight = model.head.weight.detach().to(dtype)
+    return Inputs(hidden.to(dtype).contiguous(), weight.contiguous(), ids[1:].clone(), torch.stack(losses).mean().item())
