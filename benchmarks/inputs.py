@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cce_dist import linear_cross_entropy
+
 SEQUENCE = 512
 
 
@@ -83,17 +85,20 @@ def trained_inputs(
 ) -> Inputs:
     """Trains for ``steps`` steps of 8192 tokens and returns the head's inputs on ``num_tokens`` later tokens."""
     torch.manual_seed(seed)
-    model = _Model(vocab_size, hidden_size).to(device)
+    with torch.device(device):
+        model = _Model(vocab_size, hidden_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=device == "cuda")
     per_step = 8192
-    stream = torch.from_numpy(tokens)
+    sequences = torch.from_numpy(tokens[: len(tokens) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE)
+    shuffled = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
+    stream = sequences[shuffled].view(-1)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 20)
         ids = stream[step * per_step : (step + 1) * per_step + 1].to(device)
         with torch.autocast(device, torch.bfloat16):
             hidden = model(ids[:-1].view(-1, SEQUENCE)).view(-1, hidden_size)
-            loss = F.cross_entropy(model.head(hidden), ids[1:])
+            loss = linear_cross_entropy(hidden, model.head.weight, ids[1:], gradient="exact")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

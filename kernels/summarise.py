@@ -41,7 +41,7 @@ def _summarise_kernel(
     softcap,
     splits,
     tiles_per_split,
-    ROW_GROUP: tl.constexpr,
+    row_group,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -56,8 +56,8 @@ def _summarise_kernel(
     row_blocks = tl.cdiv(n_valid, BLOCK_N)
     num_tiles = tl.cdiv(V, TILE)
     for unit in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
-        first_block = unit // (ROW_GROUP * splits) * ROW_GROUP
-        blocks_in_group = min(row_blocks - first_block, ROW_GROUP)
+        first_block = unit // (row_group * splits) * row_group
+        blocks_in_group = min(row_blocks - first_block, row_group)
         within = unit - first_block * splits
         row = (first_block + within % blocks_in_group) * BLOCK_N
         split = within // blocks_in_group
@@ -175,7 +175,7 @@ def summarise(logits: Logits, want_tiles: bool) -> Summary:
         cap,
         splits,
         tiles_per_split,
-        ROW_GROUP=tuning.row_group,
+        tuning.row_group,
         BLOCK_N=tuning.block_n,
         TILE=logits.tile,
         BLOCK_D=tuning.block_d,
