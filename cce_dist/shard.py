@@ -9,6 +9,7 @@ Shapes: N tokens, T tiles of consecutive local rows.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -100,10 +101,11 @@ class VocabShard:
         if self.grad_divisor == 0:
             raise ValueError("grad_divisor must not be zero.")
 
-    @classmethod
-    def whole(cls, vocab_size: int) -> "VocabShard":
+    @staticmethod
+    @cache
+    def whole(vocab_size: int) -> "VocabShard":
         """All rows, in a single process."""
-        return cls(((0, vocab_size),), vocab_size, None)
+        return VocabShard(((0, vocab_size),), vocab_size, None)
 
     @classmethod
     def even(
@@ -210,9 +212,12 @@ class VocabShard:
         """Global row of the first row of each local tile, int32 [T]: a name unique over all ranks."""
         keys = self._agreement.tile_keys
         if (device, tile) not in keys:
-            firsts = [start + row for start, stop in self.runs for row in range(stop - start)][
-                : self.num_real_rows : tile
-            ]
+            firsts: list[int] = []
+            offset = 0
+            for start, stop in self.runs:
+                first_tile_row = -(-offset // tile) * tile
+                firsts += range(start + first_tile_row - offset, min(stop, self.vocab_size), tile)
+                offset += stop - start
             keys[device, tile] = torch.tensor(firsts, dtype=torch.int32, device=device)
         return keys[device, tile]
 

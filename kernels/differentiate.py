@@ -4,11 +4,10 @@ The kept rows of a tile, cut into blocks of PAIR_ROWS, are the "pair blocks". Wo
 in order with one atomic counter:
   - a pair item recomputes P of one pair block ([PAIR_ROWS, TILE]: a product over D), stores it in 16 bits in a ring in
     the workspace, and adds P C_tile to dE (fp32 atomics: rows of a tile lie anywhere);
-  - a weight item computes BLOCK_D columns of dC of one tile, a product over the tile's kept rows, and writes them once.
+  - a weight item computes WEIGHT_BLOCKS·BLOCK_D columns of dC of one tile, a product over its kept rows, and writes them once.
 The ring bounds the memory: a pair item waits until the weight items of the tile that last used its slot are done, a
 weight item until its tile's pair blocks are. What an item waits for stands earlier in the queue, and the earliest
-unfinished item never waits, so no number of programs can deadlock; `_schedule_kernel` puts a tile's weight items as late
-as the ring allows, so that they seldom wait either. Nothing here depends on data that the host would have to read.
+unfinished item never waits, so no number of programs can deadlock. Nothing here depends on data that the host would have to read.
 FLOPs: 6·pairs·TILE·D. Bytes: dominated by dE's atomics, 4·pairs·D, and dC's V·D·2.
 
 Shapes: N tokens, D hidden, V local rows, T tiles, B pair blocks.
@@ -53,7 +52,8 @@ def _schedule_kernel(
 ):
     """Writes each item to its place in the queue, and the tile whose weight items it must wait for, or −1.
 
-    Weight items of a tile stand ``lookahead`` pair blocks after its last one. Grid: one program a tile.
+    Weight items of a tile stand ``lookahead`` pair blocks after its last one: half of what the ring allows, so that
+    they find their pair blocks done, and are themselves done when their slots are wanted again. Grid: one program a tile.
     """
     tile = tl.program_id(0)
     total = tl.load(total_ptr)
@@ -88,6 +88,16 @@ def _signal(counter):
 
 
 @triton.jit
+def _ring_pointers(
+    ring, first_block, k, ring_blocks, TILE: tl.constexpr, PAIR_ROWS: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Rows [k, k + BLOCK_K) of the P of a tile whose pair blocks start at ``first_block``."""
+    slot = (first_block + k // PAIR_ROWS) % ring_blocks
+    row = slot.to(tl.int64) * PAIR_ROWS + k % PAIR_ROWS + tl.arange(0, BLOCK_K)
+    return ring + row[:, None] * TILE + tl.arange(0, TILE)[None, :]
+
+
+@triton.jit
 def _weight_item(
     tile,
     columns,
@@ -114,34 +124,38 @@ def _weight_item(
     PRECISION: tl.constexpr,
     PAIR_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Columns [sub·BLOCK_D, ...) of a tile's dC, from the ring's P and the tail."""
-    d = sub * BLOCK_D
-    gradient = tl.zeros([TILE, BLOCK_D], tl.float32)
-    bias_gradient = tl.zeros([TILE], tl.float32)
-    for k in tl.range(0, blocks * PAIR_ROWS, BLOCK_K, num_stages=STAGES):
-        place = k + tl.arange(0, BLOCK_K)
-        n = tl.load(rows_of_tile + place, mask=place < count, other=0).to(tl.int32)
-        slot = (first_block + k // PAIR_ROWS) % ring_blocks
-        ring_row = slot.to(tl.int64) * PAIR_ROWS + k % PAIR_ROWS + tl.arange(0, BLOCK_K)
-        p = tl.load(ring + ring_row[:, None] * TILE + tl.arange(0, TILE)[None, :])
-        e = load_rows(hidden, n, place < count, d, D, stride_hidden, BLOCK_D)
-        gradient = tl.dot(p.T, e, gradient, input_precision=PRECISION)
-        if HAS_BIAS:
-            bias_gradient += tl.sum(p.to(tl.float32), 0)
-    d_range = d + tl.arange(0, BLOCK_D)
+    """BLOCKS·BLOCK_D columns of a tile's dC, from the ring's P and the tail."""
+    pi = tl.zeros([TILE], tl.float32)
     if HAS_TAIL:
         pi = tl.load(pi_V + columns, mask=columns < V, other=0.0)
-        tail = tl.load(tail_TD + tile.to(tl.int64) * D + d_range, mask=d_range < D, other=0.0)
-        gradient += pi[:, None] * tail[None, :]
-        bias_gradient += pi * tl.load(tail_T + tile)
-    pointers = dweight_VD + columns[:, None].to(tl.int64) * D + d_range[None, :]
-    inside = (columns < V)[:, None] & (d_range < D)[None, :]
-    tl.store(pointers, (gradient * factor).to(dweight_VD.dtype.element_ty), mask=inside)
+    first_d = sub * BLOCKS * BLOCK_D
+    for d in range(first_d, min(first_d + BLOCKS * BLOCK_D, D), BLOCK_D):
+        gradient = tl.zeros([TILE, BLOCK_D], tl.float32)
+        for k in tl.range(0, blocks * PAIR_ROWS, BLOCK_K, num_stages=STAGES):
+            place = k + tl.arange(0, BLOCK_K)
+            n = tl.load(rows_of_tile + place, mask=place < count, other=0).to(tl.int32)
+            p = tl.load(_ring_pointers(ring, first_block, k, ring_blocks, TILE, PAIR_ROWS, BLOCK_K))
+            e = load_rows(hidden, n, place < count, d, D, stride_hidden, BLOCK_D)
+            gradient = tl.dot(p.T, e, gradient, input_precision=PRECISION)
+        d_range = d + tl.arange(0, BLOCK_D)
+        if HAS_TAIL:
+            tail = tl.load(tail_TD + tile.to(tl.int64) * D + d_range, mask=d_range < D, other=0.0)
+            gradient += pi[:, None] * tail[None, :]
+        pointers = dweight_VD + columns[:, None].to(tl.int64) * D + d_range[None, :]
+        inside = (columns < V)[:, None] & (d_range < D)[None, :]
+        tl.store(pointers, (gradient * factor).to(dweight_VD.dtype.element_ty), mask=inside)
     if HAS_BIAS:
         if sub == 0:
+            bias_gradient = tl.zeros([TILE], tl.float32)
+            for k in range(0, blocks * PAIR_ROWS, BLOCK_K):
+                p = tl.load(_ring_pointers(ring, first_block, k, ring_blocks, TILE, PAIR_ROWS, BLOCK_K))
+                bias_gradient += tl.sum(p.to(tl.float32), 0)
+            if HAS_TAIL:
+                bias_gradient += pi * tl.load(tail_T + tile)
             tl.store(dbias_V + columns, bias_gradient * factor, mask=columns < V)
 
 
@@ -277,14 +291,18 @@ def _differentiate_kernel(
     PAIR_ROWS: tl.constexpr,
     PAIR_D: tl.constexpr,
     PAIR_STAGES: tl.constexpr,
+    WEIGHT_BLOCKS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     num_items = tl.load(total_ptr) + T * WEIGHT_ITEMS
     factor = tl.load(scale_ptr).to(tl.float32) * scale / headroom
     index = tl.atomic_add(head_ptr, 1)
+    item = tl.load(item_Q + min(index, num_items - 1))
     while index < num_items:
-        item = tl.load(item_Q + index)
+        # The next item is fetched now, so that its latency is hidden; it comes later, so nothing new can wait on it.
+        next_index = tl.atomic_add(head_ptr, 1)
+        next_item = tl.load(item_Q + min(next_index, num_items - 1))
         is_weight_item = item >= _WEIGHT_ITEM
         packed = tl.where(is_weight_item, item - _WEIGHT_ITEM, item)
         tile = packed >> _SUB_BITS
@@ -322,6 +340,7 @@ def _differentiate_kernel(
                 PRECISION,
                 PAIR_ROWS,
                 PAIR_STAGES,
+                WEIGHT_BLOCKS,
                 BLOCK_D,
                 BLOCK_K,
             )
@@ -373,8 +392,7 @@ def _differentiate_kernel(
                 displaced = tl.load(guard_Q + index)
                 if displaced >= 0:
                     _wait(done_T + displaced, WEIGHT_ITEMS)
-                ring_row = ((first_block + sub) % ring_blocks).to(tl.int64) * PAIR_ROWS + tl.arange(0, PAIR_ROWS)
-                tl.store(ring + ring_row[:, None] * TILE + tl.arange(0, TILE)[None, :], p)
+                tl.store(_ring_pointers(ring, first_block, sub * PAIR_ROWS, ring_blocks, TILE, PAIR_ROWS, PAIR_ROWS), p)
                 _signal(ready_T + tile)
             if WANT_HIDDEN:
                 for d in tl.range(0, D, PAIR_D, num_stages=PAIR_STAGES):
@@ -383,7 +401,8 @@ def _differentiate_kernel(
                     d_range = d + tl.arange(0, PAIR_D)
                     pointers = dhidden_ND + n[:, None].to(tl.int64) * D + d_range[None, :]
                     tl.atomic_add(pointers, part, mask=valid[:, None] & (d_range < D)[None, :], sem="relaxed")
-        index = tl.atomic_add(head_ptr, 1)
+        index = next_index
+        item = next_item
 
 
 def differentiate(
@@ -408,7 +427,7 @@ def differentiate(
         dweight_VD = torch.empty_like(weight_VD)
     if logits.bias_V is not None and dbias_V is None:
         dbias_V = torch.empty(vocab, dtype=torch.float32, device=device)
-    weight_items = triton.cdiv(hidden_size, tuning.weight_block_d) if wants_weight else 0
+    weight_items = triton.cdiv(hidden_size, tuning.weight_block_d * tuning.weight_blocks) if wants_weight else 0
 
     most_blocks = triton.cdiv(rows, tuning.pair_rows)
     block_elements = tuning.pair_rows * logits.tile
@@ -430,13 +449,13 @@ def differentiate(
         total,
         num_tiles,
         ring_blocks,
-        ring_blocks - most_blocks,
+        (ring_blocks - most_blocks) // 2,
         PAIR_ROWS=tuning.pair_rows,
         WEIGHT_ITEMS=weight_items,
         TILES=power,
     )
     unused = counters  # stands in for the pointers that the flags switch off
-    _differentiate_kernel[(num_programs(hidden_ND),)](
+    _differentiate_kernel[(num_programs(hidden_ND) * tuning.pair_programs,)](
         unused if dhidden_ND is None else dhidden_ND,
         unused if dweight_VD is None else dweight_VD,
         unused if dbias_V is None else dbias_V,
@@ -480,8 +499,9 @@ def differentiate(
         PAIR_ROWS=tuning.pair_rows,
         PAIR_D=tuning.pair_block_d,
         PAIR_STAGES=tuning.pair_stages,
+        WEIGHT_BLOCKS=tuning.weight_blocks,
         BLOCK_D=tuning.weight_block_d,
         BLOCK_K=tuning.weight_block_k,
-        num_warps=tuning.warps,
+        num_warps=tuning.pair_warps,
         **selection.flags,
     )

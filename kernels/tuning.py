@@ -15,7 +15,9 @@ class Tuning(NamedTuple):
         tma: load tiles through tensor descriptors.
         pair_rows: rows of a block of kept pairs in the sparse backward.
         pair_block_d, pair_stages: its steps along D.
-        weight_block_d, weight_block_k: columns of dC, and rows per step, of one of its programs.
+        pair_warps, pair_programs: of the sparse backward; programs a multiprocessor.
+        weight_block_d, weight_block_k: columns of dC that are accumulated at a time, and rows per step.
+        weight_blocks: such blocks of columns in an item.
     """
 
     block_n: int = 64
@@ -28,8 +30,11 @@ class Tuning(NamedTuple):
     pair_rows: int = 64
     pair_block_d: int = 32
     pair_stages: int = 2
+    pair_warps: int = 8
+    pair_programs: int = 1
     weight_block_d: int = 64
     weight_block_k: int = 32
+    weight_blocks: int = 1
 
 
 _HOPPER_16_BIT = Tuning(
@@ -41,7 +46,7 @@ _HOPPER_16_BIT = Tuning(
     tma=True,
     pair_rows=128,
     pair_block_d=64,
-    pair_stages=3,
+    pair_stages=4,
     weight_block_d=128,
     weight_block_k=64,
 )
