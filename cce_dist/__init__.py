@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from cce_dist.config import CCEConfig
+from cce_dist.head import ShardedCCEHead
 from cce_dist.loss import linear_cross_entropy
 from cce_dist.shard import VocabShard
 
@@ -11,4 +12,4 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
-__all__ = ["CCEConfig", "VocabShard", "__version__", "linear_cross_entropy"]
+__all__ = ["CCEConfig", "ShardedCCEHead", "VocabShard", "__version__", "linear_cross_entropy"]

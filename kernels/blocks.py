@@ -15,7 +15,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_block(source, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+def load_block(
+    source, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
+):
     """[ROWS, COLUMNS] of a row-major matrix at (row, column), zero outside it."""
     if TMA:
         return source.load([row, column])

@@ -198,7 +198,15 @@ class Selection:
         list_TN = torch.empty((self.num_tiles, self.rows), dtype=dtype, device=self.n_valid.device)
         count_T = torch.empty(self.num_tiles, dtype=torch.int32, device=self.n_valid.device)
         _list_kernel[(self.num_tiles,)](
-            list_TN, count_T, *self.tensors, self.tile_key_T, self.n_valid, *self.draw, *self.sizes, **self.flags, ROWS=_ROWS
+            list_TN,
+            count_T,
+            *self.tensors,
+            self.tile_key_T,
+            self.n_valid,
+            *self.draw,
+            *self.sizes,
+            **self.flags,
+            ROWS=_ROWS,
         )
         return list_TN, count_T
 

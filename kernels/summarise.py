@@ -3,7 +3,8 @@
 Grid: one program a multiprocessor, each walking over units of (block of rows, split of the vocabulary). A unit passes
 over the split's tiles; a tile is BLOCK_N x TILE logits in registers (128 x 256 on Hopper: two warpgroups with 128
 accumulators a thread). Row blocks of a group run side by side on the same columns, so that a classifier tile is read
-from memory once a group and hidden states stay in L2.
+from memory once a group and hidden states stay in L2. Where D is short, one flat loop over (tile, step along D) has the
+next tile's loads under way during a tile's epilogue; where it is long, that costs more than it hides.
 FLOPs: 2·N·V·D. Bytes: V·D·2·⌈N / (row_group·BLOCK_N)⌉ + N·D·2 read, 2·T·N of tile summaries written; the products
 dominate by far. No atomics and no locks: each split writes its own partial, `_finish_kernel` merges them.
 
@@ -20,6 +21,44 @@ from .tuning import num_programs, tuning_for
 
 LN_2 = tl.constexpr(0.6931471805599453)
 _FINISH_ROWS = 16
+
+
+@triton.jit
+def _absorb_tile(
+    products,
+    max_n,
+    sum_n,
+    reference_n,
+    tile,
+    is_first,
+    n,
+    n_valid,
+    bias,
+    tile_lse_TN,
+    N,
+    V,
+    scale,
+    softcap,
+    TILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WANT_TILES: tl.constexpr,
+):
+    """Adds a tile of logits to the running (max, Σ exp), and stores its own log-sum-exp."""
+    columns = tile * TILE + tl.arange(0, TILE)
+    z, slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    tile_max_n = tl.max(z, 1)
+    tile_max_n = tl.where(tile_max_n == -float("inf"), 0.0, tile_max_n)
+    # NaN logits do not survive the max but do reach this sum, and so the loss.
+    tile_sum_n = tl.sum(tl.exp2(z - tile_max_n[:, None]), 1)
+    if WANT_TILES:
+        tile_lse_n = tile_max_n + tl.log2(tile_sum_n)
+        reference_n = tl.where(is_first, tile_lse_n, reference_n)
+        relative_n = (tile_lse_n - reference_n).to(tile_lse_TN.dtype.element_ty)
+        tl.store(tile_lse_TN + tl.cast(tile, tl.int64) * N + n, relative_n, mask=n < n_valid)
+    new_max_n = tl.maximum(max_n, tile_max_n)
+    sum_n = sum_n * tl.exp2(max_n - new_max_n) + tile_sum_n * tl.exp2(tile_max_n - new_max_n)
+    return new_max_n, sum_n, reference_n
 
 
 @triton.jit
@@ -51,6 +90,7 @@ def _summarise_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     n_valid = tl.load(n_valid_ptr)
     row_blocks = tl.cdiv(n_valid, BLOCK_N)
@@ -66,26 +106,65 @@ def _summarise_kernel(
         max_n = tl.full([BLOCK_N], -float("inf"), tl.float32)
         sum_n = tl.zeros([BLOCK_N], tl.float32)
         reference_n = tl.zeros([BLOCK_N], tl.float32)
-        for tile in range(first_tile, min(first_tile + tiles_per_split, num_tiles)):
+        tiles = min(tiles_per_split, num_tiles - first_tile)
+        if FLAT:
             products = tl.zeros([BLOCK_N, TILE], tl.float32)
-            for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+            d_steps = tl.cdiv(D, BLOCK_D)
+            for step in tl.range(0, tiles * d_steps, num_stages=STAGES):
+                tile = first_tile + step // d_steps
+                d = step % d_steps * BLOCK_D
                 e = load_block(hidden, row, d, N, D, stride_hidden, BLOCK_N, BLOCK_D, TMA)
                 c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
                 products = tl.dot(e, c.T, products, input_precision=PRECISION)
-            columns = tile * TILE + tl.arange(0, TILE)
-            z, _ = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-            tile_max_n = tl.max(z, 1)
-            tile_max_n = tl.where(tile_max_n == -float("inf"), 0.0, tile_max_n)
-            # NaN logits do not survive the max but do reach this sum, and so the loss.
-            tile_sum_n = tl.sum(tl.exp2(z - tile_max_n[:, None]), 1)
-            if WANT_TILES:
-                tile_lse_n = tile_max_n + tl.log2(tile_sum_n)
-                reference_n = tl.where(tile == first_tile, tile_lse_n, reference_n)
-                relative_n = (tile_lse_n - reference_n).to(tile_lse_TN.dtype.element_ty)
-                tl.store(tile_lse_TN + tl.cast(tile, tl.int64) * N + n, relative_n, mask=n < n_valid)
-            new_max_n = tl.maximum(max_n, tile_max_n)
-            sum_n = sum_n * tl.exp2(max_n - new_max_n) + tile_sum_n * tl.exp2(tile_max_n - new_max_n)
-            max_n = new_max_n
+                if d + BLOCK_D >= D:
+                    max_n, sum_n, reference_n = _absorb_tile(
+                        products,
+                        max_n,
+                        sum_n,
+                        reference_n,
+                        tile,
+                        tile == first_tile,
+                        n,
+                        n_valid,
+                        bias,
+                        tile_lse_TN,
+                        N,
+                        V,
+                        scale,
+                        softcap,
+                        TILE,
+                        HAS_BIAS,
+                        HAS_SOFTCAP,
+                        WANT_TILES,
+                    )
+                    products = tl.zeros([BLOCK_N, TILE], tl.float32)
+        else:
+            for tile in range(first_tile, first_tile + tiles):
+                products = tl.zeros([BLOCK_N, TILE], tl.float32)
+                for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+                    e = load_block(hidden, row, d, N, D, stride_hidden, BLOCK_N, BLOCK_D, TMA)
+                    c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
+                    products = tl.dot(e, c.T, products, input_precision=PRECISION)
+                max_n, sum_n, reference_n = _absorb_tile(
+                    products,
+                    max_n,
+                    sum_n,
+                    reference_n,
+                    tile,
+                    tile == first_tile,
+                    n,
+                    n_valid,
+                    bias,
+                    tile_lse_TN,
+                    N,
+                    V,
+                    scale,
+                    softcap,
+                    TILE,
+                    HAS_BIAS,
+                    HAS_SOFTCAP,
+                    WANT_TILES,
+                )
         tl.store(max_SN + split * N + n, max_n, mask=n < n_valid)
         tl.store(sumexp_SN + split * N + n, sum_n, mask=n < n_valid)
         if WANT_TILES:
@@ -183,6 +262,7 @@ def summarise(logits: Logits, want_tiles: bool) -> Summary:
         TMA=tma,
         PRECISION=precision(logits),
         STAGES=tuning.stages,
+        FLAT=hidden_size <= tuning.flat_below,
         num_warps=tuning.warps,
         **flags,
     )

@@ -12,6 +12,7 @@ class Tuning(NamedTuple):
         block_n, block_d, warps, stages: of summarise, and of the dense probabilities of exact mode.
         row_group: row blocks that run side by side, so that their hidden states stay in L2 while the classifier passes.
         splits: vocabulary splits of summarise.
+        flat_below: the largest D for which summarise walks over tiles and D in one loop.
         tma: load tiles through tensor descriptors.
         pair_rows: rows of a block of kept pairs in the sparse backward.
         pair_block_d, pair_stages: its steps along D.
@@ -26,6 +27,7 @@ class Tuning(NamedTuple):
     stages: int = 2
     row_group: int = 16
     splits: int = 8
+    flat_below: int = 0
     tma: bool = False
     pair_rows: int = 64
     pair_block_d: int = 32
@@ -43,6 +45,7 @@ _HOPPER_16_BIT = Tuning(
     stages=4,
     row_group=16,
     splits=16,
+    flat_below=1024,
     tma=True,
     pair_rows=128,
     pair_block_d=64,
@@ -50,7 +53,7 @@ _HOPPER_16_BIT = Tuning(
     weight_block_d=128,
     weight_block_k=64,
 )
-_INTERPRETER = Tuning(block_n=32, block_d=32, splits=3, pair_rows=32)
+_INTERPRETER = Tuning(block_n=32, block_d=32, splits=3, flat_below=64, pair_rows=32)
 
 
 def tuning_for(hidden: torch.Tensor) -> Tuning:

@@ -1,0 +1,107 @@
+"""FSDP2's private state, touched here and nowhere else. Known on torch 2.8 to 2.15; `check_torch` refuses others.
+
+FSDP2 keeps the parameters of a `fully_shard` call as FSDPParams in FSDPParamGroups, which it all-gathers before a
+module's forward and whose gradients it reduces after its backward.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+
+def check_torch(mesh: DeviceMesh) -> None:
+    """Looks for everything that this file uses on a one-weight module; makes no collective.
+
+    Raises:
+        RuntimeError: this torch keeps FSDP2's state in another way.
+    """
+    probe = nn.Linear(1, 1, bias=False)
+    fully_shard(probe, mesh=mesh)
+    assert isinstance(probe, FSDPModule)
+    try:
+        probe.set_gradient_divide_factor(3.0)
+        (group,) = param_groups(probe)
+        (fsdp_param,) = group.fsdp_params
+        known = group.gradient_divide_factor == 3.0 and _holders(fsdp_param) == [probe] and callable(group.lazy_init)
+        state = _state(probe)
+        known = known and state._is_root is None and hasattr(group.mp_policy, "param_dtype")
+        _drop(state, group)
+        known = known and not param_groups(probe)
+    except (AttributeError, TypeError, ValueError):
+        known = False
+    if not known:
+        raise RuntimeError(
+            f"cce_dist.fsdp does not know how FSDP2 of torch {torch.__version__} keeps its parameters. Use torch 2.8 "
+            "to 2.15, or a cce_dist.ShardedCCEHead whose parameters you pass to fully_shard(ignored_params=)."
+        )
+
+
+def param_groups(module: nn.Module) -> list[Any]:
+    """The FSDPParamGroups of the `fully_shard` call that took this very module; empty where there was none."""
+    if not isinstance(module, FSDPModule):
+        return []
+    state = _state(module)
+    if hasattr(state, "_fsdp_param_groups"):  # torch 2.12 and later
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def governing_group(modules: Iterable[nn.Module]) -> Any | None:
+    """The first FSDPParamGroup of these modules: it has the user's ``gradient_divide_factor`` and ``mp_policy``."""
+    return next((group for module in modules for group in param_groups(module)), None)
+
+
+def reshard(model: nn.Module) -> None:
+    """Brings back the sharded parameters where a forward left them unsharded, as the root's does."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def release(model: nn.Module, head: nn.Module) -> None:
+    """Takes the head's parameters out of FSDP's unshard and reduce cycle; they stay the sharded DTensors that they are.
+
+    Raises:
+        ValueError: no FSDP group of the model manages all parameters of the head.
+    """
+    released = 0
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        for group in param_groups(module):
+            mine = [fsdp_param for fsdp_param in group.fsdp_params if head in _holders(fsdp_param)]
+            if not mine:
+                continue
+            for fsdp_param in mine:
+                group.fsdp_params.remove(fsdp_param)
+            released += len(mine)
+            if not group.fsdp_params:
+                _drop(_state(module), group)
+            elif _state(module)._is_root is not None:
+                group.lazy_init()  # idempotent; what it derived from the parameters is derived anew
+    expected = len(list(head.parameters(recurse=False)))
+    if released != expected:
+        raise ValueError(
+            f"FSDP2 manages {released} of the {expected} parameters of the head. Call fully_shard on the model first, "
+            "with the head's parameters trainable or frozen alike but not in ignored_params."
+        )
+
+
+def _state(module: FSDPModule) -> Any:
+    return module._get_fsdp_state()  # type: ignore[attr-defined]
+
+
+def _holders(fsdp_param: Any) -> list[nn.Module]:
+    info = fsdp_param._module_info
+    return [info.module, *info.shared_modules]
+
+
+def _drop(state: Any, group: Any) -> None:
+    if hasattr(state, "_fsdp_param_groups"):
+        state._fsdp_param_groups.remove(group)
+    else:
+        state._fsdp_param_group = None

@@ -1,0 +1,162 @@
+"""A classifier that owns its vocabulary shard: the module that takes the place of a model's lm_head.
+
+Shapes: D hidden, V rows of the whole classifier, R local rows.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn import functional as F
+
+from cce_dist.config import CCEConfig
+from cce_dist.loss import linear_cross_entropy
+from cce_dist.owner import ModuleOwner
+from cce_dist.shard import Group, VocabShard, as_group
+
+
+class ShardedCCEHead(nn.Module):
+    """Linear classifier and cross-entropy in one module; each rank of a mesh stores a shard of the rows.
+
+    ``head(hidden, labels)`` is the loss, ``head.logits(hidden)`` the real logits. The state dict has the keys of an
+    ``nn.Linear``: ``weight`` and, possibly, ``bias``, as DTensors.
+
+    Args:
+        weight: [V, D], a DTensor that is Shard(0) on a 1-D mesh.
+        bias: [V], likewise, or None.
+        token_group: each of its ranks brings its own tokens (data, sequence or context parallelism): usually the mesh
+            itself. None: all ranks of the mesh bring the same tokens (tensor parallelism).
+        count_group: ``reduction="mean"`` counts the valid tokens of this group; None: ``token_group``.
+        grad_divisor: the gradients of weight and bias, sums over the tokens of all ranks, are divided by it. None: the
+            size of ``token_group``, which goes with a model whose other gradients are averaged over those ranks (DDP,
+            FSDP); 1.0 goes with summed ones.
+        vocab_size: number of real rows; the rows from there on are padding. None: V.
+        softcap, logit_scale: the logits are softcap·tanh(logit_scale·(hidden · weightᵀ + bias) / softcap).
+        config: settings of the loss.
+
+    Raises:
+        ValueError: weight or bias that is not Shard(0) on a 1-D mesh, or a bias of another length or mesh.
+    """
+
+    def __init__(
+        self,
+        weight: DTensor,
+        bias: DTensor | None = None,
+        *,
+        token_group: Group | None = None,
+        count_group: Group | None = None,
+        grad_divisor: float | None = None,
+        vocab_size: int | None = None,
+        softcap: float | None = None,
+        logit_scale: float | None = None,
+        config: CCEConfig | None = None,
+    ) -> None:
+        super().__init__()
+        if bias is not None and (bias.device_mesh != weight.device_mesh or bias.shape != weight.shape[:1]):
+            raise ValueError(
+                f"bias must be [{weight.shape[0]}] and sharded on weight's mesh {weight.device_mesh}, got "
+                f"{list(bias.shape)} on {bias.device_mesh}."
+            )
+        tokens = as_group(token_group, "token_group")
+        if grad_divisor is None:
+            grad_divisor = 1.0 if tokens is None else float(dist.get_world_size(tokens))
+        self.shard = VocabShard.from_dtensor(
+            weight, tokens, vocab_size=vocab_size, count_group=count_group, grad_divisor=grad_divisor
+        )
+        self.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.config = CCEConfig() if config is None else config
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, mesh: DeviceMesh, **settings: Any) -> "ShardedCCEHead":
+        """Shards a linear layer, bias included, over a 1-D mesh; the layer itself is left as it is.
+
+        Every rank of the mesh calls it. The values of the mesh's first rank count, as with `distribute_tensor`.
+
+        Args:
+            linear: weight [V, D]; on the meta device too.
+            settings: keyword arguments of `ShardedCCEHead`.
+
+        Raises:
+            TypeError: ``linear`` is no nn.Linear, or is sharded already.
+            ValueError: the mesh has more than one dimension.
+        """
+        if not isinstance(linear, nn.Linear) or isinstance(linear.weight, DTensor):
+            raise TypeError(
+                f"linear must be an nn.Linear with an unsharded weight, got {type(linear).__name__} "
+                f"with a {type(getattr(linear, 'weight', None)).__name__}."
+            )
+        as_group(mesh, "mesh")
+        bias = None if linear.bias is None else _distribute(linear.bias, mesh)
+        return cls(_distribute(linear.weight, mesh), bias, **settings)
+
+    def forward(self, hidden: Tensor, labels: Tensor, **overrides: Any) -> Any:
+        """The loss of this rank's tokens, see `linear_cross_entropy`. Every rank of the mesh must call it.
+
+        Args:
+            hidden: [..., D].
+            labels: [...].
+            overrides: keyword arguments of `linear_cross_entropy`, such as ``shift`` or ``reduction``.
+
+        Returns:
+            The loss; (loss, lse) with ``return_lse=True``.
+        """
+        owner = ModuleOwner(self, self.shard)
+        settings = {"softcap": self.softcap, "logit_scale": self.logit_scale, **self.config.loss_kwargs(), **overrides}
+        return linear_cross_entropy(
+            hidden, owner.local_weight(), labels, bias=owner.local_bias(), shard=self.shard, **settings
+        )
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Real logits [..., vocab_size] of this rank's tokens, for evaluation and generation; without a gradient.
+
+        Every rank of the mesh must call it. With replicated tokens each rank computes its own columns and the columns
+        are gathered. With sharded tokens every rank needs all columns of its own tokens: the whole classifier, in
+        hidden's dtype, is gathered for the duration of the call, and ranks may bring different numbers of tokens.
+
+        Args:
+            hidden: [..., D].
+        """
+        replicated = self.shard.token_group is None
+
+        def rows(parameter: Tensor) -> Tensor:
+            in_dtype = cast(DTensor, parameter.to(hidden.dtype))
+            return in_dtype.to_local() if replicated else in_dtype.full_tensor()
+
+        logits_V = F.linear(hidden, rows(self.weight), None if self.bias is None else rows(self.bias))
+        if replicated:
+            logits_V = _join_columns(logits_V, cast(DTensor, self.weight))
+        logits_V = logits_V[..., : self.shard.vocab_size]
+        if self.logit_scale is not None:
+            logits_V = logits_V * self.logit_scale
+        if self.softcap is not None:
+            logits_V = self.softcap * torch.tanh(logits_V / self.softcap)
+        return logits_V
+
+    def extra_repr(self) -> str:
+        rows, hidden = self.weight.shape
+        return (
+            f"in_features={hidden}, out_features={rows}, bias={self.bias is not None}, local_rows={self.shard.num_rows}"
+        )
+
+
+def _distribute(parameter: Tensor, mesh: DeviceMesh) -> DTensor:
+    sharded = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+    sharded.requires_grad_(parameter.requires_grad)
+    return sharded
+
+
+def _join_columns(columns_R: Tensor, weight: DTensor) -> Tensor:
+    """All-gathers each rank's columns [..., R], of uneven numbers, into [..., V]."""
+    shape = torch.Size((*columns_R.shape[:-1], weight.shape[0]))
+    stride = torch.empty(shape, device="meta").stride()
+    sharded = DTensor.from_local(
+        columns_R, weight.device_mesh, [Shard(len(shape) - 1)], run_check=False, shape=shape, stride=stride
+    )
+    return sharded.redistribute(placements=[Replicate()]).to_local()

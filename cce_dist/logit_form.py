@@ -1,0 +1,156 @@
+"""What a model may do to its logits so that the loss can do the same without them: scale, softcap, bias, views, casts.
+
+`record` turns a chain of torch calls into a `LogitForm`, the terms that `linear_cross_entropy` takes.
+
+Shapes: X any leading dimensions, D hidden, V rows of the classifier.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class _Placeholder:
+    """Stands in a recorded call where the logits were among the arguments."""
+
+
+LOGITS = _Placeholder()
+
+
+class Call(NamedTuple):
+    """A torch function called on the logits."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def on(self, logits: Tensor) -> Any:
+        return self.function(*(logits if arg is LOGITS else arg for arg in self.args), **self.kwargs)
+
+    def operand(self) -> Any:
+        """The other operand of a binary function; None where the call has options."""
+        if self.kwargs or len(self.args) != 2:
+            return None
+        return self.args[1] if self.args[0] is LOGITS else self.args[0]
+
+
+class LogitForm(NamedTuple):
+    """Recorded logits in the terms of the loss: x = scale·(hidden · weightᵀ + biases), or cap·tanh(x) if cap is set."""
+
+    hidden_XD: Tensor
+    rows: int
+    dtype: torch.dtype
+    scale: float = 1.0
+    cap: float | None = None
+    biases: tuple[Tensor, ...] = ()
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden_XD.shape[:-1], self.rows))
+
+    def meta(self) -> Tensor:
+        """A tensor of the logits' shape and dtype without memory: torch itself says what a call makes of them."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def record(form: LogitForm, call: Call) -> LogitForm | None:
+    """The form after a call; None where the loss has no term for it."""
+    recorder = _RECORDERS.get(call.function)
+    return None if recorder is None else recorder(form, call)
+
+
+def _number(x: Any) -> float | None:
+    """The value of a Python number, or of a constant that lies on the CPU (elsewhere it would cost a wait)."""
+    if isinstance(x, (int, float)):
+        return float(x)
+    is_constant = isinstance(x, Tensor) and x.ndim == 0 and x.device.type == "cpu" and not x.requires_grad
+    return float(x) if is_constant else None
+
+
+def _scale(form: LogitForm, factor: float) -> LogitForm | None:
+    if factor == 0.0:
+        return None
+    if form.cap is None:
+        return form._replace(scale=form.scale * factor)
+    return form._replace(cap=form.cap * factor)
+
+
+def _multiply(form: LogitForm, call: Call) -> LogitForm | None:
+    factor = _number(call.operand())
+    return None if factor is None else _scale(form, factor)
+
+
+def _divide(form: LogitForm, call: Call) -> LogitForm | None:
+    divisor = _number(call.operand())
+    return None if not divisor or call.args[0] is not LOGITS else _scale(form, 1.0 / divisor)
+
+
+def _tanh(form: LogitForm, call: Call) -> LogitForm | None:
+    return form._replace(cap=1.0) if form.cap is None else None
+
+
+def _add(form: LogitForm, call: Call) -> LogitForm | None:
+    bias = call.operand()
+    is_bias = isinstance(bias, Tensor) and bias.ndim <= len(form.shape) and bias.shape[-1:] == form.shape[-1:]
+    if not is_bias or bias.numel() != form.rows or form.cap is not None:
+        return None
+    biases = (*form.biases, bias.reshape(-1) / form.scale)
+    return form._replace(biases=biases, dtype=torch.promote_types(form.dtype, bias.dtype))
+
+
+def _cast(form: LogitForm, call: Call) -> LogitForm | None:
+    probe = torch.empty(0, dtype=form.dtype, device=form.hidden_XD.device)
+    result = call.on(probe)
+    is_cast = result.device == probe.device and result.is_floating_point()
+    return form._replace(dtype=result.dtype) if is_cast else None
+
+
+def _reshape(form: LogitForm, call: Call) -> LogitForm | None:
+    result = call.on(form.meta())
+    if result.shape[-1:] != form.shape[-1:] or result.dtype != form.dtype:
+        return None
+    return form._replace(hidden_XD=form.hidden_XD.reshape(*result.shape[:-1], form.hidden_XD.shape[-1]))
+
+
+def _index(form: LogitForm, call: Call) -> LogitForm | None:
+    """Any index into the leading dimensions; of the last one, all rows or the first few."""
+    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    if call.args[0] is not LOGITS or not all(type(i) in _INDICES or isinstance(i, Tensor) for i in index):
+        return None
+    used = sum(_dimensions_used(i) for i in index)
+    if index and index[-1] is ...:
+        index = index[:-1]
+    if used < len(form.shape) and not any(i is ... for i in index):
+        return form._replace(hidden_XD=form.hidden_XD[index])
+    rows = index[-1]
+    if not isinstance(rows, slice):
+        return None
+    start, stop, step = rows.indices(form.rows)
+    if start != 0 or step != 1 or stop == 0:
+        return None
+    hidden_XD = form.hidden_XD[index[:-1] + (slice(None),)]
+    return form._replace(hidden_XD=hidden_XD, rows=stop, biases=tuple(bias[:stop] for bias in form.biases))
+
+
+_INDICES = (int, slice, type(None), type(...))
+
+
+def _dimensions_used(index: Any) -> int:
+    if index is None or index is ...:
+        return 0
+    is_mask = isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+    return index.ndim if is_mask else 1
+
+
+_RECORDERS: dict[Callable[..., Any], Callable[[LogitForm, Call], LogitForm | None]] = {
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiply),
+    **dict.fromkeys((torch.div, torch.true_divide, Tensor.div, Tensor.true_divide, Tensor.__truediv__), _divide),
+    **dict.fromkeys((torch.tanh, Tensor.tanh, F.tanh), _tanh),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
+    **dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.to, Tensor.contiguous), _cast),
+    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten), _reshape),
+    Tensor.__getitem__: _index,
+}

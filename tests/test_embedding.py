@@ -1,0 +1,108 @@
+"""VocabParallelEmbedding against nn.Embedding."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPool
+from torch import Tensor, nn
+
+from cce_dist.embedding import make_vocab_parallel
+from cce_dist.owner import ModuleOwner
+from cce_dist.shard import VocabShard
+
+HIDDEN = 8
+
+
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 3
+
+
+def _embedding(vocab: int) -> nn.Embedding:
+    torch.manual_seed(5)
+    return ScaledEmbedding(vocab, HIDDEN, padding_idx=1)
+
+
+def _ids(rank: int, vocab: int) -> Tensor:
+    """Another number of ids on every rank, none on the last of four; the padding token among them."""
+    ids = torch.randint(vocab, (2, 3 - rank), generator=torch.Generator().manual_seed(rank))
+    ids[:, :1] = 1
+    return ids
+
+
+def _upstream(rows: Tensor, rank: int) -> Tensor:
+    return torch.randn(rows.shape, generator=torch.Generator().manual_seed(50 + rank))
+
+
+def _shard(vocab: int, tokens: bool = True) -> VocabShard:
+    return VocabShard.even(vocab, dist.group.WORLD, dist.group.WORLD if tokens else None)  # type: ignore[arg-type]
+
+
+def _local(vocab: int, tokens: bool = True) -> tuple[nn.Embedding, ModuleOwner]:
+    """An embedding whose parameter is this rank's rows."""
+    embedding, shard = _embedding(vocab), _shard(vocab, tokens)
+    embedding.weight = nn.Parameter(embedding.weight.detach()[shard.start : shard.stop].clone())
+    return embedding, ModuleOwner(embedding, shard)
+
+
+def _look_up(vocab: int) -> tuple[Tensor, Tensor]:
+    embedding, owner = _local(vocab)
+    make_vocab_parallel(embedding, owner, lambda: None)
+    rows = embedding(_ids(dist.get_rank(), vocab))
+    rows.backward(_upstream(rows, dist.get_rank()))
+    assert embedding.weight.grad is not None
+    return rows.detach(), embedding.weight.grad
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("vocab", [5, 23])
+def test_rows_and_gradient_equal_those_of_a_plain_embedding(ranks: RankPool, world: int, vocab: int) -> None:
+    plain = _embedding(vocab)
+    results = ranks.run(world, _look_up, vocab)
+    for rank, (rows, _) in enumerate(results):
+        expected = plain(_ids(rank, vocab))
+        expected.backward(_upstream(expected, rank))
+        assert torch.equal(rows, expected)
+    gradient = torch.cat([gradient for _, gradient in results])
+    assert plain.weight.grad is not None
+    assert float((gradient - plain.weight.grad).norm() / plain.weight.grad.norm()) < 1e-6
+    assert not gradient[1].any(), "the padding token's row must have no gradient"
+
+
+def _compute_dtype() -> torch.dtype:
+    embedding, owner = _local(9)
+    make_vocab_parallel(embedding, owner, lambda: torch.bfloat16)
+    return embedding(torch.tensor([3])).dtype
+
+
+def test_the_rows_come_in_the_compute_dtype(ranks: RankPool) -> None:
+    assert ranks.run(2, _compute_dtype) == [torch.bfloat16] * 2
+
+
+def _errors() -> list[str]:
+    texts = []
+    embedding, owner = _local(9)
+    make_vocab_parallel(embedding, owner, lambda: None)
+    bad_id = -1 if dist.get_rank() == 1 else 0
+    sparse, sparse_owner = _local(9)
+    sparse.sparse = True
+    same_tokens, replicated_owner = _local(9, tokens=False)
+    attempts: list[Any] = [
+        lambda: embedding(torch.tensor([bad_id])),
+        lambda: make_vocab_parallel(sparse, sparse_owner, lambda: None),
+        lambda: make_vocab_parallel(same_tokens, replicated_owner, lambda: None),
+        lambda: make_vocab_parallel(nn.Linear(1, 1), owner, lambda: None),  # type: ignore[arg-type]
+    ]
+    for attempt in attempts:
+        with pytest.raises((IndexError, ValueError, TypeError)) as caught:
+            attempt()
+        texts.append(str(caught.value))
+    return texts
+
+
+def test_what_a_shard_cannot_do_is_an_error_on_every_rank(ranks: RankPool) -> None:
+    for texts in ranks.run(2, _errors):
+        for text, part in zip(texts, ["[-1]", "sparse", "token_group", "Linear"], strict=True):
+            assert part in text

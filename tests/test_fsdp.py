@@ -1,0 +1,631 @@
+"""FSDP2 training with a vocabulary-sharded head against the plain model in a single process."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ranks import RankPool
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cce_dist import fsdp_groups
+from cce_dist.config import CCEConfig
+from cce_dist.fsdp import adopt, shard_head
+
+EXACT = CCEConfig(gradient="exact", materialize="raise")
+STEPS = 5
+SLOW_START = 240.0  # a rank's first case imports transformers
+HIDDEN = 32
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.up = nn.Linear(HIDDEN, 2 * HIDDEN)
+        self.down = nn.Linear(2 * HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class PlainLM(nn.Module):
+    """A language model that knows nothing of any framework; its embedding has a padding token."""
+
+    def __init__(self, vocab: int, tied: bool, input_vocab: int = 11) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab if tied else input_vocab, HIDDEN, padding_idx=2)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.lm_head = nn.Linear(HIDDEN, vocab, bias=not tied)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(self.norm(x))
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str = "plain"
+    vocab: int = 103
+    tied: bool = False
+    input_vocab: int = 103
+    mesh: tuple[int, ...] = ()
+    entry: str = "before"
+    micro_batches: int = 1
+    sync_every_micro_batch: bool = True
+    losses_per_backward: int = 1
+    divide_factor: float | None = None
+    offload: bool = False
+
+    def __str__(self) -> str:
+        changed = {k: v for k, v in vars(self).items() if v != getattr(Case, k)}
+        return ",".join(f"{k}={v}" for k, v in changed.items()) or "default"
+
+
+def _build(case: Case) -> nn.Module:
+    torch.manual_seed(3)
+    sizes = {"vocab_size": case.vocab, "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": case.tied}
+    if case.model == "llama":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    if case.model == "gemma":  # its embedding is a subclass that scales
+        from transformers import GemmaConfig, GemmaForCausalLM
+
+        return GemmaForCausalLM(GemmaConfig(**sizes, **heads, head_dim=8, pad_token_id=0))
+    return PlainLM(case.vocab, case.tied, case.input_vocab)
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    return model.layers if isinstance(model, PlainLM) else model.model.layers  # type: ignore[return-value,union-attr]
+
+
+def _norm(model: nn.Module) -> nn.Module:
+    return model.norm if isinstance(model, PlainLM) else model.model.norm  # type: ignore[return-value,union-attr]
+
+
+def _batch(case: Case, step: int, micro: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Another length on every rank, and another share of ignored labels."""
+    generator = torch.Generator().manual_seed(1000 * step + 100 * micro + rank)
+    shape = (2, 4 + (rank + step) % 3)
+    ids = torch.randint(min(case.vocab, case.input_vocab), shape, generator=generator)
+    labels = torch.randint(case.vocab, shape, generator=generator)
+    labels[torch.rand(shape, generator=generator) < 0.2 * rank] = -100
+    labels[0, 0] = 1
+    return ids, labels
+
+
+def _loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    if not isinstance(model, PlainLM):
+        return model(input_ids=ids, labels=labels, shift_labels=labels).loss
+    logits = model(ids)
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
+
+
+def _losses(model: nn.Module, case: Case, step: int, micro: int, rank: int) -> Tensor:
+    """The loss of a micro-batch; of two forwards with other data, weighted, where a case has two losses."""
+    total = _loss(model, *_batch(case, step, micro, rank))
+    for extra in range(1, case.losses_per_backward):
+        total = total + 0.5 * _loss(model, *_batch(case, step, 50 + micro, rank + extra))
+    return total / case.micro_batches
+
+
+@dataclass
+class Record:
+    losses: list[list[float]]  # by step, by rank
+    norms: list[float]
+    weights: dict[str, Tensor]
+
+
+def _finish_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def _train_plain(case: Case, world: int) -> Record:
+    model = _build(case)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    record = Record([], [], {})
+    for step in range(STEPS):
+        losses = [0.0] * world
+        for micro in range(case.micro_batches):
+            for rank in range(world):
+                loss = _losses(model, case, step, micro, rank)
+                (loss / (case.divide_factor or world)).backward()
+                losses[rank] += float(loss.detach())
+        record.losses.append(losses)
+        record.norms.append(_finish_step(model, optimizer))
+    record.weights = {name: p.detach() for name, p in model.named_parameters()}
+    return record
+
+
+def _mesh(case: Case) -> DeviceMesh:
+    names = ("replicate", "shard") if len(case.mesh) == 2 else ("shard",)
+    return init_device_mesh("cpu", case.mesh or (dist.get_world_size(),), mesh_dim_names=names)
+
+
+def _shard(model: nn.Module, case: Case, mesh: DeviceMesh, config: CCEConfig = EXACT, **settings: Any) -> None:
+    """The user's fully_shard calls, and ours where ``case.entry`` puts it."""
+    if case.offload:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    if case.entry == "before":
+        shard_head(model, mesh, config=config)
+    for layer in _layers(model):
+        fully_shard(layer, mesh=mesh, **settings)
+    if case.entry == "between":
+        shard_head(model, mesh, config=config)
+    if case.entry == "adopt, own group":
+        fully_shard(model.lm_head, mesh=mesh, **settings)
+    if case.entry == "adopt, norm and head":  # as accelerate does, which has the root reshard too
+        settings["reshard_after_forward"] = True
+        fully_shard([_norm(model), model.lm_head], mesh=mesh, **settings)  # type: ignore[list-item]
+    if case.entry == "adopt, tied group":
+        fully_shard([model.get_input_embeddings(), _norm(model), model.lm_head], mesh=mesh, **settings)  # type: ignore[operator,list-item]
+    fully_shard(model, mesh=mesh, **settings)
+    if case.entry == "after":
+        shard_head(model, mesh, config=config)
+    if case.entry.startswith("adopt"):
+        adopt(model, config=config)
+    if case.divide_factor is not None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(case.divide_factor)
+                module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
+
+
+def _train_sharded(case: Case) -> Record:
+    model, rank = _build(case), dist.get_rank()
+    _shard(model, case, _mesh(case))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    record = Record([], [], {})
+    for step in range(STEPS):
+        own = 0.0
+        for micro in range(case.micro_batches):
+            if not case.sync_every_micro_batch:
+                assert isinstance(model, FSDPModule)
+                model.set_requires_gradient_sync(micro == case.micro_batches - 1)
+            loss = _losses(model, case, step, micro, rank)
+            loss.backward()
+            own += float(loss.detach())
+        losses: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(losses, own)
+        record.losses.append(losses)
+        record.norms.append(_finish_step(model, optimizer))
+    record.weights = _full_weights(model)
+    return record
+
+
+def _full_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().full_tensor() for name, p in model.named_parameters()}  # type: ignore[operator]
+
+
+def _assert_equal(actual: Record, expected: Record) -> None:
+    torch.testing.assert_close(torch.tensor(actual.losses), torch.tensor(expected.losses), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(actual.norms), torch.tensor(expected.norms), rtol=1e-5, atol=0)
+    assert actual.weights.keys() == expected.weights.keys()
+    floor = 1e-6 * float(torch.stack([w.norm() for w in expected.weights.values()]).norm())
+    for name, weight in expected.weights.items():
+        error = float((actual.weights[name] - weight).norm()) / max(float(weight.norm()), floor)
+        assert error < 1e-4, f"{name}: {error:.1e}"
+
+
+FAST = [
+    (2, Case(model="llama")),
+    (4, Case(entry="after", micro_batches=2, sync_every_micro_batch=False)),
+    (4, Case(model="llama", mesh=(2, 2), entry="adopt, norm and head", micro_batches=2)),
+    (4, Case(model="gemma", tied=True, losses_per_backward=2)),
+    (4, Case(vocab=5, tied=True, mesh=(2, 2), entry="adopt")),
+    (2, Case(entry="between", divide_factor=1.0)),
+    (2, Case(entry="adopt, norm and head", losses_per_backward=2)),
+]
+FULL = [
+    (4, Case(vocab=5)),  # 2, 2, 1 and 0 rows
+    (2, Case(vocab=5, entry="adopt", micro_batches=2, sync_every_micro_batch=False)),
+    (4, Case(mesh=(2, 2), micro_batches=2, sync_every_micro_batch=False, losses_per_backward=2)),
+    (4, Case(mesh=(2, 2), entry="adopt", divide_factor=1.0)),
+    (4, Case(model="llama", tied=True, entry="adopt, tied group", losses_per_backward=2)),
+    (4, Case(model="llama", tied=True, entry="after", mesh=(2, 2))),
+    (2, Case(model="gemma", tied=True, entry="adopt, tied group", micro_batches=2)),
+    (3, Case(model="llama", entry="adopt, own group", micro_batches=3)),
+    (1, Case(model="llama", tied=True)),
+    (2, Case(entry="adopt, own group", offload=True)),
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "case"),
+    [pytest.param(world, case, id=f"{world} ranks,{case}") for world, case in FAST]
+    + [pytest.param(world, case, id=f"{world} ranks,{case}", marks=pytest.mark.full) for world, case in FULL],
+)
+def test_five_clipped_adamw_steps_equal_the_plain_model(ranks: RankPool, world: int, case: Case) -> None:
+    expected = _train_plain(case, world)
+    for record in ranks.run(world, _train_sharded, case, timeout=SLOW_START):
+        _assert_equal(record, expected)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """The most elements that any plain tensor had that any operation made, forward or backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not isinstance(result, DTensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def _largest_tensor(case: Case) -> int:
+    model = _build(case)
+    _shard(model, case, _mesh(case))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    watch = _LargestTensor()
+    for step in range(2):
+        with watch:
+            _losses(model, case, step, 0, dist.get_rank()).backward()
+            _finish_step(model, optimizer)
+    return watch.elements
+
+
+@pytest.mark.parametrize("entry", ["before", "adopt"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_rank_ever_holds_the_classifier_in_training(ranks: RankPool, entry: str, tied: bool) -> None:
+    # Untied, FSDP gathers the embedding: that one has few rows here.
+    vocab = 4001
+    largest = ranks.run(
+        4, _largest_tensor, Case(vocab=vocab, tied=tied, input_vocab=vocab if tied else 50, entry=entry)
+    )
+    assert max(largest) < vocab * HIDDEN // 2
+
+
+def test_the_watch_sees_the_classifier_of_stock_fsdp(ranks: RankPool) -> None:
+    assert max(ranks.run(2, _largest_tensor, Case(vocab=4001, input_vocab=50, entry="stock"))) >= 4001 * HIDDEN
+
+
+def _evaluate(case: Case) -> dict[str, Any]:
+    model = _build(case)
+    plain = copy.deepcopy(model).eval()
+    _shard(model, case, _mesh(case))
+    ids, labels = _batch(case, 0, 0, dist.get_rank())
+    prompt = ids[:, :3]
+    model.eval()
+    with torch.no_grad():
+        logits, expected = model(input_ids=ids).logits, plain(input_ids=ids).logits
+    tokens = model.generate(prompt, max_new_tokens=4, do_sample=False, synced_gpus=True)  # type: ignore[operator]
+    expected_tokens = plain.generate(prompt, max_new_tokens=4, do_sample=False)  # type: ignore[operator]
+    model.train()
+    loss = _loss(model, ids, labels)
+    loss.backward()
+    return {
+        "logits": float((logits - expected).norm() / expected.norm()),
+        "tokens": torch.equal(tokens, expected_tokens),
+        "loss": abs(float(loss) / float(_loss(plain, ids, labels)) - 1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "case"),
+    [
+        (2, Case(model="llama")),
+        (4, Case(model="llama", tied=True, mesh=(2, 2), entry="adopt, tied group")),
+        pytest.param(4, Case(model="gemma", tied=True, entry="after"), marks=pytest.mark.full),
+        pytest.param(2, Case(model="llama", entry="adopt, norm and head"), marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_evaluation_and_generation_are_those_of_the_plain_model_and_training_goes_on(
+    ranks: RankPool, world: int, case: Case
+) -> None:
+    for result in ranks.run(world, _evaluate, case, timeout=SLOW_START):
+        assert result["tokens"] and result["logits"] < 1e-6 and result["loss"] < 1e-5
+
+
+def _real_logits_norms(case: Case) -> list[tuple[float, float]]:
+    """Gradient norms, ours and the plain model's, of a loss that also needs real logits in training."""
+
+    def loss(model: nn.Module, step: int, rank: int) -> Tensor:
+        entropy = torch.logsumexp(model(_batch(case, step, 0, rank)[0]), dim=-1).sum()
+        return entropy + _losses(model, case, step, 1, rank)
+
+    model, plain, rank, world = _build(case), _build(case), dist.get_rank(), dist.get_world_size()
+    _shard(model, case, _mesh(case), CCEConfig(gradient="exact"))
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (model, plain)]
+    norms = []
+    for step in range(2):
+        loss(model, step, rank).backward()
+        for other in range(world):
+            (loss(plain, step, other) / world).backward()
+        norms.append((_finish_step(model, optimizers[0]), _finish_step(plain, optimizers[1])))
+    return norms
+
+
+@pytest.mark.filterwarnings("ignore::cce_dist.lazy_logits.MaterializedLogitsWarning")
+@pytest.mark.parametrize(
+    ("world", "case"),
+    [
+        (2, Case()),
+        (2, Case(entry="adopt, norm and head")),
+        (4, Case(tied=True, mesh=(2, 2), entry="adopt")),
+    ],
+    ids=str,
+)
+def test_real_logits_in_training_have_the_gradient_of_the_plain_model(ranks: RankPool, world: int, case: Case) -> None:
+    for norms in ranks.run(world, _real_logits_norms, case):
+        for ours, plain in norms:
+            assert abs(ours / plain - 1) < 1e-5
+
+
+def _adopted_late(case: Case) -> Record:
+    """Two steps of stock FSDP2 and an evaluation, then the head is adopted."""
+    model, rank = _build(case), dist.get_rank()
+    _shard(model, Case(**{**vars(case), "entry": "stock"}), _mesh(case))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    record = Record([], [], {})
+    for step in range(STEPS):
+        if step == 2:
+            with torch.no_grad():
+                model(_batch(case, step, 0, rank)[0])
+            adopt(model, config=EXACT)
+        loss = _losses(model, case, step, 0, rank)
+        loss.backward()
+        losses: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(losses, float(loss.detach()))
+        record.losses.append(losses)
+        record.norms.append(_finish_step(model, optimizer))
+    record.weights = _full_weights(model)
+    return record
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_can_be_adopted_in_the_middle_of_a_run(ranks: RankPool, tied: bool) -> None:
+    case = Case(tied=tied)
+    expected = _train_plain(case, 2)
+    for record in ranks.run(2, _adopted_late, case):
+        _assert_equal(record, expected)
+
+
+def _mixed_precision(case: Case) -> list[float]:
+    """Relative distance of our bf16 run's weights, and of stock FSDP2's, from fp32 weights after the same steps."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    finals = []
+    for entry, settings in ((case.entry, {"mp_policy": policy}), ("stock", {"mp_policy": policy}), ("stock", {})):
+        model = _build(case)
+        _shard(model, Case(**{**vars(case), "entry": entry}), _mesh(case), **settings)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        for step in range(3):
+            for micro in range(2):
+                assert isinstance(model, FSDPModule)
+                model.set_requires_gradient_sync(micro == 1)
+                _losses(model, case, step, micro, dist.get_rank()).backward()
+            _finish_step(model, optimizer)
+        finals.append(torch.cat([w.flatten() for w in _full_weights(model).values()]))
+    return [float((final - finals[2]).norm() / finals[2].norm()) for final in finals[:2]]
+
+
+@pytest.mark.parametrize(
+    "case", [Case(entry="before"), Case(entry="adopt, own group"), Case(tied=True, entry="adopt")], ids=str
+)
+def test_mixed_precision_is_as_close_to_fp32_as_stock_fsdp(ranks: RankPool, case: Case) -> None:
+    for ours, stock in ranks.run(2, _mixed_precision, case):
+        assert 0 < ours < 1.5 * stock
+
+
+def _save(case: Case, folder: str) -> dict[str, Tensor]:
+    model = _build(case)
+    _shard(model, case, _mesh(case))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    _losses(model, case, 0, 0, dist.get_rank()).backward()
+    _finish_step(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    return _full_weights(model) | _full_moments(model, optimizer)
+
+
+def _load(case: Case, folder: str) -> dict[str, Tensor]:
+    torch.manual_seed(9)
+    model = _build(case)
+    _shard(model, case, _mesh(case))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    saved = _full_weights(model) | _full_moments(model, optimizer)
+    _losses(model, case, 1, 0, dist.get_rank()).backward()
+    _finish_step(model, optimizer)
+    return saved
+
+
+def _full_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {f"{name} moment": optimizer.state[p]["exp_avg"].full_tensor() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (Case(model="llama"), Case(model="llama", entry="adopt")),
+        (Case(model="llama", tied=True, mesh=(2, 2)), Case(model="llama", tied=True, entry="after")),
+        (Case(model="llama", entry="stock"), Case(model="llama")),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_four_ranks_resumes_on_two(ranks: RankPool, tmp_path: Path, saved: Case, loaded: Case) -> None:
+    expected = ranks.run(4, _save, saved, str(tmp_path), timeout=SLOW_START)[0]
+    for actual in ranks.run(2, _load, loaded, str(tmp_path), timeout=SLOW_START):
+        for name, value in expected.items():
+            assert torch.equal(actual[name], value), name
+
+
+def _full_state(case: Case) -> bool:
+    model = _build(case)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    _shard(model, case, _mesh(case))
+    _load_full(model, case)
+    _losses(model, case, 0, 0, dist.get_rank()).backward()
+    written = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    expected = _build(case).state_dict()
+    return written.keys() == expected.keys() and all(torch.equal(written[name], expected[name]) for name in expected)
+
+
+def _load_full(model: nn.Module, case: Case) -> None:
+    """The plain model's state dict from rank 0, as after `from_pretrained` there."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, _build(case).state_dict() if dist.get_rank() == 0 else {}, options=options)
+
+
+@pytest.mark.parametrize("entry", ["before", "adopt"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_full_state_dict_is_that_of_the_plain_model(ranks: RankPool, entry: str, tied: bool) -> None:
+    assert all(ranks.run(2, _full_state, Case(model="llama", tied=tied, entry=entry), timeout=SLOW_START))
+
+
+def _meta(case: Case) -> tuple[bool, float]:
+    with torch.device("meta"):
+        model = _build(case)
+    _shard(model, case, _mesh(case))
+    on_meta = all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    _load_full(model, case)
+    return on_meta, float(_losses(model, case, 0, 0, dist.get_rank()))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_built_on_the_meta_device_trains_after_loading(ranks: RankPool, tied: bool) -> None:
+    case = Case(tied=tied)
+    expected = _train_plain(case, 2).losses[0]
+    for rank, (on_meta, loss) in enumerate(ranks.run(2, _meta, case)):
+        assert on_meta and abs(loss / expected[rank] - 1) < 1e-5
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+def _refusals() -> list[str]:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+
+    def plain(**changes: Any) -> nn.Module:
+        model = PlainLM(11, tied=False)
+        for name, module in changes.items():
+            setattr(model, name, module)
+        return model
+
+    def twice() -> None:
+        model = plain()
+        shard_head(model, mesh)
+        shard_head(model, mesh)
+
+    def shared_with_a_linear() -> None:
+        model = plain(norm=nn.Linear(HIDDEN, 11))
+        model.norm.weight = model.lm_head.weight  # type: ignore[union-attr]
+        shard_head(model, mesh)
+
+    def column_parallel() -> None:
+        model = plain()
+        weight = distribute_tensor(model.lm_head.weight, mesh, [Shard(1)])  # type: ignore[union-attr,arg-type]
+        model.lm_head.weight = nn.Parameter(weight)  # type: ignore[union-attr]
+        adopt(model)
+
+    def unmanaged() -> None:
+        model = plain()
+        weight = distribute_tensor(model.lm_head.weight, mesh, [Shard(0)])  # type: ignore[union-attr,arg-type]
+        model.lm_head.weight = nn.Parameter(weight)  # type: ignore[union-attr]
+        adopt(model)
+
+    attempts: list[Callable[[], None]] = [
+        lambda: shard_head(nn.Sequential(nn.Linear(2, 2)), mesh),
+        lambda: shard_head(plain(lm_head=ScaledLinear(HIDDEN, 11)), mesh),
+        lambda: shard_head(plain(), mesh, head=nn.Linear(HIDDEN, 11)),
+        lambda: shard_head(plain(), mesh, config=CCEConfig(vocab_parallel_size=1)),
+        lambda: adopt(plain()),
+        twice,
+        shared_with_a_linear,
+        column_parallel,
+        unmanaged,
+    ]
+    texts = []
+    for attempt in attempts:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            attempt()
+        texts.append(str(caught.value))
+    return texts
+
+
+def test_what_is_not_supported_is_refused_by_name(ranks: RankPool) -> None:
+    parts = [
+        "head=",
+        "ScaledLinear",
+        "submodule",
+        "vocab_parallel_size",
+        "prepare",
+        "before",
+        "Linear",
+        "Shard(dim=1)",
+        "fully_shard",
+    ]
+    for texts in ranks.run(2, _refusals):
+        for text, part in zip(texts, parts, strict=True):
+            assert part in text
+
+
+@contextmanager
+def _torch_that_moved_the_state() -> Iterator[None]:
+    stock = fsdp_groups._holders
+    fsdp_groups._holders = lambda fsdp_param: fsdp_param._renamed  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        fsdp_groups._holders = stock
+
+
+def _unknown_torch() -> str:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = PlainLM(11, tied=False)
+    with _torch_that_moved_the_state(), pytest.raises(RuntimeError) as caught:
+        shard_head(model, mesh)
+    assert not isinstance(model.lm_head.weight, DTensor)
+    return str(caught.value)
+
+
+def test_a_torch_with_another_fsdp_is_refused_before_anything_changes(ranks: RankPool) -> None:
+    for text in ranks.run(2, _unknown_torch):
+        assert torch.__version__ in text
+
+
+def test_a_disabled_config_leaves_the_model_alone(ranks: RankPool) -> None:
+    assert ranks.run(1, _disabled) == [nn.Linear]
+
+
+def _disabled() -> type:
+    model = PlainLM(11, tied=False)
+    shard_head(model, init_device_mesh("cpu", (1,)), config=CCEConfig(enabled=False))
+    return type(model.lm_head)
