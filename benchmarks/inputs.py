@@ -87,14 +87,15 @@ def trained_inputs(
     torch.manual_seed(seed)
     with torch.device(device):
         model = _Model(vocab_size, hidden_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=device == "cuda")
+    rate = 1e-3 * min(1.0, 768 / hidden_size)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=device == "cuda")
     per_step = 8192
     sequences = torch.from_numpy(tokens[: len(tokens) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE)
     shuffled = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
     stream = sequences[shuffled].view(-1)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (step + 1) / 20)
+            group["lr"] = rate * min(1.0, (step + 1) / 20)
         ids = stream[step * per_step : (step + 1) * per_step + 1].to(device)
         with torch.autocast(device, torch.bfloat16):
             hidden = model(ids[:-1].view(-1, SEQUENCE)).view(-1, hidden_size)
@@ -107,7 +108,10 @@ def trained_inputs(
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         hidden = torch.cat([model(part.view(-1, SEQUENCE)).view(-1, hidden_size) for part in ids[:-1].split(per_step)])
         losses = [
-            F.cross_entropy(model.head(h).float(), y) for h, y in zip(hidden.split(1024), ids[1:].split(1024), strict=True)
+            F.cross_entropy(model.head(h).float(), y)
+            for h, y in zip(hidden.split(1024), ids[1:].split(1024), strict=True)
         ]
     weight = model.head.weight.detach().to(dtype)
-    return Inputs(hidden.to(dtype).contiguous(), weight.contiguous(), ids[1:].clone(), torch.stack(losses).mean().item())
+    return Inputs(
+        hidden.to(dtype).contiguous(), weight.contiguous(), ids[1:].clone(), torch.stack(losses).mean().item()
+    )

@@ -27,7 +27,8 @@ from cce_dist.shard import VocabShard
 Reduction = Literal["mean", "sum", "none"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_DEFAULT_WORKSPACE_MB = {"exact": 256, "filtered": 64, "unbiased": 64}
+_EXACT_WORKSPACE_MB = 256
+_SPARSE_WORKSPACE_MB = 32
 _LEAST_WORKSPACE_PER_TOKEN = 2 * TILE  # bytes: one tile of probabilities
 
 
@@ -125,7 +126,9 @@ def linear_cross_entropy(  # type: ignore[misc]
         0.0 if fault else _resolve_eps(filter_eps, gradient, shard.vocab_size),
         seed,
         "triton" if backend == "triton" or (backend == "auto" and _triton_can(hidden)) else "torch",
-        0 if fault else _workspace_bytes(workspace_mb, "exact" if filter_eps == 0 else gradient),
+        _workspace_bytes(
+            workspace_mb, "exact" if filter_eps == 0 else gradient, _least_workspace_mb(labels.numel(), shard)
+        ),
         max_tokens,
     )
     contract = _contract(hidden, weight_VD, bias_V, shard, settings, reduction, num_valid_tokens)
@@ -227,8 +230,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             grad_hidden_nD = None
             if gradients.hidden_ND is not None:
-                grad_hidden_nD = _reduce_hidden(gradients.hidden_ND, order_N, valid_N, ctx.num_tokens, shard)
-                grad_hidden_nD = grad_hidden_nD.to(hidden_ND.dtype)
+                grad_hidden_nD = _reduce_hidden(
+                    gradients.hidden_ND, order_N, valid_N, ctx.num_tokens, shard, hidden_ND.dtype
+                )
         grad_bias_V = None if bias_V is None or gradients.bias_V is None else gradients.bias_V.to(bias_V.dtype)
         return (
             grad_hidden_nD,
@@ -317,9 +321,8 @@ def _draw_seed(settings: _Settings, device: torch.device) -> Tensor:
 
 
 def _restore(values_N: Tensor, order_N: Tensor, valid_N: Tensor) -> Tensor:
-    """Back to the order before compaction, 0 where not valid."""
-    mask_N = valid_N.view(-1, *([1] * (values_N.ndim - 1)))
-    return torch.empty_like(values_N).index_copy_(0, order_N, torch.where(mask_N, values_N, 0))
+    """[N] back to the order before compaction, 0 where not valid."""
+    return torch.empty_like(values_N).index_copy_(0, order_N, torch.where(valid_N, values_N, 0))
 
 
 def _own(values_N: Tensor, num_tokens: int, most: int, shard: VocabShard) -> Tensor:
@@ -354,19 +357,24 @@ def _upstream(
     return Upstream(softmax_N / scale, target_N / scale, scale)
 
 
-def _reduce_hidden(partial_ND: Tensor, order_N: Tensor, valid_N: Tensor, num_tokens: int, shard: VocabShard) -> Tensor:
-    """Sums the shards' dE over the ranks and returns the rows of this rank's tokens."""
+def _reduce_hidden(
+    partial_ND: Tensor, order_N: Tensor, valid_N: Tensor, num_tokens: int, shard: VocabShard, dtype: torch.dtype
+) -> Tensor:
+    """Sums the shards' dE (used up) over the ranks and returns the rows of this rank's tokens, in ``dtype``."""
+    partial_ND = partial_ND.masked_fill_(~valid_N[:, None], 0)
     if shard.reduce_dtype is not None:
         partial_ND = partial_ND.to(shard.reduce_dtype)
     if shard.token_group is None:
         if shard.vocab_group is not None:
             dist.all_reduce(partial_ND, group=shard.vocab_group)
-        return _restore(partial_ND, order_N, valid_N)
-    own_nD = reduce_scatter_tokens(_restore(partial_ND, order_N, valid_N), num_tokens, shard.token_group)
+        grad_ND = partial_ND.to(dtype)
+        return torch.empty_like(grad_ND).index_copy_(0, order_N, grad_ND)
+    ordered_ND = torch.empty_like(partial_ND).index_copy_(0, order_N, partial_ND)
+    own_nD = reduce_scatter_tokens(ordered_ND, num_tokens, shard.token_group)
     if shard.replica_group is not None:
         own_nD = own_nD.contiguous()
         dist.all_reduce(own_nD, group=shard.replica_group)
-    return own_nD
+    return own_nD.to(dtype)
 
 
 def _with_padding(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
@@ -483,22 +491,27 @@ def _setting_fault(
     return None
 
 
-def _workspace_bytes(workspace_mb: int | None, gradient: Gradient) -> int:
-    return (_DEFAULT_WORKSPACE_MB[gradient] if workspace_mb is None else workspace_mb) << 20
+def _least_workspace_mb(num_tokens: int, shard: VocabShard) -> int:
+    ranks = 1 if shard.token_group is None else dist.get_world_size(shard.token_group)
+    return max(-(-num_tokens * ranks * _LEAST_WORKSPACE_PER_TOKEN // (1 << 20)), 1)
 
 
-def _workspace_fault(
-    hidden: Tensor, shard: VocabShard, workspace_mb: int | None, max_tokens: int | None
-) -> str | None:
+def _workspace_bytes(workspace_mb: int | None, gradient: Gradient, least_mb: int) -> int:
+    """The default is eight times the least where that is more: a smaller one makes the sparse backward wait."""
+    if workspace_mb is None:
+        workspace_mb = _EXACT_WORKSPACE_MB if gradient == "exact" else max(_SPARSE_WORKSPACE_MB, 8 * least_mb)
+    return max(workspace_mb, least_mb) << 20
+
+
+def _workspace_fault(hidden: Tensor, shard: VocabShard, workspace_mb: int | None, max_tokens: int | None) -> str | None:
     num_tokens = hidden.shape[:-1].numel()
     if max_tokens is not None and max_tokens < num_tokens:
         return f"max_tokens must be at least this rank's {num_tokens} tokens, got {max_tokens}."
-    ranks = 1 if shard.token_group is None else dist.get_world_size(shard.token_group)
-    least = -(-max(num_tokens * ranks * _LEAST_WORKSPACE_PER_TOKEN, 1) // (1 << 20))
+    least = _least_workspace_mb(num_tokens, shard)
     if workspace_mb is not None and workspace_mb < least:
         return (
-            f"workspace_mb must be at least {least}, {_LEAST_WORKSPACE_PER_TOKEN} bytes for each of the {num_tokens} "
-            f"tokens of {ranks} ranks, got {workspace_mb}."
+            f"workspace_mb must be at least {least}, {_LEAST_WORKSPACE_PER_TOKEN} bytes for each of the token group's "
+            f"tokens, {num_tokens} of them on this rank; got {workspace_mb}."
         )
     return None
 

@@ -1,0 +1,13 @@
+"""DeepSpeed: a section "cce_dist" in the config JSON gives the engine a vocabulary-parallel classifier.
+
+    import cce_dist.deepspeed
+
+    engine, optimizer, loader, scheduler = cce_dist.deepspeed.initialize(model=model, config="ds.json")
+
+`initialize` takes what `deepspeed.initialize` takes. After `install()`, `deepspeed.initialize` itself honours the
+section, so that accelerate, the Hugging Face Trainer and existing scripts need one line.
+"""
+
+from cce_dist.deepspeed.engine import initialize, install, uninstall
+
+__all__ = ["initialize", "install", "uninstall"]

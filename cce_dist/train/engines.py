@@ -1,0 +1,192 @@
+"""The engines: who holds the parameters, reduces the gradients and takes the optimizer step.
+
+Both kinds average gradients over the ranks, so the loop hands them losses that are multiplied by the number of ranks.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from cce_dist.config import CCEConfig
+from cce_dist.train.place import Place
+from cce_dist.train.settings import OptimizerSettings, Settings
+
+
+class Engine(Protocol):
+    """What the loop needs of one."""
+
+    model: nn.Module
+    """To be called; in evaluation too."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds to the gradients."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clips, updates, clears the gradients; returns their norm before clipping."""
+
+    def save(self, folder: Path) -> None:
+        """Collective: writes parameters and optimizer state."""
+
+    def load(self, folder: Path) -> None:
+        """Collective: reads what `save` wrote."""
+
+
+def build(model: PreTrainedModel, settings: Settings, place: Place) -> Engine:
+    """Shards the model as the settings say.
+
+    Raises:
+        ValueError: engine "none" with several ranks, and what the engines themselves refuse.
+    """
+    if settings.engine == "deepspeed":
+        return DeepSpeedEngine(model, settings)
+    if settings.engine == "fsdp2":
+        _fsdp2(model, settings, place)
+    else:
+        _single_process(model, settings, place)
+    return TorchEngine(model.to(place.device), settings)
+
+
+class TorchEngine:
+    """A plain module, or one sharded by FSDP2."""
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model = model
+        self._optimizer = _adamw(model.parameters(), settings.optimizer)
+        self._clip = settings.optimizer.clip
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
+        _set_learning_rate(self._optimizer, learning_rate)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def save(self, folder: Path) -> None:
+        dcp.save(self._state(), checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        state = self._state()
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(
+            self.model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self._optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+
+class DeepSpeedEngine:
+    """DeepSpeed, from its JSON."""
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        import deepspeed
+
+        import cce_dist.deepspeed
+
+        if not torch.cuda.is_available():  # an optional CPU collective that DeepSpeed would compile for a minute
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._engine, *_ = cce_dist.deepspeed.initialize(
+            model=model,
+            optimizer=_adamw(model.parameters(), settings.optimizer),
+            config=_deepspeed_config(settings),
+        )
+        self.model: nn.Module = self._engine
+        self._accumulation, self._micro_steps = settings.batch.accumulation, 0
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+        self._micro_steps += 1
+        if self._micro_steps % self._accumulation:
+            self._engine.step()  # DeepSpeed counts micro-steps in its step; the last one is taken in ours
+
+    def step(self, learning_rate: float) -> float:
+        _set_learning_rate(self._engine.optimizer, learning_rate)
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder), tag="deepspeed")
+
+    def load(self, folder: Path) -> None:
+        self._engine.load_checkpoint(str(folder), tag="deepspeed")
+
+
+def _single_process(model: PreTrainedModel, settings: Settings, place: Place) -> None:
+    from cce_dist.transformers import patch
+
+    if place.world > 1:
+        raise ValueError(f"engine: none is for a single process, got {place.world} ranks; use fsdp2 or deepspeed.")
+    if settings.dtype == "bf16":
+        model.forward = torch.autocast(place.device.type, torch.bfloat16)(model.forward)
+    if settings.head == "cce":
+        patch(model, head_settings(settings))
+
+
+def _fsdp2(model: PreTrainedModel, settings: Settings, place: Place) -> None:
+    from cce_dist.fsdp import shard_head
+
+    mesh = init_device_mesh(place.device.type, (place.world,))
+    bf16 = settings.dtype == "bf16"
+    precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    blocks = set(model._no_split_modules or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh, mp_policy=precision)
+    if settings.head == "cce":
+        shard_head(model, mesh, config=head_settings(settings))
+    elif model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        fully_shard(model.get_output_embeddings(), mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
+
+
+def _deepspeed_config(settings: Settings) -> dict[str, Any]:
+    """The JSON, with the trainer's own settings where both could say something."""
+    assert settings.deepspeed is not None
+    config = json.loads(settings.deepspeed.read_text())
+    for replaced in ("optimizer", "scheduler", "train_batch_size"):
+        config.pop(replaced, None)
+    config |= {
+        "train_micro_batch_size_per_gpu": settings.batch.micro,
+        "gradient_accumulation_steps": settings.batch.accumulation,
+        "gradient_clipping": settings.optimizer.clip,
+        "bf16": {"enabled": settings.dtype == "bf16"},
+    }
+    config["cce_dist"] = head_settings(settings).model_dump()
+    return config
+
+
+def head_settings(settings: Settings) -> CCEConfig:
+    """The settings of the head: those of the trainer, else those of the DeepSpeed JSON's section, else the defaults."""
+    if settings.cce is not None:
+        config = settings.cce
+    else:
+        file = {} if settings.deepspeed is None else json.loads(settings.deepspeed.read_text())
+        config = CCEConfig.from_mapping(file.get("cce_dist", {}), f'the section "cce_dist" of {settings.deepspeed}')
+    # All ranks bring the same number of tokens, so they need not ask each other.
+    tokens = settings.batch.micro * settings.data.sequence_length
+    return config.model_copy(update={"enabled": settings.head == "cce", "max_tokens": config.max_tokens or tokens})
+
+
+def _adamw(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+
+
+def _set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

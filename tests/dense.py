@@ -1,0 +1,147 @@
+"""The kernels' problem with all logits in fp64: what each stage should give, written without tiles or chunks.
+
+Shapes: N tokens (the valid ones first), D hidden, V local rows, T tiles.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cce_dist.kernels.problem import Filter, Logits, Upstream, Wanted
+from cce_dist.kernels.reference import SAMPLED_ROWS
+
+EVERYTHING = Wanted(True, True, True, torch.float32, 1 << 20)
+
+
+class Dense(NamedTuple):
+    """Of the valid rows: softmax over all columns, slope f', and the softmax mass of each (row, tile)."""
+
+    z_NV: Tensor
+    softmax_NV: Tensor
+    slope_NV: Tensor
+    mass_NT: Tensor
+    lse_N: Tensor
+
+
+def make_logits(
+    rows: int = 30,
+    vocab: int = 4 * 256 - 40,
+    hidden_size: int = 16,
+    *,
+    dtype: torch.dtype = torch.float32,
+    num_valid: int | None = None,
+    spread: float = 5.0,
+    shared: float = 1.0,
+    bias: bool = True,
+    softcap: float | None = None,
+    seed: int = 0,
+) -> Logits:
+    """Peaked logits, part of it ``shared`` by the rows of a tile: a good part of the (row, tile) pairs is small."""
+    draw = torch.Generator().manual_seed(seed)
+    num_valid = rows if num_valid is None else num_valid
+    tiles = -(-vocab // 256)
+    hidden_ND = torch.randn(rows, hidden_size, generator=draw)
+    hidden_ND[num_valid:] = 0
+    centre_TD = shared * torch.randn(tiles, hidden_size, generator=draw)
+    weight_VD = 0.5 * torch.randn(vocab, hidden_size, generator=draw) + centre_TD.repeat_interleave(256, 0)[:vocab]
+    bias_V = 0.3 * torch.randn(vocab, generator=draw) if bias else None
+    target_N = torch.randint(-1, vocab, (rows,), generator=draw)
+    target_N[num_valid:] = -1
+    order_N = torch.randperm(rows, generator=draw)
+    return Logits(
+        hidden_ND.to(dtype),
+        weight_VD.to(dtype),
+        bias_V,
+        target_N.to(torch.int32),
+        order_N.to(torch.int32),
+        torch.arange(0, vocab, 256, dtype=torch.int32),
+        torch.tensor([num_valid], dtype=torch.int32),
+        spread / math.sqrt(hidden_size),
+        softcap,
+    )
+
+
+def make_upstream(logits: Logits, seed: int = 1) -> Upstream:
+    """Different for every token, and through the log-sum-exp as well."""
+    draw = torch.Generator().manual_seed(seed)
+    rows, num_valid = logits.hidden_ND.shape[0], int(logits.n_valid)
+    b_N = torch.randn(rows, generator=draw)
+    a_N = b_N + 0.5 * torch.randn(rows, generator=draw)
+    a_N[num_valid:], b_N[num_valid:] = 0, 0
+    scale = torch.exp2(torch.ceil(torch.log2(torch.maximum(a_N.abs().amax(), b_N.abs().amax()))))
+    a_N, b_N = (x.to(logits.accumulator) for x in (a_N / scale, b_N / scale))
+    return Upstream(a_N, b_N, scale.to(logits.accumulator))
+
+
+def dense(logits: Logits) -> Dense:
+    n = slice(int(logits.n_valid))
+    x_NV = logits.hidden_ND[n].double() @ logits.weight_VD.double().T
+    if logits.bias_V is not None:
+        x_NV = x_NV + logits.bias_V.double()
+    x_NV = x_NV * logits.logit_scale
+    slope_NV = torch.ones_like(x_NV)
+    if logits.softcap is not None:
+        slope_NV = 1 - torch.tanh(x_NV / logits.softcap) ** 2
+        x_NV = logits.softcap * torch.tanh(x_NV / logits.softcap)
+    softmax_NV = x_NV.softmax(1)
+    mass_NT = torch.stack([part.sum(1) for part in softmax_NV.split(logits.tile, 1)], 1)
+    return Dense(x_NV, softmax_NV, slope_NV, mass_NT, x_NV.logsumexp(1))
+
+
+def padded_lse(logits: Logits, d: Dense) -> Tensor:
+    """lse_N in the accumulator's dtype with the rows that are not valid."""
+    lse_N = torch.zeros(logits.hidden_ND.shape[0], dtype=logits.accumulator)
+    lse_N[: d.lse_N.shape[0]] = d.lse_N
+    return lse_N
+
+
+def is_large(logits: Logits, d: Dense, eps: float) -> Tensor:
+    """[N, T]: pairs above eps, and the targets'."""
+    tiles_T = torch.arange(logits.num_tiles)
+    target_N = logits.target_N[: d.lse_N.shape[0], None]
+    return (d.mass_NT > eps) | ((target_N >= 0) & (target_N // logits.tile == tiles_T))
+
+
+def pair_weights(logits: Logits, d: Dense, filter_: Filter) -> Tensor:
+    """k [N, T] for "filtered", and for "unbiased" with one uniform number."""
+    large_NT = is_large(logits, d, filter_.eps)
+    if filter_.mode == "filtered":
+        return large_NT.double()
+    assert filter_.uniform is not None
+    chance_NT = d.mass_NT / filter_.eps
+    return torch.where(large_NT, 1.0, torch.where(filter_.uniform < chance_NT, 1 / chance_NT, 0.0))
+
+
+def profiles(logits: Logits, d: Dense, eps: float) -> Tensor:
+    """π_V: within each tile Σ_i p_ij f'_ij / Σ_i mass over the sampled rows whose pair is not large."""
+    num_valid = d.lse_N.shape[0]
+    sample = torch.tensor([k * num_valid // SAMPLED_ROWS for k in range(SAMPLED_ROWS)])
+    large_NT = is_large(logits, d, eps)
+    pi = []
+    for tile, columns in enumerate(torch.arange(d.z_NV.shape[1]).split(logits.tile)):
+        rows = sample[~large_NT[sample, tile]]
+        p = d.softmax_NV[rows][:, columns]
+        mass = p.sum()
+        mean = (p * d.slope_NV[rows][:, columns]).sum(0) / mass
+        pi.append(mean if mass > 0 else torch.full((len(columns),), 1 / len(columns), dtype=torch.float64))
+    return torch.cat(pi)
+
+
+def gradients(logits: Logits, d: Dense, upstream: Upstream, filter_: Filter) -> tuple[Tensor, Tensor, Tensor]:
+    """(dE, dC, dbias) of the valid rows with the pair weights and the tail of ``filter_``, in fp64."""
+    num_valid, vocab = d.softmax_NV.shape
+    a_N, b_N = upstream.softmax_N[:num_valid].double(), upstream.target_N[:num_valid].double()
+    target_NV = logits.target_N[:num_valid, None] == torch.arange(vocab)
+    p_NV = (a_N[:, None] * d.softmax_NV - b_N[:, None] * target_NV) * d.slope_NV
+    if filter_.mode != "exact":
+        weight_NT = pair_weights(logits, d, filter_)
+        p_NV = p_NV * weight_NT.repeat_interleave(logits.tile, 1)[:, :vocab]
+        if filter_.tail or filter_.mode == "unbiased":
+            tail_NT = a_N[:, None] * d.mass_NT * (1 - weight_NT)
+            p_NV = p_NV + tail_NT.repeat_interleave(logits.tile, 1)[:, :vocab] * profiles(logits, d, filter_.eps)
+    p_NV = p_NV * float(upstream.scale)
+    p_NV_scaled = p_NV * logits.logit_scale
+    hidden_ND = logits.hidden_ND[:num_valid].double()
+    return p_NV_scaled @ logits.weight_VD.double(), p_NV_scaled.T @ hidden_ND, p_NV_scaled.sum(0)

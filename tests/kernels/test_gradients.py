@@ -1,0 +1,115 @@
+"""Backward on one shard, every mode, both backends, against the same formula with all logits in fp64."""
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from dense import EVERYTHING, dense, gradients, make_logits, make_upstream, padded_lse, pair_weights
+from reference import relative_error
+
+from cce_dist.kernels import pipeline, reference
+from cce_dist.kernels.problem import Filter, Logits, Wanted
+
+EPS = 2.0**-4
+BACKENDS = {"torch": reference, "triton": pipeline}
+MODES = {
+    "exact": Filter("exact"),
+    "filtered": Filter("filtered", EPS),
+    "drop": Filter("filtered", EPS, tail=False),
+    "unbiased": Filter("unbiased", EPS, uniform=0.3),
+}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"bias": False},
+    "softcap": {"softcap": 6.0},
+    "some rows not valid": {"num_valid": 17},
+    "one tile": {"vocab": 100},
+    "one row": {"rows": 1},
+    "more rows than are sampled": {"rows": 150, "vocab": 300},
+    "D no multiple of a block": {"hidden_size": 45},
+}
+every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+
+
+def differentiate(backend: ModuleType, logits: Logits, filter_: Filter, wanted: Wanted = EVERYTHING) -> Any:
+    tiles = backend.summarise(logits, filter_.mode != "exact", 1 << 20).tiles
+    wanted = wanted._replace(bias=wanted.bias and logits.bias_V is not None)
+    return backend.differentiate(
+        logits, tiles, padded_lse(logits, dense(logits)), make_upstream(logits), filter_, wanted
+    )
+
+
+@every_backend
+@pytest.mark.parametrize("filter_", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gradients_follow_the_formula(case: dict[str, Any], filter_: Filter, backend: ModuleType) -> None:
+    logits = make_logits(**case)
+    d = dense(logits)
+    if filter_.mode != "exact":
+        # A pair at the threshold may go either way by rounding; the seed is such that there is none.
+        chance = d.mass_NT / EPS
+        for threshold in (1.0, 0.3):
+            assert ((chance / threshold).log().abs() > 2e-3).all()
+    expected = gradients(logits, d, make_upstream(logits), filter_)
+    got = differentiate(backend, logits, filter_)
+    num_valid = int(logits.n_valid)
+    assert relative_error(got.hidden_ND[:num_valid], expected[0]) < 3e-6
+    assert relative_error(got.weight_VD, expected[1]) < 3e-6
+    if logits.bias_V is not None:
+        assert relative_error(got.bias_V, expected[2]) < 3e-6
+
+
+@every_backend
+@pytest.mark.parametrize("mode", ["filtered", "unbiased"])
+def test_half_precision_follows_the_formula_to_its_rounding(mode: str, backend: ModuleType) -> None:
+    logits = make_logits(dtype=torch.float16, softcap=6.0)
+    filter_ = MODES[mode]
+    expected = gradients(logits, dense(logits), make_upstream(logits), filter_)
+    got = differentiate(backend, logits, filter_)
+    for x, y in zip(got, expected, strict=True):
+        # Weights 1/q and the tail come from summaries in fp16 too: an error of 2^-11 of their logarithm.
+        assert relative_error(x, y) < 4e-3
+
+
+def test_the_problem_has_pairs_of_every_kind() -> None:
+    """Otherwise the other tests of this folder prove little."""
+    for case in ("plain", "softcap", "more rows than are sampled"):
+        logits = make_logits(**CASES[case])
+        weights = pair_weights(logits, dense(logits), MODES["unbiased"])
+        assert (weights == 0).double().mean() > 0.1
+        assert (weights > 1).any()
+        assert (weights == 1).double().mean() > 0.1
+
+
+@every_backend
+def test_backends_make_the_same_draws(backend: ModuleType) -> None:
+    logits = make_logits(rows=40)
+    seed = torch.tensor([0x1234_5678_9ABC_DEF0])
+    filter_ = Filter("unbiased", EPS, seed=seed)
+    one, other = (differentiate(b, logits, filter_) for b in (reference, backend))
+    for x, y in zip(one, other, strict=True):
+        assert relative_error(x, y) < 3e-6
+    changed = differentiate(backend, logits, Filter("unbiased", EPS, seed=seed + 1))
+    assert relative_error(changed[0], one[0]) > 1e-3
+
+
+@every_backend
+@pytest.mark.parametrize("filter_", MODES.values(), ids=MODES)
+def test_only_wanted_gradients_come_back(filter_: Filter, backend: ModuleType) -> None:
+    logits = make_logits(vocab=300)
+    everything = differentiate(backend, logits, filter_)
+    for i in range(3):
+        wanted = Wanted(i == 0, i == 1, i == 2, torch.float32, 1 << 20)
+        got = differentiate(backend, logits, filter_, wanted)
+        assert [x is not None for x in got] == [j == i for j in range(3)]
+        assert relative_error(got[i], everything[i]) < 1e-6
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_weight_gradient_comes_in_the_wanted_dtype(dtype: torch.dtype, backend: ModuleType) -> None:
+    logits = make_logits(vocab=300)
+    expected = differentiate(backend, logits, MODES["filtered"]).weight_VD
+    got = differentiate(backend, logits, MODES["filtered"], EVERYTHING._replace(weight_dtype=dtype)).weight_VD
+    assert got.dtype == dtype
+    assert relative_error(got, expected) < torch.finfo(dtype).eps

@@ -1,0 +1,177 @@
+"""Summaries, the selection of pairs, and the draws: each stage against all logits in fp64."""
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from dense import dense, is_large, make_logits, padded_lse
+from reference import relative_error
+from torch import Tensor
+
+from cce_dist.kernels import pipeline, reference
+from cce_dist.kernels.problem import Filter, Logits, Tiles
+from cce_dist.kernels.select import Selection
+
+EPS = 2.0**-4
+BACKENDS = {"torch": reference, "triton": pipeline}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "half precision": {"dtype": torch.float16},
+    "softcap, no bias": {"softcap": 6.0, "bias": False},
+    "some rows not valid": {"num_valid": 17},
+    "less than a tile": {"vocab": 77},
+    "ten tiles, the last of one column": {"vocab": 9 * 256 + 1, "rows": 5},
+}
+every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def absolute_lse(tiles: Tiles, num_tiles: int) -> Tensor:
+    """The natural log-sum-exp [T, N] of each (tile, row), whichever way the backend stores it."""
+    if tiles.reference_SN is None:
+        return tiles.lse_TN.double()
+    per_split = -(-num_tiles // tiles.reference_SN.shape[0])
+    split_T = torch.arange(num_tiles) // per_split
+    return (tiles.lse_TN.double() + tiles.reference_SN.double()[split_T]) * torch.tensor(2.0).double().log()
+
+
+@every_backend
+@every_case
+def test_summaries(case: dict[str, Any], backend: ModuleType) -> None:
+    logits = make_logits(**case)
+    d = dense(logits)
+    n = slice(int(logits.n_valid))
+    summary = backend.summarise(logits, True, 1 << 20)
+    lse_N = summary.max_N[n].double() + summary.sumexp_N[n].double().log()
+    assert relative_error(lse_N, d.lse_N) < 3e-7
+    has_target_N = logits.target_N[n] >= 0
+    target_N = d.z_NV.gather(1, logits.target_N[n, None].clamp(min=0).long())[:, 0] * has_target_N
+    assert relative_error(summary.target_N[n], target_N) < 1e-6
+    tile_lse_TN = (d.lse_N[:, None] + d.mass_NT.log()).T
+    got_TN = absolute_lse(summary.tiles, logits.num_tiles)[:, n]
+    # fp16 relative to the first tile of the split: 2^-11 of the distance from it.
+    rounding = 2.0**-11 if logits.hidden_ND.dtype == torch.float16 else 2.0**-22
+    reach_TN = (tile_lse_TN.amax(0) - tile_lse_TN.amin(0)) + tile_lse_TN.abs() * 2.0**-10
+    assert ((got_TN - tile_lse_TN).abs() <= rounding * reach_TN + 1e-5).all()
+    assert backend.summarise(logits, False, 1 << 20).tiles is None
+
+
+@every_backend
+def test_chunking_by_the_workspace_does_not_change_summaries(backend: ModuleType) -> None:
+    logits = make_logits()
+    wide, narrow = (backend.summarise(logits, True, size) for size in (1 << 24, 1 << 12))
+    assert relative_error(narrow.max_N + narrow.sumexp_N.log(), wide.max_N + wide.sumexp_N.log()) < 1e-6
+    assert relative_error(narrow.tiles.lse_TN, wide.tiles.lse_TN) < 1e-6
+
+
+def kept_pairs(backend: ModuleType, logits: Logits, filter_: Filter, lse_N: Tensor) -> Tensor:
+    """[N, T] of the valid rows: is the pair recomputed?"""
+    tiles = backend.summarise(logits, True, 1 << 20).tiles
+    num_valid = int(logits.n_valid)
+    if backend is reference:
+        everything = slice(0, logits.num_tiles), slice(0, num_valid)
+        return reference.keep(logits, tiles, lse_N, filter_, *everything)[0].T != 0
+    rows_TN, count_T = Selection(logits, tiles, lse_N, filter_).kept_rows()
+    kept_NT = torch.zeros(num_valid, logits.num_tiles, dtype=torch.bool)
+    for tile, count in enumerate(count_T.tolist()):
+        rows = rows_TN[tile, :count].long()
+        assert (rows[1:] > rows[:-1]).all(), "rows of a tile must be listed in order, once"
+        kept_NT[rows, tile] = True
+    return kept_NT
+
+
+@every_backend
+@every_case
+@pytest.mark.parametrize("mode", ["filtered", "unbiased"])
+def test_pairs_above_eps_and_those_of_targets_are_kept(case: dict[str, Any], mode: Any, backend: ModuleType) -> None:
+    logits = make_logits(**case)
+    d = dense(logits)
+    kept_NT = kept_pairs(backend, logits, Filter(mode, EPS, uniform=0.999), padded_lse(logits, d))
+    assert kept_NT[is_large(logits, d, EPS * 1.001)].all()
+    # Half precision keeps a little more: it adds its rounding error to the mass before the test.
+    assert not kept_NT[~is_large(logits, d, EPS * (0.999 if mode == "filtered" else 0.98) * 0.98)].any()
+
+
+@every_backend
+@pytest.mark.parametrize("mode", ["filtered", "unbiased"])
+def test_a_row_of_nan_is_kept_in_every_tile(mode: Any, backend: ModuleType) -> None:
+    logits = make_logits()
+    logits.hidden_ND[3, 2] = torch.nan
+    lse_N = padded_lse(logits, dense(logits))
+    assert lse_N[3].isnan()
+    kept_NT = kept_pairs(backend, logits, Filter(mode, EPS, uniform=0.9), lse_N)
+    assert kept_NT[3].all()
+    assert not kept_NT.all()
+
+
+@every_backend
+def test_mass_far_from_the_first_tile_is_neither_lost_nor_invented(backend: ModuleType) -> None:
+    """fp16 summaries relative to the first tile: one tile 10^4 above it, and one 10^4 below."""
+    logits = make_logits(rows=6, vocab=3 * 256, dtype=torch.float16)
+    bias_V = torch.zeros(768)
+    bias_V[256:512], bias_V[512:] = 1e4, -1e4
+    logits = logits._replace(bias_V=bias_V, target_N=torch.full_like(logits.target_N, -1), logit_scale=1.0)
+    kept_NT = kept_pairs(backend, logits, Filter("filtered", EPS), padded_lse(logits, dense(logits)))
+    assert kept_NT.tolist() == [[False, True, False]] * 6
+
+
+def philox_first_word(seed: int, c0: int, c1: int) -> int:
+    """Philox4x32-10 by the definition, in Python's integers."""
+    counter, key = [c0, c1, 0, 0], [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    for _ in range(10):
+        high0, low0 = divmod(counter[0] * 0xD2511F53, 1 << 32)
+        high2, low2 = divmod(counter[2] * 0xCD9E8D57, 1 << 32)
+        counter = [high2 ^ counter[1] ^ key[0], low2, high0 ^ counter[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return counter[0]
+
+
+COUNTERS = [
+    (0, 0, 0),
+    (1, 0, 0),
+    (0, 1, 0),
+    (0, 0, 1),
+    (2**63 - 1, 2**31 - 1, 2**31 - 1),
+    (0xDEADBEEF12345678, 77, 262144),
+]
+
+
+def test_philox_gives_the_published_word() -> None:
+    assert philox_first_word(0, 0, 0) == 0x6627E8D5, "known answer of Random123"
+    for seed, c0, c1 in COUNTERS:
+        seed = seed - (1 << 64) if seed >= 1 << 63 else seed
+        got = reference.philox(torch.tensor([seed]), torch.tensor([c0]), torch.tensor([c1]))
+        assert int(got) == philox_first_word(seed & (1 << 64) - 1, c0, c1)
+
+
+@triton.jit
+def _philox_kernel(out, seed_ptr, c0, c1):
+    word, _, _, _ = tl.philox(
+        tl.load(seed_ptr),
+        tl.full([1], c0, tl.int32),
+        tl.full([1], c1, tl.int32),
+        tl.zeros([1], tl.int32),
+        tl.zeros([1], tl.int32),
+    )
+    tl.store(out + tl.arange(0, 1), word.to(tl.uint32, bitcast=True).to(tl.int64))
+
+
+def test_triton_philox_is_the_same_function() -> None:
+    out = torch.zeros(1, dtype=torch.int64)
+    for seed, c0, c1 in COUNTERS[:-1]:
+        _philox_kernel[(1,)](out, torch.tensor([seed]), c0, c1)
+        assert int(out) == philox_first_word(seed, c0, c1)
+
+
+def test_draws_are_uniform_and_differ_by_token_tile_and_seed() -> None:
+    token_N, key_T = torch.arange(200)[None, :].expand(50, 200), torch.arange(50)[:, None].expand(50, 200)
+    draws = [reference.philox(torch.tensor([seed]), token_N, key_T).double() / 2**32 for seed in (1, 2)]
+    for draw in draws:
+        assert draw.unique().numel() > 9990
+        histogram = torch.histc(draw, 10, 0, 1)
+        assert (histogram - 1000).abs().max() < 150
+    correlation = torch.corrcoef(torch.stack([draws[0].flatten(), draws[1].flatten()]))[0, 1]
+    assert abs(correlation) < 0.05

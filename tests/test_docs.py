@@ -1,0 +1,122 @@
+"""The documents: every example of README runs, and every path and setting that it names exists."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPool
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+
+from cce_dist import CCEConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+EXAMPLES = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, re.S))
+VOCAB, HIDDEN = 96, 16
+
+
+def _llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+
+
+def _ids() -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randint(VOCAB, (4, 8))
+
+
+def _run_example(name: str, **given: Any) -> dict[str, Any]:
+    names = {"torch": torch, "dist": dist, "fully_shard": fully_shard, **given}
+    exec(compile(EXAMPLES[name], f"README example {name}", "exec"), names)
+    return names
+
+
+def _plain() -> None:
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(3, 7, HIDDEN), torch.randn(VOCAB, HIDDEN), torch.randint(VOCAB, (3, 7))
+    ours, reference = (hidden.clone().requires_grad_() for _ in range(2))
+    after = _run_example("plain", hidden=ours, weight=weight, labels=labels, vocab_size=VOCAB)
+    loss = F.cross_entropy((reference @ weight.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss.backward()
+    torch.testing.assert_close(after["loss"], loss)
+    assert ours.grad is not None
+    assert (ours.grad - reference.grad).norm() < 0.1 * reference.grad.norm()  # the default mode samples
+    assert after["rows"].grad.shape == after["rows"].shape == (VOCAB // dist.get_world_size(), HIDDEN)
+
+
+def _fsdp2() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    loss = _run_example("fsdp2", model=_llama(), ids=_ids(), mesh=mesh)["loss"]
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), _llama()(input_ids=_ids(), labels=_ids()).loss.detach())
+
+
+def _deepspeed() -> None:
+    import deepspeed.comm
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for a minute
+    loss = _run_example("deepspeed", model=_llama(), ids=_ids())["loss"]
+    torch.testing.assert_close(loss.detach(), _llama()(input_ids=_ids(), labels=_ids()).loss.detach())
+    deepspeed.comm.destroy_process_group()
+
+
+def test_every_python_example_is_tested() -> None:
+    assert set(EXAMPLES) == {"plain", "deepspeed", "fsdp2", "transformers"}
+    assert README.count("```python") == len(EXAMPLES)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_plain_example_gives_the_loss_of_the_whole_vocabulary(ranks: RankPool, world: int) -> None:
+    ranks.run(world, _plain)
+
+
+def test_the_fsdp2_example_gives_the_stock_loss(ranks: RankPool) -> None:
+    ranks.run(2, _fsdp2)
+
+
+@pytest.mark.full
+def test_the_deepspeed_example_gives_the_stock_loss(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks.close()  # the ranks take over this process's folder when they start
+    monkeypatch.chdir(ROOT)
+    ranks.run(2, _deepspeed, timeout=120)
+    ranks.close()
+
+
+def test_the_transformers_example_gives_the_stock_loss() -> None:
+    loss = _run_example("transformers", model=_llama(), ids=_ids())["loss"]
+    torch.testing.assert_close(loss, _llama()(input_ids=_ids(), labels=_ids()).loss)
+
+
+def test_the_settings_table_has_every_key_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", README, re.M))
+    assert {key: json.loads(value) for key, value in rows.items()} == CCEConfig().model_dump()
+
+
+def test_the_json_sections_are_valid() -> None:
+    blocks = re.findall(r"```json\n(.*?)```", README, re.S)
+    assert blocks
+    for block in blocks:
+        CCEConfig.from_mapping(json.loads(block)["cce_dist"], "README")
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_the_paths_that_a_document_names_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
+    paths = {
+        *re.findall(r"\]\(([\w./-]+)\)", text),
+        *re.findall(r"\b(?:launch|configs|cce_dist|tests)/[\w./-]+\w", text),
+    }
+    assert paths
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []

@@ -1,0 +1,408 @@
+"""Lazy logits: recorded operations give the stock loss and gradients; all others the stock result, with a warning."""
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPool
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from cce_dist import CCEConfig, VocabShard
+from cce_dist.lazy_logits import LazyLogits, MaterializedLogitsWarning, fused_evaluation, make_eager, make_lazy
+from cce_dist.owner import ModuleOwner
+
+BATCH, LENGTH, HIDDEN, VOCAB = 2, 7, 12, 53
+EXACT = CCEConfig(gradient="exact", materialize="raise")
+WARN = CCEConfig(gradient="exact", materialize="warn")
+
+
+def _head(config: CCEConfig | None, bias: bool = True) -> nn.Linear:
+    """The same weights every time; lazy if there is a config."""
+    torch.manual_seed(0)
+    head = nn.Linear(HIDDEN, VOCAB, bias=bias)
+    if config is not None:
+        make_lazy(head, ModuleOwner(head), config)
+    return head
+
+
+def _hidden() -> Tensor:
+    return torch.randn(BATCH, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def _labels(vocab: int = VOCAB) -> Tensor:
+    labels = torch.randint(vocab, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
+    labels[0, :3] = -100
+    return labels
+
+
+def _vocab_vector() -> Tensor:
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(3))
+
+
+def _outcome(use: Callable[[Any, Tensor], Tensor], config: CCEConfig | None, **options: Any) -> list[Tensor | None]:
+    """The result of a use of logits, and the gradients of a weighted sum of it."""
+    head, hidden = _head(config, **options), _hidden()
+    result = use(head(hidden), _labels())
+    if result.requires_grad:
+        (result * torch.linspace(1, 2, result.numel()).view(result.shape)).nansum().backward()
+    return [result.detach(), hidden.grad, *(p.grad for p in head.parameters())]
+
+
+def _assert_same(got: list[Tensor | None], wanted: list[Tensor | None], bound: float = 2e-6) -> None:
+    for x, y in zip(got, wanted, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None and y is not None:
+            assert x.shape == y.shape
+            assert torch.equal(x.isnan(), y.isnan())
+            assert (x - y).nan_to_num().norm() <= bound * y.nan_to_num().norm()
+
+
+def _shifted(logits: Any, labels: Tensor, **options: Any) -> Tensor:
+    """The loss as models have it: shifted by one token, flattened."""
+    logits = logits[..., :-1, :].contiguous()
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels[..., 1:].reshape(-1), **options)
+
+
+def _flat(logits: Any, labels: Tensor, **options: Any) -> Tensor:
+    return F.cross_entropy(logits.view(-1, logits.size(-1)), labels.view(-1), **options)
+
+
+FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "mean": _flat,
+    "sum": lambda z, y: _flat(z, y, reduction="sum"),
+    "none": lambda z, y: _flat(z, y, reduction="none"),
+    "module": lambda z, y: nn.CrossEntropyLoss()(z.reshape(-1, VOCAB), y.view(-1)),
+    "another ignore_index": lambda z, y: _flat(z, y.clamp(min=5), ignore_index=5),
+    "shift": _shifted,
+    "cast": lambda z, y: _flat(z.float().to(torch.float32).to("cpu").to(z.device, torch.float32), y),
+    "scale": lambda z, y: _flat(z * 0.5 / 3, y),
+    "scale from the left": lambda z, y: _flat(0.5 * z, y),
+    "scale that is a tensor": lambda z, y: _flat(torch.mul(torch.tensor(0.5), z), y),
+    "softcap": lambda z, y: _flat(torch.tanh(z / 0.7) * 0.7, y),
+    "scale, softcap, temperature": lambda z, y: _flat((z * 2 / 0.7).tanh() * 0.7 / 0.3, y),
+    "negative softcap": lambda z, y: _flat(torch.tanh(z / 0.7) * -0.7, y),
+    "tanh alone": lambda z, y: _flat(nn.Tanh()(z), y),
+    "bias": lambda z, y: _flat(z + _vocab_vector(), y),
+    "bias after a scale": lambda z, y: _flat(_vocab_vector()[None] + z * 0.3, y),
+    "bias before a softcap": lambda z, y: _flat(torch.tanh((z + _vocab_vector()) / 0.7) * 0.7, y),
+    "truncated vocabulary": lambda z, y: _shifted(z[..., :40], y.clamp(max=39)),
+    "truncated from the end": lambda z, y: _flat(z[:, :, :-13], y.clamp(max=39)),
+    "truncated after a bias": lambda z, y: _flat((z + _vocab_vector())[..., :40], y.clamp(max=39)),
+    "bias after truncation": lambda z, y: _flat(z[..., :40] + _vocab_vector()[:40], y.clamp(max=39)),
+    "masked positions": lambda z, y: F.cross_entropy(z[y != -100], y[y != -100]),
+    "positions by number": lambda z, y: F.cross_entropy(z[torch.tensor([0, 1]), 4], y[:, 4]),
+    "one sequence": lambda z, y: F.cross_entropy(z[1], y[1]),
+    "one token": lambda z, y: F.cross_entropy(z[1, 2], y[1, 2]),
+    "one token, the ellipsis last": lambda z, y: F.cross_entropy(z[1, 2, ...], y[1, 2]),
+    "flatten": lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()),
+    "no label at all": lambda z, y: _flat(z, torch.full_like(y, -100)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use", FUSED.values(), ids=FUSED)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_what_models_do_to_logits_is_part_of_the_fused_loss(use: Callable[..., Tensor], bias: bool) -> None:
+    _assert_same(_outcome(use, EXACT, bias=bias), _outcome(use, None, bias=bias))
+
+
+def _masked_in_place(logits: Any, labels: Tensor) -> Tensor:
+    logits[:, :, 50:] = -3.0
+    return _flat(logits, labels)
+
+
+def _scaled_in_place(logits: Any, labels: Tensor) -> Tensor:
+    logits /= 3
+    return _flat(logits.mul_(2.0), labels) + logits.sum()
+
+
+NOT_FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "softmax": lambda z, _: z.softmax(-1),
+    "log_softmax": lambda z, _: F.log_softmax(z[..., :-1, :].float(), dim=-1),
+    "gather": lambda z, y: torch.gather(z, 2, y.clamp(min=0)[..., None]),
+    "argmax": lambda z, _: z.argmax(-1).float(),
+    "comparison": lambda z, _: (z > 0).float(),
+    "attribute": lambda z, _: z.mT,
+    "operator": lambda z, _: -z ** 2 @ torch.ones(VOCAB),
+    "iteration": lambda z, _: next(iter(z)),
+    "concatenation": lambda z, _: torch.cat([z, z * 2]),
+    "product of two": lambda z, _: z * z,
+    "a scale of zero": lambda z, y: _flat(z * 0, y),
+    "a scale for each token": lambda z, y: _flat(z * y[..., None], y),
+    "a scale that is trained": lambda z, y: _flat(z * torch.tensor(2.0, requires_grad=True), y),
+    "divided into": lambda z, _: 1.0 / z,
+    "bias after a softcap": lambda z, y: _flat(torch.tanh(z) + _vocab_vector(), y),
+    "two softcaps": lambda z, y: _flat(torch.tanh(torch.tanh(z)), y),
+    "other rows first": lambda z, y: _flat(z[..., 3:], y.clamp(max=40)),
+    "every other row": lambda z, y: _flat(z[..., ::2], y.clamp(max=20)),
+    "another shape": lambda z, _: z.view(-1),
+    "bits": lambda z, _: z.detach().view(torch.int32).float(),
+    "class dimension in the middle": lambda z, y: F.cross_entropy(z.transpose(1, 2), y),
+    "label smoothing": lambda z, y: _flat(z, y, label_smoothing=0.1),
+    "class weights": lambda z, y: _flat(z, y, weight=_vocab_vector().abs()),
+    "class probabilities": lambda z, _: F.cross_entropy(z[0], torch.full((LENGTH, VOCAB), 1 / VOCAB)),
+    "written in place": _masked_in_place,
+    "scaled in place": _scaled_in_place,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use", NOT_FUSED.values(), ids=NOT_FUSED)
+def test_any_other_use_gives_the_stock_result_and_one_warning(use: Callable[..., Tensor]) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = _outcome(use, WARN)
+    assert [w.category for w in caught] == [MaterializedLogitsWarning]
+    _assert_same(got, _outcome(use, None))
+    with pytest.raises(RuntimeError, match="materialize='raise'"):
+        _outcome(use, EXACT)
+
+
+def test_the_warning_names_the_line_that_needed_logits() -> None:
+    logits = _head(WARN)(_hidden())
+    with pytest.warns(MaterializedLogitsWarning) as caught:
+        F.softmax(logits, dim=-1)  # this line
+    (warning,) = caught
+    assert warning.filename == __file__
+    line = test_the_warning_names_the_line_that_needed_logits.__code__.co_firstlineno + 3
+    assert f"{__file__}:{line}, in {test_the_warning_names_the_line_that_needed_logits.__name__}," in str(
+        warning.message
+    )
+
+
+def test_logits_are_computed_once() -> None:
+    head = _head(WARN)
+    calls: list[None] = []
+    head.register_forward_hook(lambda *_: calls.append(None))
+    logits = head(_hidden())
+    assert not calls
+    with pytest.warns(MaterializedLogitsWarning) as caught:
+        (logits.softmax(-1), logits[..., :-1, :].argmax(-1), (logits / 2).float().exp())
+    assert len(caught) == len(calls) == 1
+
+
+def test_logits_first_read_without_grad_still_carry_gradients_later() -> None:
+    head = _head(WARN)
+    logits = head(_hidden())
+    with pytest.warns(MaterializedLogitsWarning), torch.no_grad():
+        assert not logits.exp().requires_grad
+    logits.exp().sum().backward()
+    assert head.weight.grad is not None
+
+
+def test_metadata_needs_no_logits() -> None:
+    logits = _head(EXACT)(_hidden())[:, 1:].bfloat16()
+    assert isinstance(logits, LazyLogits)
+    assert logits.shape == logits.size() == (BATCH, LENGTH - 1, VOCAB)
+    assert (logits.ndim, logits.dim(), len(logits)) == (3, 3, BATCH)
+    assert logits.size(-1) == VOCAB
+    assert logits.numel() == BATCH * (LENGTH - 1) * VOCAB
+    assert (logits.dtype, logits.device.type, logits.requires_grad) == (torch.bfloat16, "cpu", True)
+    assert logits.is_floating_point()
+    assert not hasattr(logits, "no_such_attribute")
+    assert repr(logits) == "LazyLogits(shape=[2, 6, 53], dtype=torch.bfloat16, device=cpu)"
+
+
+def test_output_hooks_find_the_hidden_states_and_may_replace_them() -> None:
+    head, hidden = _head(EXACT), _hidden()
+    leaves, structure = tree_flatten({"logits": head(hidden)[..., :-1, :] * 0.5})
+    assert leaves == [hidden]
+    seen: list[Tensor] = []
+    replaced = hidden.clone()
+    replaced.register_hook(seen.append)
+    logits = tree_unflatten([replaced], structure)["logits"]
+    _flat(logits, _labels()[:, 1:].contiguous()).backward()
+    plain_head, plain_hidden = _head(None), _hidden()
+    _flat((plain_head(plain_hidden)[..., :-1, :] * 0.5).contiguous(), _labels()[:, 1:].contiguous()).backward()
+    _assert_same([hidden.grad, head.weight.grad], [plain_hidden.grad, plain_head.weight.grad])
+    assert len(seen) == 1
+
+
+def test_a_hook_that_casts_outputs_does_not_change_the_dtype_of_the_computation() -> None:
+    head = _head(EXACT).bfloat16()
+    leaves, structure = tree_flatten(head(_hidden().bfloat16()))
+    cast = tree_unflatten([leaves[0].float()], structure)
+    assert torch.equal(_flat(cast, _labels()), _flat(head(_hidden().bfloat16()), _labels()))
+
+
+def test_autocast_at_the_call_of_the_head_decides_the_dtype() -> None:
+    def logits(config: CCEConfig | None) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return _head(config)(_hidden())
+
+    exact = _flat(_head(None)(_hidden()), _labels())
+    fused, stock = (_flat(logits(config).float(), _labels()) for config in (EXACT, None))
+    assert fused != exact
+    assert (fused - exact).abs() <= (stock - exact).abs()
+    with pytest.warns(MaterializedLogitsWarning):
+        real = logits(WARN) + 0
+    assert real.dtype == torch.bfloat16
+    assert torch.equal(real, logits(None))
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad", "inference_mode"])
+def test_outside_of_training_the_stock_head_runs_with_its_hooks(mode: str) -> None:
+    head = _head(EXACT)
+    calls: list[None] = []
+    head.register_forward_hook(lambda *_: calls.append(None))
+    context = {"eval": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]
+    head.train(mode != "eval")
+    with context():
+        logits = head(_hidden())
+    assert type(logits) is Tensor
+    assert torch.equal(logits, _head(None)(_hidden()))
+    assert len(calls) == 1
+
+
+def test_fused_evaluation_gives_the_loss_without_logits() -> None:
+    head = _head(EXACT).eval()
+    with torch.no_grad():
+        with fused_evaluation(head):
+            logits = head(_hidden())
+        assert isinstance(logits, LazyLogits)
+        _assert_same([_flat(logits, _labels())], [_flat(head(_hidden()), _labels())])
+    assert type(head(_hidden())) is Tensor
+    with pytest.raises(ValueError, match="is not lazy"), fused_evaluation(_head(None)):
+        pass
+
+
+def test_the_head_keeps_its_identity() -> None:
+    plain, head = _head(None), _head(EXACT)
+    assert isinstance(head, nn.Linear)
+    assert vars(head).keys() == vars(plain).keys()
+    assert head.state_dict().keys() == plain.state_dict().keys()
+    make_eager(head)
+    assert type(head) is nn.Linear
+    assert type(head(_hidden())) is Tensor
+
+
+def test_a_pickle_holds_the_stock_head() -> None:
+    head = _head(EXACT)
+    file = io.BytesIO()
+    torch.save(head, file)
+    file.seek(0)
+    for loaded in (pickle.loads(pickle.dumps(head)), torch.load(file, weights_only=False)):
+        assert type(loaded) is nn.Linear
+        assert torch.equal(loaded(_hidden()), _head(None)(_hidden()))
+
+
+def test_a_deepcopy_is_lazy_with_weights_of_its_own() -> None:
+    head = _head(EXACT)
+    twin = copy.deepcopy(nn.ModuleDict({"tied": head, "head": head}))
+    assert twin["head"] is twin["tied"]
+    assert type(twin["head"]) is not type(head)
+    _flat(twin["head"](_hidden()), _labels()).backward()
+    assert head.weight.grad is None
+    assert twin["head"].weight.grad is not None
+    make_eager(twin["head"])
+    assert isinstance(head(_hidden()), LazyLogits)
+
+
+class _Adapted(nn.Linear):
+    """As a LoRA layer that inherits from nn.Linear."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+def test_a_head_that_computes_something_else_is_refused() -> None:
+    replaced = nn.Linear(HIDDEN, VOCAB)
+    replaced.forward = lambda input: input  # type: ignore[method-assign]
+    for head in (
+        _Adapted(HIDDEN, VOCAB),
+        nn.Embedding(VOCAB, HIDDEN),
+        nn.Sequential(nn.Linear(HIDDEN, VOCAB)),
+        replaced,
+    ):
+        with pytest.raises(TypeError, match="Adapters on the output layer"):
+            make_lazy(head, ModuleOwner(nn.Linear(HIDDEN, VOCAB)), EXACT)
+
+
+def test_an_adapter_around_a_lazy_head_is_honoured_and_reported() -> None:
+    def use(logits: Any, _: Tensor) -> Tensor:
+        return logits + _hidden() @ torch.ones(HIDDEN, VOCAB)
+
+    with pytest.warns(MaterializedLogitsWarning, match="__add__"):
+        got = _outcome(use, WARN)
+    _assert_same(got, _outcome(use, None))
+
+
+def test_lazy_twice_or_eager_too_often_is_an_error() -> None:
+    head = _head(EXACT)
+    with pytest.raises(ValueError, match="is lazy already"):
+        make_lazy(head, ModuleOwner(head), EXACT)
+    make_eager(head)
+    with pytest.raises(ValueError, match="not a class that make_lazy made"):
+        make_eager(head)
+
+
+class _Slices:
+    """An owner whose ranks each take some rows of a weight that all hold; the gradient is zero in other rows."""
+
+    def __init__(self, head: nn.Linear, runs: tuple[tuple[int, int], ...], tokens: bool) -> None:
+        self.head = head
+        group = dist.group.WORLD
+        self.shard = VocabShard(runs, VOCAB, group, group if tokens else None)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:0], *(x[start:stop] for start, stop in self.shard.runs)])
+
+    def local_weight(self) -> Tensor:
+        return self._rows(self.head.weight)
+
+    def local_bias(self) -> Tensor | None:
+        return self._rows(self.head.bias)
+
+
+SHARDED = ("mean", "none", "shift", "softcap", "bias after a scale", "truncated after a bias", "bias after truncation")
+RUNS = {
+    2: ([(0, 20)], [(20, VOCAB)]),
+    3: ([(0, 10), (45, VOCAB)], [], [(10, 45)]),
+}
+
+
+def _sharded_outcomes(name: str, tokens: bool) -> list[Tensor | None]:
+    """Gradients of head and hidden; with ``tokens`` each rank has its own, ranks' hidden scaled by 1, 2, ..."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    head, hidden = _head(None), (_hidden() * (1 + rank * tokens)).detach().requires_grad_()
+    make_lazy(head, _Slices(head, tuple(RUNS[world][rank]), tokens), EXACT)
+    result = FUSED[name](head(hidden), _labels())
+    result.sum().backward()
+    for p in head.parameters():
+        dist.all_reduce(p.grad)
+    return [result.detach(), hidden.grad, head.weight.grad, head.bias.grad]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("tokens", [False, True], ids=["replicated tokens", "own tokens"])
+def test_a_sharded_vocabulary_gives_the_same(ranks: RankPool, world: int, tokens: bool) -> None:
+    for name in SHARDED:
+        whole, losses = _head(None), []
+        hiddens = [(_hidden() * (1 + rank * tokens)).detach().requires_grad_() for rank in range(world)]
+        for hidden in hiddens if tokens else hiddens[:1]:
+            losses.append(FUSED[name](whole(hidden), _labels()))
+            losses[-1].sum().backward()
+        for rank, outcome in enumerate(ranks.run(world, _sharded_outcomes, name, tokens)):
+            part = rank * tokens
+            wanted = [losses[part].detach(), hiddens[part].grad, whole.weight.grad, whole.bias.grad]
+            _assert_same(outcome, wanted)
+
+
+def _trained_bias_on_a_shard() -> str:
+    head = _head(None)
+    make_lazy(head, _Slices(head, tuple(RUNS[2][dist.get_rank()]), tokens=False), EXACT)
+    try:
+        _flat(head(_hidden()) + _vocab_vector().requires_grad_(), _labels())
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_trained_bias_beside_a_sharded_head_is_not_fused(ranks: RankPool) -> None:
+    assert all("a trained bias" in text for text in ranks.run(2, _trained_bias_on_a_shard))

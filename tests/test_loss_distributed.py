@@ -1,0 +1,620 @@
+"""The loss on 1 to 4 ranks, in every token layout, against full logits in fp64 on every rank.
+
+Errors of use end on every rank with a text that says what to change, and never in a hang: the pool has timeouts.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPool
+from reference import (
+    Outcome,
+    Problem,
+    assert_within,
+    cce_outcome,
+    grad_of,
+    leaf,
+    make_problem,
+    objective,
+    plain_outcome,
+    relative_error,
+)
+from sharded import Layout, Runs, assert_ranks_no_worse, make_shard, on_ranks, part_of, sharded_outcome
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from cce_dist import VocabShard, linear_cross_entropy
+
+UNEVEN = ((13,), (4,), (21,), (9,))
+VOCAB = 601  # no multiple of 2, 3, 4 or of a tile
+every_layout = pytest.mark.parametrize("layout", ["replicated", "sharded"])
+every_layout_and_grid = pytest.mark.parametrize("layout", ["replicated", "sharded", "grid"])
+
+
+def parts(world: int, layout: Layout, shapes: tuple[tuple[int, ...], ...] = UNEVEN) -> tuple[tuple[int, ...], ...]:
+    return shapes[: part_of(world - 1, layout) + 1]
+
+
+# Correct on every rank
+
+
+@every_layout
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_ranks_agree_with_full_logits(ranks: RankPool, world: int, layout: Layout) -> None:
+    problem = make_problem(parts(world, layout), VOCAB, bias=True, lse_gradient=True)
+    assert_ranks_no_worse(ranks, world, problem, layout, gradient="exact")
+
+
+@every_layout
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_ranks_agree_with_full_logits_in_triton(
+    ranks: RankPool, world: int, layout: Layout, dtype: torch.dtype
+) -> None:
+    problem = make_problem(parts(world, layout), 300, 16, dtype=dtype, bias=True, lse_gradient=True)
+    assert_ranks_no_worse(ranks, world, problem, layout, gradient="exact", backend="triton")
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sum": {"reduction": "sum"},
+    "per token": {"reduction": "none"},
+    "num_valid_tokens": {"num_valid_tokens": 40},
+    "num_valid_tokens as a tensor": {"num_valid_tokens": torch.tensor(40)},
+    "softcap and scale": {"softcap": 3.0, "logit_scale": 0.6},
+    "ignore_index inside the vocabulary": {"ignore_index": 3},
+    "through lse": {"lse_gradient": True},
+}
+
+
+@every_layout_and_grid
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_on_ranks(ranks: RankPool, options: dict[str, Any], layout: Layout) -> None:
+    world = 4 if layout == "grid" else 3
+    problem = make_problem(parts(world, layout), VOCAB, **options)
+    assert_ranks_no_worse(ranks, world, problem, layout, gradient="exact")
+
+
+@every_layout
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_shift_stays_inside_a_rank(ranks: RankPool, reduction: str, layout: Layout) -> None:
+    problem = make_problem(parts(2, layout, ((2, 9), (1, 5))), VOCAB, shift=2, reduction=reduction, lse_gradient=True)
+    assert_ranks_no_worse(ranks, 2, problem, layout, gradient="exact")
+
+
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_every_dtype_on_ranks(ranks: RankPool, dtype: torch.dtype, layout: Layout) -> None:
+    problem = make_problem(parts(3, layout), VOCAB, dtype=dtype, bias=True, lse_gradient=True)
+    assert_ranks_no_worse(ranks, 3, problem, layout, gradient="exact")
+
+
+@every_layout
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("gradient", ["unbiased", "filtered"])
+def test_modes_with_eps_0_are_exact_on_ranks(ranks: RankPool, gradient: str, world: int, layout: Layout) -> None:
+    problem = make_problem(parts(world, layout), VOCAB, lse_gradient=True)
+    assert_ranks_no_worse(ranks, world, problem, layout, gradient=gradient, filter_eps=0)
+
+
+@pytest.mark.parametrize(
+    ("world", "layout", "backend"),
+    [
+        (2, "replicated", "torch"),
+        (4, "replicated", "torch"),
+        (2, "sharded", "torch"),
+        (4, "sharded", "torch"),
+        (4, "grid", "torch"),
+        (2, "sharded", "triton"),
+    ],
+)
+@pytest.mark.parametrize("mode", [{"gradient": "unbiased", "seed": 7}, {"gradient": "filtered"}, {"tail": False}])
+def test_sharding_does_not_change_what_is_kept_or_drawn(
+    ranks: RankPool, world: int, layout: Layout, backend: str, mode: dict[str, Any]
+) -> None:
+    """Draws are keyed by the global token and the global tile: with shards of whole tiles one process does the same."""
+    settings = {"gradient": "filtered", "filter_eps": 2.0**-4, "backend": backend, **mode}
+    shapes = parts(world, layout, ((8,),) * 4)
+    problem = make_problem(shapes, 4 * 256, 16, spread=6.0, reduction="sum", seed=3)
+    single = replace(
+        problem,
+        hidden=(torch.cat(problem.hidden),),
+        labels=(torch.cat(problem.labels),),
+        upstream=(torch.cat([u.expand(8) for u in problem.upstream]),),
+        options={"reduction": "none"},
+    )
+    alone = cce_outcome(single, **settings)
+    exact = plain_outcome(single)
+    assert relative_error(alone.dhidden[0], exact.dhidden[0]) > 1e-3, "something must be filtered"
+    split = alone._replace(loss=alone.loss[0].split(8), lse=alone.lse[0].split(8), dhidden=alone.dhidden[0].split(8))
+    expected = on_ranks(split, world, problem, layout)
+    got = sharded_outcome(ranks, world, problem, layout, **settings)
+    for field in ("lse", "dhidden", "dweight"):
+        for rank, (mine, whole) in enumerate(zip(getattr(got, field), getattr(expected, field), strict=True)):
+            assert relative_error(mine, whole) < 2e-6, f"{field} of rank {rank}"
+
+
+@every_layout
+def test_ranks_with_different_generators_get_one_gradient(ranks: RankPool, layout: Layout) -> None:
+    problem = make_problem(parts(2, layout), 4 * 256, 16, spread=6.0)
+    equal, finite = zip(*ranks.run(2, _unseeded, problem, layout), strict=True)
+    assert all(finite)
+    assert layout == "sharded" or all(equal)
+
+
+def _unseeded(problem: Problem, layout: Layout) -> tuple[bool, bool]:
+    torch.manual_seed(dist.get_rank())
+    part = part_of(dist.get_rank(), layout)
+    shard = make_shard(problem, layout)
+    hidden = leaf(problem.hidden[part])
+    weight = leaf(problem.weight[shard.start : shard.stop])
+    linear_cross_entropy(hidden, weight, problem.labels[part], shard=shard, filter_eps=0.05).backward()
+    assert hidden.grad is not None
+    seen = torch.stack([hidden.grad[:1], hidden.grad[:1]])
+    dist.all_reduce(seen[1], dist.ReduceOp.MAX)
+    return torch.equal(seen[0], seen[1]), bool(hidden.grad.isfinite().all())
+
+
+# Rows
+
+RUNS: dict[str, Runs] = {
+    "interleaved": [((0, 100), (400, 500)), ((100, 400), (500, VOCAB))],
+    "an empty shard in the middle": [((0, 300),), (), ((300, VOCAB),)],
+    "an empty first shard": [(), ((0, VOCAB),)],
+    "descending with the rank": [((450, VOCAB),), ((200, 450),), ((0, 200),)],
+    "many runs": [
+        tuple((start, start + 50) for start in range(0, 600, 100)),
+        (*((start, start + 50) for start in range(50, 650, 100)), (600, VOCAB)),
+    ],
+}
+
+
+@every_layout
+@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
+def test_any_runs_that_tile_the_vocabulary(ranks: RankPool, runs: Runs, layout: Layout) -> None:
+    world = len(runs)
+    problem = make_problem(parts(world, layout), VOCAB, bias=True, lse_gradient=True)
+    assert_ranks_no_worse(ranks, world, problem, layout, runs, gradient="exact")
+
+
+@every_layout
+@pytest.mark.parametrize("vocab", [1, 3, 5])
+def test_fewer_rows_than_an_even_split_needs(ranks: RankPool, vocab: int, layout: Layout) -> None:
+    """As torch.chunk: five rows on four ranks are 2, 2, 1, 0."""
+    problem = make_problem(parts(4, layout), vocab, lse_gradient=vocab > 1)
+    got = assert_ranks_no_worse(ranks, 4, problem, layout, gradient="exact")
+    assert got.dweight[3].shape[0] == 0
+
+
+@every_layout
+def test_padding_rows_between_the_runs_of_ranks(ranks: RankPool, layout: Layout) -> None:
+    """Rank 0 holds the last real rows and some padding, rank 1 only padding besides its own rows."""
+    runs: Runs = [((200, 320),), ((0, 200), (320, 333))]
+    problem = make_problem(parts(2, layout), 310, padding_rows=23, bias=True)
+    got = assert_ranks_no_worse(ranks, 2, problem, layout, runs, gradient="exact")
+    assert not got.dweight[0][110:].any()
+    assert not got.dweight[1][200:].any()
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("counts", [(0, 7, 3), (7, 0, 0), (1, 40, 2)])
+def test_ranks_bring_any_number_of_tokens(ranks: RankPool, counts: tuple[int, ...], reduction: str) -> None:
+    problem = make_problem(tuple((n,) for n in counts), VOCAB, reduction=reduction, ignored=0.1, lse_gradient=True)
+    assert_ranks_no_worse(ranks, 3, problem, "sharded", gradient="exact")
+
+
+@pytest.mark.parametrize("max_tokens", [21, 64])
+def test_max_tokens_may_exceed_what_ranks_bring(ranks: RankPool, max_tokens: int) -> None:
+    problem = make_problem(UNEVEN, VOCAB, lse_gradient=True)
+    assert_ranks_no_worse(ranks, 4, problem, "sharded", gradient="exact", max_tokens=max_tokens)
+
+
+def test_tokens_of_more_than_one_axis(ranks: RankPool) -> None:
+    problem = make_problem(((2, 3, 4), (5, 1, 2)), VOCAB, reduction="none", lse_gradient=True)
+    assert_ranks_no_worse(ranks, 2, problem, "sharded", gradient="exact")
+
+
+def test_uneven_valid_tokens_on_a_grid(ranks: RankPool) -> None:
+    problem = make_problem(((13,), (6,)), VOCAB, bias=True, lse_gradient=True, ignored=0.0)
+    labels = (torch.where(torch.arange(13) % 3 == 0, problem.labels[0], -100), problem.labels[1])
+    assert_ranks_no_worse(ranks, 4, replace(problem, labels=labels), "grid", gradient="exact")
+
+
+def test_a_grid_in_triton(ranks: RankPool) -> None:
+    problem = make_problem(((13,), (6,)), 300, 16, bias=True, lse_gradient=True)
+    assert_ranks_no_worse(ranks, 4, problem, "grid", gradient="exact", backend="triton")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_upstream_gradient_of_each_rank_counts(ranks: RankPool, reduction: str) -> None:
+    """Only rank 1's loss is differentiated: of a sum its own tokens alone, of a mean everyone's."""
+    problem = make_problem(UNEVEN[:3], VOCAB, reduction=reduction, ignored=0.0)
+    zero = torch.zeros(())
+    problem = replace(problem, upstream=(zero, problem.upstream[1], zero))
+    got = assert_ranks_no_worse(ranks, 3, problem, "sharded", gradient="exact")
+    assert bool(got.dhidden[0].any()) == (reduction == "mean")
+    assert got.dhidden[1].any()
+
+
+def test_the_gradient_of_a_mean_is_world_times_that_of_one_process(ranks: RankPool) -> None:
+    """Which the averaging of a data-parallel framework divides back."""
+    problem = make_problem(UNEVEN[:3], VOCAB)
+    problem = replace(problem, upstream=(torch.ones(()),) * 3)
+    whole = replace(
+        problem,
+        hidden=(torch.cat(problem.hidden),),
+        labels=(torch.cat(problem.labels),),
+        upstream=(torch.full((), 3.0),),
+    )
+    got = sharded_outcome(ranks, 3, problem, "sharded", gradient="exact")
+    truth, plain = plain_outcome(whole, torch.float64), plain_outcome(whole)
+    merged = Outcome((got.loss[0],), (torch.cat(got.lse),), (torch.cat(got.dhidden),), (torch.cat(got.dweight),), ())
+    assert_within(merged, truth, plain)
+    assert torch.equal(got.loss[0], got.loss[1])
+    assert torch.equal(got.loss[0], got.loss[2])
+
+
+def _two_replicas_of_the_classifier(problem: Problem) -> Outcome:
+    """Vocabulary and tokens over pairs of ranks; the mean over all four."""
+    rank = dist.get_rank()
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    shard = VocabShard.even(problem.vocab_size, pairs[rank // 2], pairs[rank // 2], count_group=dist.group.WORLD)
+    hidden, weight = leaf(problem.hidden[rank]), leaf(problem.weight[shard.start : shard.stop])
+    loss = linear_cross_entropy(hidden, weight, problem.labels[rank], shard=shard, gradient="exact")
+    (loss * problem.upstream[rank]).backward()
+    return Outcome((loss.detach(),), (), (grad_of(hidden),), (grad_of(weight),), ())
+
+
+def test_a_count_group_larger_than_the_token_group(ranks: RankPool) -> None:
+    """Gradients of the two replicas add up to that of Σ_r u_r·L_r over all four ranks."""
+    problem = make_problem(UNEVEN, VOCAB)
+    by_rank = ranks.run(4, _two_replicas_of_the_classifier, problem)
+    truth, plain = plain_outcome(problem, torch.float64), plain_outcome(problem)
+    replicas = [torch.cat([by_rank[first].dweight[0], by_rank[first + 1].dweight[0]]) for first in (0, 2)]
+    got = Outcome(
+        tuple(x.loss[0] for x in by_rank),
+        truth.lse,
+        tuple(x.dhidden[0] for x in by_rank),
+        (replicas[0] + replicas[1],),
+        (),
+    )
+    assert_within(got, truth, plain)
+
+
+def _reduced_in(problem: Problem, layout: Layout, dtype: torch.dtype | None) -> Tensor:
+    group = dist.group.WORLD
+    token_group = group if layout == "sharded" else None
+    shard = VocabShard.even(problem.vocab_size, group, token_group, reduce_dtype=dtype, grad_divisor=8.0)
+    part = part_of(dist.get_rank(), layout)
+    hidden, weight = leaf(problem.hidden[part]), leaf(problem.weight[shard.start : shard.stop])
+    loss, lse = linear_cross_entropy(
+        hidden, weight, problem.labels[part], shard=shard, gradient="exact", return_lse=True, **problem.options
+    )
+    objective([loss], [lse], replace(problem, upstream=problem.upstream[part : part + 1], lse_upstream=())).backward()
+    return torch.cat([grad_of(hidden).flatten(), grad_of(weight).flatten()])
+
+
+@every_layout
+def test_reduce_dtype_rounds_only_the_reduction_and_the_loss_never_divides(ranks: RankPool, layout: Layout) -> None:
+    problem = make_problem(parts(2, layout), VOCAB)
+    expected = sharded_outcome(ranks, 2, problem, layout, gradient="exact")
+    full = [torch.cat([e.flatten(), c.flatten()]) for e, c in zip(expected.dhidden, expected.dweight, strict=True)]
+    for rank, got in enumerate(ranks.run(2, _reduced_in, problem, layout, None)):
+        assert torch.equal(got, full[rank]), "grad_divisor is the owner's"
+    for rank, got in enumerate(ranks.run(2, _reduced_in, problem, layout, torch.bfloat16)):
+        hidden_size = expected.dhidden[rank].numel()
+        assert torch.equal(got[hidden_size:], full[rank][hidden_size:])
+        assert 1e-4 < relative_error(got[:hidden_size], full[rank][:hidden_size]) < 2.0**-7
+
+
+# DTensor and DeviceMesh
+
+
+def _dtensor(problem: Problem, explicit: bool) -> tuple[Any, ...]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = distribute_tensor(problem.weight, mesh, [Shard(0)]).requires_grad_()
+    assert problem.bias is not None
+    bias = distribute_tensor(problem.bias, mesh, [Shard(0)]).requires_grad_()
+    hidden = leaf(problem.hidden[0])
+    shard = VocabShard.from_dtensor(weight) if explicit else None
+    for _ in range(2):  # the second call finds the first one's agreement
+        hidden.grad = weight.grad = bias.grad = None
+        loss, lse = linear_cross_entropy(
+            hidden,
+            weight,
+            problem.labels[0],
+            bias=bias,
+            shard=shard,
+            gradient="exact",
+            return_lse=True,
+            **problem.options,
+        )
+        objective([loss], [lse], problem).backward()
+    kinds = [isinstance(x.grad, DTensor) and x.grad.placements == (Shard(0),) for x in (weight, bias)]
+    return loss.detach(), lse.detach(), hidden.grad, weight.grad.full_tensor(), bias.grad.full_tensor(), kinds  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize(("world", "vocab"), [(1, VOCAB), (2, VOCAB), (3, VOCAB), (4, 5)])
+def test_a_dtensor_classifier_brings_its_rows_and_group(
+    ranks: RankPool, world: int, vocab: int, explicit: bool
+) -> None:
+    problem = make_problem(((13,),), vocab, bias=True, reduction="none", lse_gradient=True)
+    truth, plain = plain_outcome(problem, torch.float64), plain_outcome(problem)
+    for loss, lse, dhidden, dweight, dbias, kinds in ranks.run(world, _dtensor, problem, explicit):
+        assert kinds == [True, True]
+        assert_within(Outcome((loss,), (lse,), (dhidden,), (dweight,), (dbias,)), truth, plain)
+
+
+def _refused_dtensor(placement: str) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    full = torch.zeros(40, 8)
+    if placement == "partial":
+        weight = DTensor.from_local(full, mesh, [Partial()])
+    elif placement == "2-D":
+        mesh = init_device_mesh("cpu", (1, 2))
+        weight = distribute_tensor(full, mesh, [Replicate(), Shard(0)])
+    else:
+        weight = distribute_tensor(full, mesh, [Shard(1) if placement == "columns" else Replicate()])
+    return _error_of(lambda: linear_cross_entropy(torch.zeros(3, 8), weight, torch.zeros(3).long()))
+
+
+@pytest.mark.parametrize("placement", ["replicated", "columns", "partial", "2-D"])
+def test_other_placements_are_refused(ranks: RankPool, placement: str) -> None:
+    for text in ranks.run(2, _refused_dtensor, placement):
+        assert "Shard(0)" in text
+        assert "1-D mesh" in text
+
+
+def _mesh_as_group(problem: Problem) -> tuple[Any, ...]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    refused = _error_of(lambda: VocabShard.even(problem.vocab_size, mesh))
+    shard = VocabShard.even(problem.vocab_size, mesh["tp"], count_group=mesh["dp"])
+    part = mesh["dp"].get_local_rank()
+    hidden, weight = leaf(problem.hidden[part]), leaf(problem.weight[shard.start : shard.stop])
+    loss = linear_cross_entropy(hidden, weight, problem.labels[part], shard=shard, gradient="exact")
+    (loss * problem.upstream[part]).backward()
+    return loss.detach(), grad_of(hidden), grad_of(weight), refused
+
+
+def test_a_mesh_dimension_is_taken_for_a_group(ranks: RankPool) -> None:
+    """Data parallel x tensor parallel: the vocabulary over "tp", tokens different over "dp", the mean over "dp"."""
+    problem = make_problem(((13,), (6,)), VOCAB)
+    truth, plain = plain_outcome(problem, torch.float64), plain_outcome(problem)
+    by_rank = ranks.run(4, _mesh_as_group, problem)
+    assert all("1-D DeviceMesh" in refused for *_, refused in by_rank)
+    dweight = [by_rank[tp][2] + by_rank[2 + tp][2] for tp in range(2)]
+    for first in (0, 1):
+        got = Outcome(
+            tuple(by_rank[rank][0] for rank in (first, 2 + first)),
+            truth.lse,
+            tuple(by_rank[rank][1] for rank in (first, 2 + first)),
+            (torch.cat(dweight),),
+            (),
+        )
+        assert_within(got, truth, plain)
+
+
+# Use that cannot work: an error on every rank, never a hang
+
+
+def _error_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return "no error"
+
+
+def _call(vocab: int = 40, dim: int = 8, layout: Layout = "sharded", **change: Any) -> Callable[[], Tensor]:
+    """A call whose arguments, this rank's, may be ``change``d."""
+    shard = change.pop("shard", None) or VocabShard.even(
+        vocab, dist.group.WORLD, dist.group.WORLD if layout == "sharded" else None
+    )
+    dtype = change.pop("dtype", torch.float32)
+    rows = shard.num_rows + change.pop("extra_rows", 0)
+    arguments = {
+        "hidden": torch.zeros(change.pop("tokens", 3), dim, dtype=dtype, requires_grad=change.pop("grad", True)),
+        "weight": torch.zeros(rows, dim, dtype=dtype),
+        "shard": shard,
+        "gradient": "exact",
+        "bias": torch.zeros(rows) if change.pop("bias", False) else None,
+    }
+    arguments["labels"] = torch.zeros(arguments["hidden"].shape[0], dtype=torch.int64)
+    arguments.update(change)
+    return lambda: linear_cross_entropy(**arguments)  # type: ignore[call-overload, no-any-return]
+
+
+def _one_rank_differs(change: dict[str, Any], layout: Layout) -> str:
+    return _error_of(_call(layout=layout, **(change if dist.get_rank() == 1 else {})))
+
+
+DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
+    "V": ({"vocab": 44}, "vocab_size must be equal"),
+    "D": ({"dim": 6}, "dimension must be equal"),
+    "dtype": ({"dtype": torch.float64}, "dtype must be equal"),
+    "gradient": ({"gradient": "unbiased"}, "gradient must be equal"),
+    "filter_eps": ({"gradient": "filtered", "filter_eps": 0.3}, "must be equal"),
+    "tail": ({"tail": False}, "tail must be equal"),
+    "softcap": ({"softcap": 30.0}, "softcap must be equal"),
+    "logit_scale": ({"logit_scale": 2.0}, "logit_scale must be equal"),
+    "ignore_index": ({"ignore_index": -1}, "ignore_index must be equal"),
+    "reduction": ({"reduction": "sum"}, "reduction must be equal"),
+    "bias": ({"bias": True}, "bias must be equal"),
+    "backend": ({"backend": "triton"}, "backend must be equal"),
+    "num_valid_tokens": ({"num_valid_tokens": 3}, "reduction must be equal"),
+    "hidden without gradient": ({"grad": False}, "gradient must be equal"),
+    "rows": ({"extra_rows": 1}, r"rank 1: weight must hold"),
+    "labels": ({"labels": torch.zeros(4).long()}, "rank 1: labels must"),
+    "setting": ({"softcap": -1.0}, "rank 1: softcap must be positive"),
+    "type of a setting": ({"softcap": "30"}, "rank 1: softcap must be"),
+    "type of max_tokens": ({"max_tokens": 7.5}, "max_tokens must be"),
+}
+
+
+@every_layout
+@pytest.mark.parametrize(("change", "text"), DIFFERENT.values(), ids=DIFFERENT)
+def test_ranks_that_differ_all_raise(ranks: RankPool, change: dict[str, Any], text: str, layout: Layout) -> None:
+    for said in ranks.run(2, _one_rank_differs, change, layout, timeout=20):
+        assert text in said, said
+        assert "rank 1" in said
+
+
+@every_layout
+@pytest.mark.parametrize("name", ["V", "labels"])
+def test_four_ranks_of_which_one_differs_all_raise(ranks: RankPool, name: str, layout: Layout) -> None:
+    change, text = DIFFERENT[name]
+    for said in ranks.run(4, _one_rank_differs, change, layout, timeout=20):
+        assert text in said, said
+
+
+def test_replicated_ranks_with_different_token_counts_all_raise(ranks: RankPool) -> None:
+    for said in ranks.run(2, _one_rank_differs, {"tokens": 4}, "replicated", timeout=20):
+        assert "number of tokens must be equal" in said, said
+
+
+def test_ranks_that_differ_in_max_tokens_all_raise(ranks: RankPool) -> None:
+    for said in ranks.run(2, _one_rank_differs, {"max_tokens": 8}, "sharded", timeout=20):
+        assert "max_tokens must be equal" in said, said
+
+
+def _layouts_differ() -> str:
+    return _error_of(_call(layout="sharded" if dist.get_rank() == 1 else "replicated"))
+
+
+def test_ranks_that_differ_in_the_layout_all_raise(ranks: RankPool) -> None:
+    for said in ranks.run(2, _layouts_differ, timeout=20):
+        assert "token_group must be equal" in said, said
+
+
+def _bad_tiling(runs: Runs, layout: Layout) -> str:
+    token_group = dist.group.WORLD if layout == "sharded" else None
+    shard = VocabShard(tuple(runs[dist.get_rank()]), 40, dist.group.WORLD, token_group)
+    return _error_of(_call(shard=shard))
+
+
+@every_layout
+@pytest.mark.parametrize(
+    ("runs", "text"),
+    [
+        ([((0, 20),), ((21, 40),)], "gap"),
+        ([((0, 20),), ((19, 40),)], "overlap"),
+        ([((0, 40),), ((0, 40),)], "overlap"),
+        ([((0, 20),), ((20, 39),)], "end at row 39"),
+        ([((1, 20),), ((20, 40),)], "gap"),
+        ([(), ()], "end at row 0"),
+        ([((0, 10), (30, 40)), ((10, 20),)], "gap"),
+    ],
+)
+def test_shards_that_do_not_tile_the_vocabulary_raise_on_all(
+    ranks: RankPool, runs: Runs, text: str, layout: Layout
+) -> None:
+    for said in ranks.run(2, _bad_tiling, runs, layout, timeout=20):
+        assert "must tile rows 0 to 40" in said
+        assert text in said
+
+
+def _later_call_differs(change: dict[str, Any], layout: Layout) -> tuple[str, float]:
+    shard = VocabShard.even(40, dist.group.WORLD, dist.group.WORLD if layout == "sharded" else None)
+    _call(shard=shard)()
+    said = _error_of(_call(shard=shard, **change)) if dist.get_rank() == 0 else ""
+    return said, float(_call(shard=shard)())
+
+
+@every_layout
+@pytest.mark.parametrize(
+    "change", [{"softcap": 2.0}, {"gradient": "unbiased"}, {"bias": True}, {"dtype": torch.bfloat16}, {"dim": 4}]
+)
+def test_a_later_call_that_differs_raises_before_any_collective(
+    ranks: RankPool, change: dict[str, Any], layout: Layout
+) -> None:
+    """Rank 0 alone raises and tries again as agreed; rank 1 never notices."""
+    (said, loss), (_, other) = ranks.run(2, _later_call_differs, change, layout, timeout=20)
+    assert "differs from the first" in said
+    assert next(iter(change)) in said or "dtype" in said or "dimension" in said
+    assert loss == other
+
+
+def _bad_label(layout: Layout, label: int, at_rank: int) -> str:
+    labels = torch.zeros(3, dtype=torch.int64)
+    if layout == "replicated" or dist.get_rank() == at_rank:
+        labels[1] = label
+    return _error_of(_call(layout=layout, labels=labels))
+
+
+@every_layout
+@pytest.mark.parametrize("label", [40, -1])
+@pytest.mark.parametrize("at_rank", [0, 2])
+def test_a_label_out_of_range_raises_on_every_rank(ranks: RankPool, layout: Layout, label: int, at_rank: int) -> None:
+    for said in ranks.run(3, _bad_label, layout, label, at_rank, timeout=20):
+        assert "labels must be in [0, 40)" in said
+        assert str(label) in said
+
+
+def _later_fault(layout: Layout) -> list[str]:
+    """After the agreement one rank comes with a label out of range, then all go on."""
+    shard = VocabShard.even(40, dist.group.WORLD, dist.group.WORLD if layout == "sharded" else None)
+    _call(shard=shard)()
+    labels = torch.zeros(3, dtype=torch.int64)
+    if layout == "replicated" or dist.get_rank() == 1:
+        labels[0] = 77
+    said = _error_of(_call(shard=shard, labels=labels))
+    return [said, _error_of(_call(shard=shard))]
+
+
+@every_layout
+def test_a_label_out_of_range_in_a_later_call_raises_on_every_rank(ranks: RankPool, layout: Layout) -> None:
+    for said, then in ranks.run(2, _later_fault, layout, timeout=20):
+        assert "77" in said
+        assert then == "no error"
+
+
+def _evaluation_between() -> list[float]:
+    shard = VocabShard.even(40, dist.group.WORLD, dist.group.WORLD)
+    losses = [float(_call(shard=shard)())]
+    with torch.no_grad():
+        losses.append(float(_call(shard=shard, reduction="sum", grad=False)()))
+        losses.append(float(_call(shard=shard, reduction="sum", grad=False)()))
+    losses.append(float(_call(shard=shard)()))
+    return losses
+
+
+def test_evaluation_may_use_other_settings_than_training(ranks: RankPool) -> None:
+    for first, sum_, again, last in ranks.run(2, _evaluation_between, timeout=20):
+        assert first == last == pytest.approx(torch.tensor(40.0).log().item())
+        assert sum_ == again == pytest.approx(3 * first)
+
+
+def _wrong_groups() -> list[str]:
+    world = dist.group.WORLD
+    pair = dist.new_group([0, 1])
+    other = dist.new_group([1, 2])
+    rank = dist.get_rank()
+    said = []
+    if rank < 2:
+        said.append(_error_of(lambda: VocabShard(((0, 40),), 40, pair, world)))
+    if rank == 1:
+        said.append(_error_of(lambda: VocabShard(((0, 40),), 40, pair, other)))
+    return said
+
+
+def test_a_token_group_outside_the_vocabulary_group_is_refused(ranks: RankPool) -> None:
+    for said in ranks.run(3, _wrong_groups):
+        assert all("token_group must be a subset of vocab_group" in text for text in said)
+
+
+def _token_groups_of_unequal_size() -> str:
+    groups = [dist.new_group([0, 1]), dist.new_group([2])]
+    return _error_of(_call(shard=VocabShard.even(40, dist.group.WORLD, groups[dist.get_rank() // 2])))
+
+
+def test_token_groups_of_unequal_size_raise_on_every_rank(ranks: RankPool) -> None:
+    for said in ranks.run(3, _token_groups_of_unequal_size, timeout=20):
+        assert "token groups" in said

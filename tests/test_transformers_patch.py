@@ -1,0 +1,290 @@
+"""Patched Hugging Face models train as the stock ones do, and never compute logits on the way."""
+
+import copy
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPool
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+from cce_dist import CCEConfig, VocabShard
+from cce_dist.lazy_logits import LazyLogits, MaterializedLogitsWarning, make_lazy
+from cce_dist.transformers import fused_evaluation, patch, unpatch
+
+EXACT = CCEConfig(gradient="exact", materialize="raise")
+ALL_FORMS = [*architectures.FAST, *(pytest.param(name, marks=pytest.mark.full) for name in architectures.FULL)]
+
+
+def _step(model: PreTrainedModel, **extra: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
+    """Loss, gradients and outputs of one training step, with the same dropout every time."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    outputs = model(**architectures.batch(), **extra)
+    outputs.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return outputs.loss.detach(), gradients, outputs
+
+
+def _assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """By relative norm; a tensor that matters little to the whole gradient (key biases) is held to less."""
+    assert got.keys() == wanted.keys()
+    floor = 1e-4 * torch.stack([x.norm() for x in wanted.values()]).norm()
+    errors = {name: ((got[name] - x).norm() / torch.maximum(x.norm(), floor)).item() for name, x in wanted.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] < 5e-5, f"{worst}: {errors[worst]:.1e}"
+
+
+@pytest.mark.parametrize("name", ALL_FORMS)
+def test_loss_and_all_gradients_equal_the_stock_model(name: str) -> None:
+    try:
+        model = architectures.build(name)
+    except (ValueError, ImportError) as error:
+        if "Unrecognized model" not in str(error):
+            raise
+        pytest.skip(f"the installed transformers has no {name}")
+    for extra in ({}, {"num_items_in_batch": torch.tensor(40)}):
+        stock_loss, stock_gradients, _ = _step(model, **extra)
+        patch(model, EXACT)  # raises if logits are materialised
+        loss, gradients, outputs = _step(model, **extra)
+        unpatch(model)
+        assert isinstance(outputs.logits, LazyLogits)
+        torch.testing.assert_close(loss, stock_loss, rtol=1e-6, atol=0)
+        _assert_close(gradients, stock_gradients)
+
+
+@pytest.mark.full
+def test_every_causal_model_type_is_tested_or_listed_with_a_reason() -> None:
+    left_out = sorted(architectures.types_left_out())
+    if left_out:
+        warnings.warn(f"neither in FAST, FULL nor NOT_TESTED of tests/architectures.py: {left_out}", stacklevel=1)
+
+
+def test_evaluation_and_generation_are_untouched() -> None:
+    model, prompt = architectures.build("llama").eval(), architectures.batch()["input_ids"]
+    stock_logits = model(prompt).logits
+    stock_tokens = model.generate(prompt, max_new_tokens=4, do_sample=False)
+    patch(model, EXACT)
+    assert type(model(prompt).logits) is Tensor
+    assert torch.equal(model(prompt).logits, stock_logits)
+    model.train()
+    assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False), stock_tokens)
+
+
+def test_fused_evaluation_gives_the_stock_loss() -> None:
+    model = architectures.build("gemma2").eval()
+    with torch.no_grad():
+        stock = model(**architectures.batch()).loss
+        with fused_evaluation(patch(model, EXACT)):
+            outputs = model(**architectures.batch())
+    assert isinstance(outputs.logits, LazyLogits)
+    torch.testing.assert_close(outputs.loss, stock, rtol=1e-6, atol=0)
+
+
+def test_saving_and_copying_are_untouched(tmp_path: Path) -> None:
+    model = architectures.build("llama_tied")
+    names = list(model.state_dict())
+    patch(model, EXACT)
+    assert list(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    for copied in (AutoModelForCausalLM.from_pretrained(tmp_path), pickle.loads(pickle.dumps(model))):
+        assert type(copied.lm_head) is nn.Linear
+        assert copied.lm_head.weight is copied.model.embed_tokens.weight
+        assert torch.equal(copied.lm_head.weight, model.lm_head.weight)
+    twin = copy.deepcopy(model)
+    assert twin.lm_head.weight is twin.model.embed_tokens.weight
+    assert isinstance(_step(twin)[2].logits, LazyLogits)
+    assert model.lm_head.weight.grad is None
+
+
+def test_unpatch_restores_the_model() -> None:
+    model = architectures.build("llama")
+    stock = _step(model)
+    assert patch(model, EXACT) is model
+    assert unpatch(model) is model
+    assert type(model.lm_head) is nn.Linear
+    loss, gradients, outputs = _step(model)
+    assert type(outputs.logits) is Tensor
+    assert torch.equal(loss, stock[0])
+    assert all(torch.equal(gradients[name], stock[1][name]) for name in gradients)
+
+
+def test_a_loss_that_reads_probabilities_gets_them_with_a_warning_that_names_its_line() -> None:
+    model = patch(architectures.build("llama"), gradient="exact")
+    logits = model(architectures.batch()["input_ids"]).logits
+    with pytest.warns(
+        MaterializedLogitsWarning, match=rf"{__file__}:\d+, in {_entropy.__name__}, uses them in softmax"
+    ):
+        loss = _entropy(logits)
+    loss.backward()
+    gradient = model.lm_head.weight.grad
+    unpatch(model).zero_grad()
+    _entropy(model(architectures.batch()["input_ids"]).logits).backward()
+    assert torch.equal(gradient, model.lm_head.weight.grad)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    p = torch.softmax(logits.float(), dim=-1)
+    return -(p * p.log()).sum(-1).mean()
+
+
+class _Adapted(nn.Linear):
+    """As an adapter that inherits from nn.Linear."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+def test_models_that_cannot_be_patched_are_refused() -> None:
+    llama = architectures.build("llama")
+    with pytest.raises(ValueError, match="LlamaModel has none"):
+        patch(AutoModel.from_config(llama.config))
+    with pytest.raises(ValueError, match="Sequential has none"):
+        patch(nn.Sequential())
+    with pytest.raises(ValueError, match="not a class that make_lazy made"):
+        unpatch(llama)
+    patch(llama)
+    with pytest.raises(ValueError, match="lazy already"):
+        patch(llama)
+    for head, error in (
+        (_Adapted(32, architectures.VOCAB), "LoRA"),
+        (nn.Sequential(), "a classifier such as nn.Linear"),
+    ):
+        llama.lm_head = head
+        with pytest.raises(TypeError, match=error):
+            patch(llama)
+
+
+def test_a_sharded_output_layer_is_left_to_its_framework() -> None:
+    zero3 = architectures.build("llama")
+    zero3.lm_head.weight.data = torch.empty(0)  # as ZeRO-3 leaves it between uses
+    with pytest.raises(ValueError, match="deepspeed"):
+        patch(zero3)
+
+
+def test_settings_come_as_a_config_or_by_keyword_and_are_checked() -> None:
+    model = architectures.build("llama")
+    with pytest.raises(ValueError, match="gradiant: unknown key"):
+        patch(model, gradiant="exact")
+    with pytest.raises(ValueError, match="not both"):
+        patch(model, EXACT, gradient="exact")
+    assert type(patch(model, enabled=False).lm_head) is nn.Linear
+    with pytest.raises(RuntimeError, match="materialize='raise'"):
+        patch(model, materialize="raise")(architectures.batch()["input_ids"]).logits.exp()
+
+
+def test_bf16_autocast_is_as_close_to_fp32_as_the_stock_model_is() -> None:
+    model = architectures.build("qwen3")
+    truth, _, _ = _step(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock, stock_gradients, _ = _step(model)
+        loss, gradients, _ = _step(patch(model, EXACT))
+    assert (loss - truth).abs() <= 1.5 * (stock - truth).abs() + 2.0**-9 * truth
+    assert loss.dtype == stock.dtype
+    for name, gradient in stock_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 0.05 * gradient.norm(), name
+
+
+class _Slice:
+    """An owner whose rank takes its rows of a whole, replicated head."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.head = head
+        assert dist.group.WORLD is not None
+        self.shard = VocabShard.even(head.out_features, dist.group.WORLD)
+
+    def local_weight(self) -> Tensor:
+        return self.head.weight[self.shard.start : self.shard.stop]
+
+    def local_bias(self) -> Tensor | None:
+        return None if self.head.bias is None else self.head.bias[self.shard.start : self.shard.stop]
+
+
+def _sharded_errors(name: str) -> None:
+    """Every gradient equals the stock one; of the head's, this rank's rows."""
+    model = architectures.build(name)
+    stock_loss, stock_gradients, _ = _step(model)
+    head = model.get_output_embeddings()
+    owner = _Slice(head)
+    make_lazy(head, owner, EXACT)
+    loss, gradients, _ = _step(model)
+    torch.testing.assert_close(loss, stock_loss, rtol=1e-6, atol=0)
+    for key, parameter in model.named_parameters():
+        if parameter is head.weight or parameter is head.bias:
+            rows = slice(owner.shard.start, owner.shard.stop)
+            gradients[key], stock_gradients[key] = gradients[key][rows], stock_gradients[key][rows]
+    _assert_close(gradients, stock_gradients)
+
+
+SHARDED = ("llama", "llama_tied", "gemma2", "cohere", "granite", "gpt2", "phi", "inkling_text", "t5", "bart_seq2seq",
+           "bert_masked", "mamba", "qwen3_moe")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [SHARDED[0], *(pytest.param(name, marks=pytest.mark.full) for name in SHARDED[1:])])
+def test_a_vocabulary_sharded_over_two_ranks_trains_as_stock(ranks: RankPool, name: str) -> None:
+    ranks.run(2, _sharded_errors, name)
+
+
+def _refusal_of_fully_sharded() -> str:
+    model = architectures.build("llama")
+    fully_shard(model)
+    with pytest.raises(ValueError, match="sharded already") as error:
+        patch(model)
+    return str(error.value)
+
+
+def test_a_model_sharded_by_fsdp2_is_left_to_shard_head(ranks: RankPool) -> None:
+    assert all("shard_head" in text for text in ranks.run(2, _refusal_of_fully_sharded))
+
+
+def _ddp_gradients(patched: bool) -> dict[str, Tensor]:
+    """Each rank trains on its own sequence."""
+    model = architectures.build("llama_tied")
+    if patched:
+        patch(model, EXACT)
+    batch = {key: x[dist.get_rank()][None] for key, x in architectures.batch().items()}
+    DistributedDataParallel(model)(**batch).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_under_ddp_gradients_equal_stock(ranks: RankPool) -> None:
+    for gradients, stock in zip(ranks.run(2, _ddp_gradients, True), ranks.run(2, _ddp_gradients, False), strict=True):
+        _assert_close(gradients, stock)
+
+
+def _trainer_log(folder: str, patched: bool) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each optimizer step of a run with ragged labels and gradient accumulation."""
+    model = architectures.build("qwen3")
+    if patched:
+        patch(model, EXACT)
+    data = [{key: x[i % 2].clone() for key, x in architectures.batch().items()} for i in range(16)]
+    for i, row in enumerate(data):
+        row["labels"][: i % 7] = -100
+    arguments = TrainingArguments(
+        folder, max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=1,
+        learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=data)
+    assert trainer.args.world_size == 2
+    trainer.train()
+    return [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.full
+def test_the_trainer_on_two_ranks_logs_what_it_logs_for_stock(ranks: RankPool, tmp_path: Path) -> None:
+    try:
+        stock = ranks.run(2, _trainer_log, str(tmp_path), False, timeout=120)[0]
+        patched = ranks.run(2, _trainer_log, str(tmp_path), True, timeout=120)[0]
+    finally:
+        ranks.close()  # accelerate keeps state in the process
+    assert len(stock) == 3
+    for x, y in zip(patched, stock, strict=True):
+        assert x == pytest.approx(y, rel=1e-5)
