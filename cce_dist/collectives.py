@@ -10,24 +10,29 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cce_dist.kernels.problem import Normaliser, Summary
+
 # torch 2.13 renamed both and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def merge_softmax(max_N: Tensor, sumexp_N: Tensor, target_N: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+def merge_softmax(summary: Summary, group: ProcessGroup | None) -> tuple[Normaliser, Tensor]:
     """Combines the shards' (max, Σ exp(z − max), target logit) into the global ones: a MAX, then one packed SUM.
 
     A NaN reaches every rank through the SUM, because gloo's MAX drops it.
 
     Returns:
-        lse_N and target_N over the whole vocabulary.
+        The log-sum-exp and the target logits [N] over the whole vocabulary.
     """
-    global_max_N = max_N.clone()
-    dist.all_reduce(global_max_N, dist.ReduceOp.MAX, group=group)
-    packed_2N = torch.stack((sumexp_N * torch.exp(max_N - global_max_N), target_N))
-    dist.all_reduce(packed_2N, dist.ReduceOp.SUM, group=group)
-    return global_max_N + packed_2N[0].log(), packed_2N[1]
+    max_N, sumexp_N, target_N, unit = summary[:4]
+    if group is not None:
+        own_max_N, max_N = max_N, max_N.clone()
+        dist.all_reduce(max_N, dist.ReduceOp.MAX, group=group)
+        packed_2N = torch.stack((sumexp_N * torch.exp((own_max_N - max_N) * unit), target_N))
+        dist.all_reduce(packed_2N, dist.ReduceOp.SUM, group=group)
+        sumexp_N, target_N = packed_2N
+    return Normaliser(max_N, sumexp_N.log() / unit, unit), target_N
 
 
 def most_tokens(num_tokens: int, host_group: ProcessGroup) -> int:

@@ -8,9 +8,8 @@ its rank and sums dE over the ranks.
 Shapes: n tokens of this rank, N tokens of the token group, D hidden, V local rows of the classifier.
 """
 
-from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -18,31 +17,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from cce_dist.arguments import Reduction, Settings, check_settings, check_tensors, contract
 from cce_dist.collectives import gather_tokens, group_mean, merge_softmax, most_tokens, reduce_scatter_tokens
 from cce_dist.config import Backend, Gradient
 from cce_dist.kernels import reference
-from cce_dist.kernels.problem import TILE, Filter, Gradients, Logits, Summary, Tiles, Upstream, Wanted
+from cce_dist.kernels.problem import TILE, Filter, Gradients, Logits, Normaliser, Tiles, Upstream, Wanted
 from cce_dist.shard import VocabShard
-
-Reduction = Literal["mean", "sum", "none"]
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_EXACT_WORKSPACE_MB = 256
-_SPARSE_WORKSPACE_MB = 32
-_LEAST_WORKSPACE_PER_TOKEN = 2 * TILE  # bytes: one tile of probabilities
-
-
-class _Settings(NamedTuple):
-    ignore_index: int
-    softcap: float | None
-    logit_scale: float
-    gradient: Gradient
-    tail: bool
-    filter_eps: float
-    seed: int | None
-    backend: Literal["triton", "torch"]
-    workspace_bytes: int
-    max_tokens: int | None
 
 
 @overload
@@ -108,58 +88,57 @@ def linear_cross_entropy(  # type: ignore[misc]
         ValueError, TypeError: for arguments that do not fit; at the first call with a shard on every rank of its
             group. A label out of range raises on every rank: on CUDA as a device-side assertion.
     """
+    for name, x in (("hidden", hidden), ("weight", weight), ("labels", labels), ("bias", bias)):
+        if not isinstance(x, Tensor) and not (name == "bias" and x is None):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
     weight_VD, shard = _resolve(weight, shard)
     bias_V = bias.to_local(grad_placements=bias.placements) if isinstance(bias, DTensor) else bias
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    fault = (
-        _tensor_fault(hidden, weight_VD, labels, bias_V, shard, shift)
-        or _setting_fault(softcap, logit_scale, reduction, num_valid_tokens, gradient, filter_eps, backend)
-        or _workspace_fault(hidden, shard, workspace_mb, max_tokens)
-    )
-    settings = _Settings(
-        ignore_index,
-        softcap,
-        1.0 if logit_scale is None else logit_scale,
-        "exact" if filter_eps == 0 else gradient,
-        tail,
-        0.0 if fault else _resolve_eps(filter_eps, gradient, shard.vocab_size),
-        seed,
-        "triton" if backend == "triton" or (backend == "auto" and _triton_can(hidden)) else "torch",
-        _workspace_bytes(
-            workspace_mb, "exact" if filter_eps == 0 else gradient, _least_workspace_mb(labels.numel(), shard)
-        ),
-        max_tokens,
-    )
-    contract = _contract(hidden, weight_VD, bias_V, shard, settings, reduction, num_valid_tokens)
-    shard.agree(contract, {"number of tokens": labels.numel()} if shard.token_group is None else {}, fault)
+    settings, fault = None, None
+    try:
+        check_tensors(hidden, weight_VD, labels, bias_V, shard)
+        settings = check_settings(
+            hidden,
+            labels,
+            shard,
+            ignore_index=ignore_index,
+            shift=shift,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            reduction=reduction,
+            num_valid_tokens=num_valid_tokens,
+            gradient=gradient,
+            tail=tail,
+            filter_eps=filter_eps,
+            seed=seed,
+            backend=backend,
+            workspace_mb=workspace_mb,
+            max_tokens=max_tokens,
+        )
+    except (TypeError, ValueError) as error:
+        fault = str(error)  # raised by agree, on every rank
+    same_tokens = {"number of tokens": labels.numel()} if shard.token_group is None else {}
+    shard.agree({} if settings is None else contract(hidden, bias_V, shard, settings), same_tokens, fault)
+    assert settings is not None
 
     labels_n = _shifted(labels, shift, ignore_index).reshape(-1).long()
     nll_n, lse_n = _LinearCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight_VD, bias_V, labels_n, shard, settings
     )
-    loss = _reduce(nll_n, labels_n, labels, shift, shard, ignore_index, reduction, num_valid_tokens)
+    loss = _reduce(nll_n, labels_n, labels, shard, settings)
     return (loss, _unflatten(lse_n, labels, shift)) if return_lse else loss
 
 
-def _reduce(
-    nll_n: Tensor,
-    labels_n: Tensor,
-    labels: Tensor,
-    shift: int,
-    shard: VocabShard,
-    ignore_index: int,
-    reduction: Reduction,
-    num_valid_tokens: int | Tensor | None,
-) -> Tensor:
-    if reduction == "none":
-        return _unflatten(nll_n, labels, shift)
+def _reduce(nll_n: Tensor, labels_n: Tensor, labels: Tensor, shard: VocabShard, settings: Settings) -> Tensor:
+    if settings.reduction == "none":
+        return _unflatten(nll_n, labels, settings.shift)
     own_sum = nll_n.sum()
-    if reduction == "sum":
+    if settings.reduction == "sum":
         return own_sum
-    if num_valid_tokens is not None:
-        return own_sum / num_valid_tokens
-    own_count = (labels_n != ignore_index).sum()
+    if settings.num_valid_tokens is not None:
+        return own_sum / settings.num_valid_tokens
+    own_count = (labels_n != settings.ignore_index).sum()
     group = shard.count_group if shard.count_group is not None else shard.token_group
     return own_sum / own_count if group is None else group_mean(own_sum, own_count, group)
 
@@ -175,7 +154,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         labels_n: Tensor,
         shard: VocabShard,
-        settings: _Settings,
+        settings: Settings,
     ) -> tuple[Tensor, Tensor]:
         hidden_ND, labels_N, most = _gather(hidden_nD, labels_n, shard, settings)
         valid_N = labels_N != settings.ignore_index
@@ -192,38 +171,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
             summary = _backend(settings).summarise(
                 logits, needs_grad and settings.gradient != "exact", settings.workspace_bytes
             )
-            lse_N, target_logit_N = _merge(summary, shard)
+            normaliser, target_logit_N = merge_softmax(summary, shard.vocab_group)
         seed = _draw_seed(settings, hidden_nD.device) if needs_grad and settings.gradient == "unbiased" else None
 
         if needs_grad:
             ctx.shard, ctx.settings, ctx.most, ctx.num_tokens = shard, settings, most, labels_n.shape[0]
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(
-                hidden_ND, weight_VD, bias_V, target_N, token_N, order_N, valid_N, n_valid, lse_N, seed,
-                *(summary.tiles or (None, None)),
+                hidden_ND, weight_VD, bias_V, target_N, token_N, order_N, valid_N, n_valid, seed,
+                normaliser.max_N, normaliser.log_sum_N, *(summary.tiles or (None, None)),
             )  # fmt: skip
-        nll_N = _restore(lse_N - target_logit_N, order_N, valid_N)
+            ctx.unit = normaliser.unit
+        nll_N = _restore(normaliser.nll(target_logit_N), order_N, valid_N)
         return _own(nll_N, labels_n.shape[0], most, shard), _own(
-            _restore(lse_N, order_N, valid_N), labels_n.shape[0], most, shard
+            _restore(normaliser.lse_N, order_N, valid_N), labels_n.shape[0], most, shard
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_nll_n: Tensor | None, grad_lse_n: Tensor | None) -> tuple[Tensor | None, ...]:
         shard: VocabShard = ctx.shard
-        settings: _Settings = ctx.settings
+        settings: Settings = ctx.settings
         (
-            hidden_ND, weight_VD, bias_V, target_N, token_N, order_N, valid_N, n_valid, lse_N, seed,
-            tile_lse_TN, reference_SN,
+            hidden_ND, weight_VD, bias_V, target_N, token_N, order_N, valid_N, n_valid, seed,
+            max_N, log_sum_N, tile_lse_TN, reference_SN,
         ) = ctx.saved_tensors  # fmt: skip
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            upstream = _upstream(grad_nll_n, grad_lse_n, lse_N, order_N, valid_N, ctx.num_tokens, ctx.most, shard)
+            upstream = _upstream(grad_nll_n, grad_lse_n, max_N.dtype, order_N, valid_N, ctx.num_tokens, ctx.most, shard)
             logits = _logits(hidden_ND, weight_VD, bias_V, target_N, token_N, n_valid, shard, settings)
             gradients: Gradients = _backend(settings).differentiate(
                 logits,
                 None if tile_lse_TN is None else Tiles(tile_lse_TN, reference_SN),
-                lse_N,
+                Normaliser(max_N, log_sum_N, ctx.unit),
                 upstream,
                 Filter(settings.gradient, settings.filter_eps, settings.tail, seed),
                 Wanted(wants_hidden, wants_weight, wants_bias, weight_VD.dtype, settings.workspace_bytes),
@@ -252,7 +232,7 @@ def _logits(
     token_N: Tensor,
     n_valid: Tensor,
     shard: VocabShard,
-    settings: _Settings,
+    settings: Settings,
 ) -> Logits:
     """The real rows of the shard, in hidden's dtype, and the tokens that meet them."""
     rows = shard.num_real_rows
@@ -269,7 +249,7 @@ def _logits(
     )
 
 
-def _backend(settings: _Settings) -> ModuleType:
+def _backend(settings: Settings) -> ModuleType:
     if settings.backend == "torch":
         return reference
     from cce_dist.kernels import pipeline  # imports triton
@@ -277,7 +257,7 @@ def _backend(settings: _Settings) -> ModuleType:
     return pipeline
 
 
-def _gather(hidden_nD: Tensor, labels_n: Tensor, shard: VocabShard, settings: _Settings) -> tuple[Tensor, Tensor, int]:
+def _gather(hidden_nD: Tensor, labels_n: Tensor, shard: VocabShard, settings: Settings) -> tuple[Tensor, Tensor, int]:
     """All tokens of the token group, each rank's part padded to the most that any rank brings."""
     if shard.token_group is None:
         return hidden_nD, labels_n, labels_n.shape[0]
@@ -308,13 +288,7 @@ def _valid_first(valid_N: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(index_N).scatter_(0, place_N, index_N), n_valid.to(torch.int32)
 
 
-def _merge(summary: Summary, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    if shard.vocab_group is None:
-        return summary.max_N + summary.sumexp_N.log(), summary.target_N
-    return merge_softmax(summary.max_N, summary.sumexp_N, summary.target_N, shard.vocab_group)
-
-
-def _draw_seed(settings: _Settings, device: torch.device) -> Tensor:
+def _draw_seed(settings: Settings, device: torch.device) -> Tensor:
     if settings.seed is not None:
         return torch.full((1,), settings.seed, dtype=torch.int64, device=device)
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
@@ -335,7 +309,7 @@ def _own(values_N: Tensor, num_tokens: int, most: int, shard: VocabShard) -> Ten
 def _upstream(
     grad_nll_n: Tensor | None,
     grad_lse_n: Tensor | None,
-    lse_N: Tensor,
+    dtype: torch.dtype,
     order_N: Tensor,
     valid_N: Tensor,
     num_tokens: int,
@@ -343,15 +317,13 @@ def _upstream(
     shard: VocabShard,
 ) -> Upstream:
     """The two upstream gradients of every token of the group, compacted and scaled to at most 1."""
-    zero_n = lse_N.new_zeros(num_tokens)
-    grads_n2 = torch.stack(
-        [zero_n if grad is None else grad.to(lse_N.dtype) for grad in (grad_nll_n, grad_lse_n)], dim=1
-    )
+    zero_n = torch.zeros(num_tokens, dtype=dtype, device=order_N.device)
+    grads_n2 = torch.stack([zero_n if grad is None else grad.to(dtype) for grad in (grad_nll_n, grad_lse_n)], dim=1)
     grads_N2 = grads_n2 if shard.token_group is None else gather_tokens(grads_n2, most, shard.token_group)
     grads_N2 = torch.where(valid_N[:, None], grads_N2[order_N], 0)
     softmax_N, target_N = grads_N2.sum(1), grads_N2[:, 0]
-    if lse_N.shape[0] == 0:
-        return Upstream(softmax_N, target_N, lse_N.new_ones(()))
+    if order_N.shape[0] == 0:
+        return Upstream(softmax_N, target_N, softmax_N.new_ones(()))
     largest = torch.maximum(softmax_N.abs().amax(), target_N.abs().amax())
     scale = torch.where(largest == 0, 1.0, torch.exp2(torch.ceil(torch.log2(largest))))
     return Upstream(softmax_N / scale, target_N / scale, scale)
@@ -415,130 +387,3 @@ def _dtensor_shard(weight: DTensor) -> VocabShard:
         shard = VocabShard.from_dtensor(weight)
         weight._cce_dist_shard = shard  # type: ignore[attr-defined]
     return shard
-
-
-def _triton_can(hidden: Tensor) -> bool:
-    return hidden.is_cuda and hidden.dtype != torch.float64
-
-
-def _resolve_eps(filter_eps: float | str, gradient: Gradient, vocab_size: int) -> float:
-    if not isinstance(filter_eps, str):
-        return filter_eps
-    if gradient == "filtered":
-        return 2.0**-10
-    return 2.0**-8 if vocab_size >= 98304 else 2.0**-6
-
-
-def _tensor_fault(
-    hidden: Tensor, weight_VD: Tensor, labels: Tensor, bias_V: Tensor | None, shard: VocabShard, shift: int
-) -> str | None:
-    if hidden.dtype not in _DTYPES:
-        return f"hidden must be fp32, fp16, bf16 or fp64, got {hidden.dtype}."
-    if not weight_VD.is_floating_point():
-        return f"weight must be a floating-point tensor, got {weight_VD.dtype}."
-    if hidden.ndim < 1 or weight_VD.ndim != 2 or weight_VD.shape[1] != hidden.shape[-1]:
-        return (
-            f"hidden must be [..., D] and weight [V, D] with the same D, got hidden {list(hidden.shape)} and weight "
-            f"{list(weight_VD.shape)}."
-        )
-    if labels.shape != hidden.shape[:-1]:
-        return (
-            f"labels must have hidden's shape less its last axis, {list(hidden.shape[:-1])}; got {list(labels.shape)}."
-        )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        return f"labels must be integers, got {labels.dtype}."
-    if shift < 0 or (shift > 0 and labels.ndim == 0):
-        return f"shift must be 0, or positive where labels have an axis, got {shift} with labels of {labels.ndim} axes."
-    if weight_VD.shape[0] != shard.num_rows:
-        return (
-            f"weight must hold the shard's {shard.num_rows} rows {shard.runs}, got {weight_VD.shape[0]} rows. Pass "
-            "this rank's rows, or build the VocabShard from the split that was used."
-        )
-    if bias_V is not None and (bias_V.ndim != 1 or bias_V.shape[0] != weight_VD.shape[0]):
-        return f"bias must be [{weight_VD.shape[0]}], one entry per local row, got {list(bias_V.shape)}."
-    devices = {x.device for x in (hidden, weight_VD, labels, bias_V) if x is not None}
-    if len(devices) > 1:
-        return f"hidden, weight, labels and bias must be on one device, got {sorted(map(str, devices))}."
-    return None
-
-
-def _setting_fault(
-    softcap: float | None,
-    logit_scale: float | None,
-    reduction: str,
-    num_valid_tokens: int | Tensor | None,
-    gradient: str,
-    filter_eps: float | str,
-    backend: str,
-) -> str | None:
-    if softcap is not None and not softcap > 0:
-        return f"softcap must be positive or None, got {softcap}."
-    if logit_scale is not None and not -float("inf") < logit_scale < float("inf"):
-        return f"logit_scale must be finite, got {logit_scale}."
-    for name, value, allowed in (
-        ("reduction", reduction, ("mean", "sum", "none")),
-        ("gradient", gradient, ("unbiased", "exact", "filtered")),
-        ("backend", backend, ("auto", "triton", "torch")),
-    ):
-        if value not in allowed:
-            return f"{name} must be one of {allowed}, got {value!r}."
-    if filter_eps != "auto" and (isinstance(filter_eps, str) or not 0 <= filter_eps < 1):
-        return f'filter_eps must be "auto" or in [0, 1), got {filter_eps!r}.'
-    if num_valid_tokens is not None and reduction != "mean":
-        return f'num_valid_tokens goes with reduction="mean" only, got reduction={reduction!r}.'
-    if isinstance(num_valid_tokens, Tensor) and num_valid_tokens.ndim != 0:
-        return f"num_valid_tokens must be an int or a 0-d tensor, got shape {list(num_valid_tokens.shape)}."
-    return None
-
-
-def _least_workspace_mb(num_tokens: int, shard: VocabShard) -> int:
-    ranks = 1 if shard.token_group is None else dist.get_world_size(shard.token_group)
-    return max(-(-num_tokens * ranks * _LEAST_WORKSPACE_PER_TOKEN // (1 << 20)), 1)
-
-
-def _workspace_bytes(workspace_mb: int | None, gradient: Gradient, least_mb: int) -> int:
-    """The default is eight times the least where that is more: a smaller one makes the sparse backward wait."""
-    if workspace_mb is None:
-        workspace_mb = _EXACT_WORKSPACE_MB if gradient == "exact" else max(_SPARSE_WORKSPACE_MB, 8 * least_mb)
-    return max(workspace_mb, least_mb) << 20
-
-
-def _workspace_fault(hidden: Tensor, shard: VocabShard, workspace_mb: int | None, max_tokens: int | None) -> str | None:
-    num_tokens = hidden.shape[:-1].numel()
-    if max_tokens is not None and max_tokens < num_tokens:
-        return f"max_tokens must be at least this rank's {num_tokens} tokens, got {max_tokens}."
-    least = _least_workspace_mb(num_tokens, shard)
-    if workspace_mb is not None and workspace_mb < least:
-        return (
-            f"workspace_mb must be at least {least}, {_LEAST_WORKSPACE_PER_TOKEN} bytes for each of the token group's "
-            f"tokens, {num_tokens} of them on this rank; got {workspace_mb}."
-        )
-    return None
-
-
-def _contract(
-    hidden: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    shard: VocabShard,
-    settings: _Settings,
-    reduction: str,
-    num_valid_tokens: int | Tensor | None,
-) -> Mapping[str, Any]:
-    """What every rank of the vocabulary group must say alike."""
-    return {
-        "vocab_size": shard.vocab_size,
-        "hidden's last dimension": hidden.shape[-1] if hidden.ndim else None,
-        "hidden's dtype": str(hidden.dtype),
-        "hidden's need of a gradient": hidden.requires_grad,
-        "bias": bias_V is not None,
-        "token_group": shard.token_group is not None,
-        "count_group": shard.count_group is not None,
-        "reduce_dtype": str(shard.reduce_dtype),
-        "reduction": reduction if num_valid_tokens is None else f"{reduction} with num_valid_tokens",
-        "max_tokens": settings.max_tokens,
-        **{
-            name: getattr(settings, name)
-            for name in ("ignore_index", "softcap", "logit_scale", "gradient", "tail", "filter_eps", "backend")
-        },
-    }

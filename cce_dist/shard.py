@@ -159,7 +159,7 @@ class VocabShard:
         if weight.device_mesh.ndim != 1 or tuple(weight.placements) != (Shard(0),):
             raise ValueError(
                 f"weight must be a DTensor with placements (Shard(0),) on a 1-D mesh, got {tuple(weight.placements)} "
-                f"on a mesh of shape {tuple(weight.device_mesh.shape)}. Redistribute it, or build the VocabShard yourself."
+                f"on a mesh of shape {tuple(weight.device_mesh.shape)}. Redistribute it."
             )
         return cls(
             dtensor_runs(weight),

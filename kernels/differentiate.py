@@ -1,13 +1,15 @@
 """Differentiate over the kept pairs: dE[rows] += P C_tile and dC_tile = Pᵀ E[rows], P recomputed.
 
-The kept rows of a tile, cut into blocks of PAIR_ROWS, are the "pair blocks". Work is a queue of items that programs take
-in order with one atomic counter:
+The kept rows of a tile, cut into blocks of PAIR_ROWS, are the "pair blocks". Work is a queue of items that programs
+take in order with one atomic counter:
   - a pair item recomputes P of one pair block ([PAIR_ROWS, TILE]: a product over D), stores it in 16 bits in a ring in
     the workspace, and adds P C_tile to dE (fp32 atomics: rows of a tile lie anywhere);
-  - a weight item computes WEIGHT_BLOCKS·BLOCK_D columns of dC of one tile, a product over its kept rows, and writes them once.
+  - a weight item computes WEIGHT_BLOCKS·BLOCK_D columns of a tile's dC, a product over its kept rows, and writes them
+    once.
 The ring bounds the memory: a pair item waits until the weight items of the tile that last used its slot are done, a
 weight item until its tile's pair blocks are. What an item waits for stands earlier in the queue, and the earliest
-unfinished item never waits, so no number of programs can deadlock. Nothing here depends on data that the host would have to read.
+unfinished item never waits, so no number of programs can deadlock. Nothing here depends on data that the host would
+have to read.
 FLOPs: 6·pairs·TILE·D. Bytes: dominated by dE's atomics, 4·pairs·D, and dC's V·D·2.
 
 Shapes: N tokens, D hidden, V local rows, T tiles, B pair blocks.
@@ -18,13 +20,12 @@ import triton
 import triton.language as tl
 
 from .blocks import can_use_tma, descriptor, load_block, load_rows, logits_of, precision
-from .problem import Logits, Upstream
+from .problem import Logits, Normaliser, Upstream
 from .select import Selection, pair_weight
 from .tuning import num_programs, tuning_for
 
 _SUB_BITS = tl.constexpr(15)
 _WEIGHT_ITEM = tl.constexpr(1 << 30)
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -53,7 +54,8 @@ def _schedule_kernel(
     """Writes each item to its place in the queue, and the tile whose weight items it must wait for, or −1.
 
     Weight items of a tile stand ``lookahead`` pair blocks after its last one: half of what the ring allows, so that
-    they find their pair blocks done, and are themselves done when their slots are wanted again. Grid: one program a tile.
+    they find their pair blocks done, and are themselves done when their slots are wanted again. Grid: one program a
+    tile.
     """
     tile = tl.program_id(0)
     total = tl.load(total_ptr)
@@ -148,7 +150,7 @@ def _weight_item(
         pointers = dweight_VD + columns[:, None].to(tl.int64) * D + d_range[None, :]
         inside = (columns < V)[:, None] & (d_range < D)[None, :]
         tl.store(pointers, (gradient * factor).to(dweight_VD.dtype.element_ty), mask=inside)
-    if HAS_BIAS:
+    if HAS_BIAS:  # noqa: SIM102 (the outer condition is known when compiling)
         if sub == 0:
             bias_gradient = tl.zeros([TILE], tl.float32)
             for k in range(0, blocks * PAIR_ROWS, BLOCK_K):
@@ -170,6 +172,8 @@ def _pair_probabilities(
     bias,
     softmax_upstream_N,
     target_upstream_N,
+    max2_N,
+    log2_sum_N,
     tile_lse_TN,
     reference_SN,
     lse2_N,
@@ -227,9 +231,10 @@ def _pair_probabilities(
     )
     a = tl.load(softmax_upstream_N + n, mask=valid, other=0.0) * k * headroom
     b = tl.load(target_upstream_N + n, mask=valid, other=0.0) * k * headroom
-    lse2 = tl.load(lse2_N + n, mask=valid, other=0.0)
+    max2 = tl.load(max2_N + n, mask=valid, other=0.0)
+    log2_sum = tl.load(log2_sum_N + n, mask=valid, other=0.0)
     target = tl.load(target_N + n, mask=valid, other=-1)
-    p = tl.exp2(z - lse2[:, None]) * a[:, None]
+    p = tl.exp2((z - max2[:, None]) - log2_sum[:, None]) * a[:, None]
     p = tl.where(target[:, None] == columns[None, :], p - b[:, None], p) * slope
     return tl.where(valid[:, None] & (columns < V)[None, :], p, 0.0)
 
@@ -255,6 +260,8 @@ def _differentiate_kernel(
     softmax_upstream_N,
     target_upstream_N,
     scale_ptr,
+    max2_N,
+    log2_sum_N,
     pi_V,
     tail_TD,
     tail_T,
@@ -359,6 +366,8 @@ def _differentiate_kernel(
                 bias,
                 softmax_upstream_N,
                 target_upstream_N,
+                max2_N,
+                log2_sum_N,
                 tile_lse_TN,
                 reference_SN,
                 lse2_N,
@@ -408,6 +417,7 @@ def _differentiate_kernel(
 def differentiate(
     logits: Logits,
     selection: Selection,
+    normaliser: Normaliser,
     upstream: Upstream,
     dhidden_ND: torch.Tensor | None,
     dweight_VD: torch.Tensor | None,
@@ -475,6 +485,8 @@ def differentiate(
         upstream.softmax_N,
         upstream.target_N,
         upstream.scale,
+        normaliser.max_N,
+        normaliser.log_sum_N,
         *(tail or (unused, unused, unused)),
         *selection.tensors,
         logits.tile_key_T,

@@ -1,4 +1,4 @@
-"""Exact gradient: the probabilities of a chunk of the vocabulary at a time in 16 bits, and two library products a chunk.
+"""Exact gradient: the probabilities of a chunk of the vocabulary at a time in 16 bits, and two library products each.
 
 Grid of the kernel: (rows / BLOCK_N) x (tiles of the chunk), columns fastest within a group of row blocks. FLOPs of the
 whole: 6·N·V·D (recomputed products, dE, dC). Bytes: P is written and read twice, 6·N·V, from a chunk that the
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .blocks import can_use_tma, descriptor, load_block, logits_of, precision
-from .problem import Logits, Upstream
+from .problem import Logits, Normaliser, Upstream
 from .tuning import tuning_for
 
 
@@ -22,7 +22,8 @@ def _probability_kernel(
     hidden,
     weight,
     bias,
-    lse2_N,
+    max2_N,
+    log2_sum_N,
     target_N,
     softmax_upstream_N,
     target_upstream_N,
@@ -69,9 +70,10 @@ def _probability_kernel(
         z, slope = logits_of(p, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
         a = tl.load(softmax_upstream_N + n, mask=valid, other=0.0) * headroom
         b = tl.load(target_upstream_N + n, mask=valid, other=0.0) * headroom
-        lse2 = tl.load(lse2_N + n, mask=valid, other=0.0)
+        max2 = tl.load(max2_N + n, mask=valid, other=0.0)
+        log2_sum = tl.load(log2_sum_N + n, mask=valid, other=0.0)
         target = tl.load(target_N + n, mask=valid, other=-1)
-        p = tl.exp2(z - lse2[:, None]) * a[:, None]
+        p = tl.exp2((z - max2[:, None]) - log2_sum[:, None]) * a[:, None]
         p = tl.where(target[:, None] == columns[None, :], p - b[:, None], p) * slope
         p = tl.where(valid[:, None] & (columns < V)[None, :], p, 0.0)
     pointers = p_Nv + n[:, None].to(tl.int64) * chunk_columns + chunk_range[None, :]
@@ -81,7 +83,7 @@ def _probability_kernel(
 
 def differentiate_exactly(
     logits: Logits,
-    lse_N: torch.Tensor,
+    normaliser: Normaliser,
     upstream: Upstream,
     dhidden_ND: torch.Tensor | None,
     dweight_VD: torch.Tensor | None,
@@ -95,7 +97,6 @@ def differentiate_exactly(
     tuning = tuning_for(hidden_ND)
     tma = tuning.tma and can_use_tma(logits)
     factor = upstream.scale * (logits.logit_scale / headroom)
-    lse2_N = lse_N * 1.4426950408889634
     chunk = max(workspace_bytes // (rows * hidden_ND.element_size()) // logits.tile, 1) * logits.tile
     # Chunks of equal size: the last product would otherwise be a thin one.
     chunks = triton.cdiv(vocab, chunk)
@@ -109,7 +110,8 @@ def differentiate_exactly(
             descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
             descriptor(weight_VD, logits.tile, tuning.block_d, tma),
             logits.bias_V,
-            lse2_N,
+            normaliser.max_N,
+            normaliser.log_sum_N,
             logits.target_N,
             upstream.softmax_N,
             upstream.target_N,

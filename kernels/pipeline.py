@@ -9,9 +9,10 @@ Shapes: N tokens, D hidden, V local rows, T tiles.
 import torch
 
 from . import summarise as summarise_stage
+from .blocks import LN_2
 from .differentiate import differentiate as differentiate_pairs
 from .exact import add_product, differentiate_exactly, product
-from .problem import Filter, Gradients, Logits, Summary, Tiles, Upstream, Wanted
+from .problem import Filter, Gradients, Logits, Normaliser, Summary, Tiles, Upstream, Wanted
 from .select import Selection
 from .tail import tail_means
 
@@ -26,14 +27,15 @@ def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary
     if rows == 0 or vocab == 0:
         zeros_N = torch.zeros(rows, dtype=torch.float32, device=logits.hidden_ND.device)
         tiles = Tiles(zeros_N.new_empty((logits.num_tiles, rows)), zeros_N.new_empty((0, rows)))
-        return Summary(torch.full_like(zeros_N, -torch.inf), zeros_N, zeros_N.clone(), tiles if want_tiles else None)
+        none_N = torch.full_like(zeros_N, -torch.inf)
+        return Summary(none_N, zeros_N, zeros_N.clone(), LN_2, tiles if want_tiles else None)
     return summarise_stage.summarise(logits, want_tiles)
 
 
 def differentiate(
-    logits: Logits, tiles: Tiles | None, lse_N: torch.Tensor, upstream: Upstream, filter_: Filter, wanted: Wanted
+    logits: Logits, tiles: Tiles | None, normaliser: Normaliser, upstream: Upstream, filter_: Filter, wanted: Wanted
 ) -> Gradients:
-    """The gradient of Σ b·nll + (a − b)·lse, lse over all shards; see `Upstream`, `Filter` and `Gradients`."""
+    """The gradient of Σ b·nll + (a − b)·lse; see `Upstream`, `Filter` and `Gradients`."""
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     device, dtype = hidden_ND.device, hidden_ND.dtype
     sparse = tiles is not None and not torch.are_deterministic_algorithms_enabled()
@@ -47,15 +49,24 @@ def differentiate(
         pass
     elif not sparse or tiles is None:
         differentiate_exactly(
-            logits, lse_N, upstream, dhidden_ND, dweight_VD, dbias_V, headroom, wanted.workspace_bytes
+            logits, normaliser, upstream, dhidden_ND, dweight_VD, dbias_V, headroom, wanted.workspace_bytes
         )
     else:
-        selection = Selection(logits, tiles, lse_N, filter_)
+        selection = Selection(logits, tiles, normaliser.max_N + normaliser.log_sum_N, filter_)
         tail = None
         if filter_.tail or filter_.mode == "unbiased":
             tail = _tail(logits, selection, upstream, headroom, dhidden_ND)
         differentiate_pairs(
-            logits, selection, upstream, dhidden_ND, dweight_VD, dbias_V, tail, headroom, wanted.workspace_bytes
+            logits,
+            selection,
+            normaliser,
+            upstream,
+            dhidden_ND,
+            dweight_VD,
+            dbias_V,
+            tail,
+            headroom,
+            wanted.workspace_bytes,
         )
     return Gradients(dhidden_ND, dweight_VD, dbias_V)
 

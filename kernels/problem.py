@@ -63,15 +63,37 @@ class Summary(NamedTuple):
     """Forward's result on one shard.
 
     Attributes:
-        max_N, sumexp_N: local max m and Σ exp(z − m).
+        max_N, sumexp_N: local max m and Σ exp(z − m); m in the backend's unit.
         target_N: the target's logit where this shard holds it, else 0.
+        unit: 1 in the torch backend, ln 2 in the triton backend, which computes in base 2.
         tiles: or None when backward will not filter.
     """
 
     max_N: Tensor
     sumexp_N: Tensor
     target_N: Tensor
+    unit: float
     tiles: Tiles | None = None
+
+
+class Normaliser(NamedTuple):
+    """lse_i = log Σ_j exp z_ij over the whole vocabulary, in two numbers and the backend's unit.
+
+    At logits near −200 one fp32 number would be off by 1e-5, and with it every softmax of the row, alike: an error of dE
+    that does not cancel. softmax = exp(unit·((z / unit − max) − log_sum)).
+    """
+
+    max_N: Tensor
+    log_sum_N: Tensor
+    unit: float
+
+    @property
+    def lse_N(self) -> Tensor:
+        return (self.max_N + self.log_sum_N) * self.unit
+
+    def nll(self, target_N: Tensor) -> Tensor:
+        """lse − target logit, by way of the max, which is nearer to both."""
+        return (self.max_N * self.unit - target_N) + self.log_sum_N * self.unit
 
 
 class Filter(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .problem import Filter, Gradients, Logits, Summary, Tiles, Upstream, Wanted
+from .problem import Filter, Gradients, Logits, Normaliser, Summary, Tiles, Upstream, Wanted
 
 SAMPLED_ROWS = 128
 SMALLEST_DRAW = 2.0**-32
@@ -35,13 +35,13 @@ def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary
         target_N[n] += torch.where(is_target_nv, z_nv, 0.0).sum(1)
         if tile_lse_TN is not None:
             tile_lse_TN[t, n] = torch.logsumexp(_by_tile(z_nv, logits.tile, -torch.inf), dim=2).T
-    return Summary(max_N, sumexp_N, target_N, None if tile_lse_TN is None else Tiles(tile_lse_TN))
+    return Summary(max_N, sumexp_N, target_N, 1.0, None if tile_lse_TN is None else Tiles(tile_lse_TN))
 
 
 def differentiate(
-    logits: Logits, tiles: Tiles | None, lse_N: Tensor, upstream: Upstream, filter_: Filter, wanted: Wanted
+    logits: Logits, tiles: Tiles | None, normaliser: Normaliser, upstream: Upstream, filter_: Filter, wanted: Wanted
 ) -> Gradients:
-    """The gradient of Σ b·nll + (a − b)·lse, lse over all shards; see `Upstream`, `Filter` and `Gradients`."""
+    """The gradient of Σ b·nll + (a − b)·lse; see `Upstream`, `Filter` and `Gradients`."""
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     dtype, scale = logits.accumulator, upstream.scale * logits.logit_scale
     dhidden_ND = torch.zeros_like(hidden_ND, dtype=dtype)
@@ -49,12 +49,12 @@ def differentiate(
     dbias_V = torch.zeros(weight_VD.shape[0], dtype=dtype, device=hidden_ND.device)
     for n, v, t in _chunks(logits, wanted.workspace_bytes):
         z_nv, slope_nv = _logits(logits, n, v)
-        softmax_nv = torch.exp(z_nv - lse_N[n, None])
+        softmax_nv = torch.exp((z_nv - normaliser.max_N[n, None]) - normaliser.log_sum_N[n, None])
         is_target_nv = _is_target(logits, n, v)
         p_nv = upstream.softmax_N[n, None] * softmax_nv
         p_nv = torch.where(is_target_nv, p_nv - upstream.target_N[n, None], p_nv) * slope_nv
         if tiles is not None:
-            weight_tn, _ = keep(logits, tiles, lse_N, filter_, t, n)
+            weight_tn, _ = keep(logits, tiles, normaliser.lse_N, filter_, t, n)
             weight_nv = weight_tn.T.repeat_interleave(logits.tile, dim=1)[:, : p_nv.shape[1]]
             p_nv = torch.where(weight_nv == 0, 0.0, p_nv * weight_nv)
         p_nv = torch.where(_valid(logits, n)[:, None], p_nv, 0.0)
@@ -62,7 +62,7 @@ def differentiate(
         dweight_VD[v] += p_nv.T @ hidden_ND[n].to(dtype)
         dbias_V[v] += p_nv.sum(0)
     if tiles is not None and hidden_ND.shape[0] and (filter_.tail or filter_.mode == "unbiased"):
-        _add_tail(logits, tiles, lse_N, upstream, filter_, dhidden_ND, dweight_VD, dbias_V)
+        _add_tail(logits, tiles, normaliser.lse_N, upstream, filter_, dhidden_ND, dweight_VD, dbias_V)
     return Gradients(
         dhidden_ND.mul_(scale) if wanted.hidden else None,
         dweight_VD.mul_(scale).to(wanted.weight_dtype) if wanted.weight else None,

@@ -173,11 +173,10 @@ def _tail_rows_kernel(
 class Selection:
     """The arguments of `pair_weight`, held together for the kernels that call it."""
 
-    def __init__(self, logits: Logits, tiles: Tiles, lse_N: torch.Tensor, filter_: Filter) -> None:
+    def __init__(self, logits: Logits, tiles: Tiles, lse2_N: torch.Tensor, filter_: Filter) -> None:
         assert tiles.reference_SN is not None
         self.rows, self.num_tiles = logits.hidden_ND.shape[0], logits.num_tiles
-        self.lse2_N = lse_N * 1.4426950408889634
-        self.tensors = (tiles.lse_TN, tiles.reference_SN, self.lse2_N, logits.target_N, logits.token_N)
+        self.tensors = (tiles.lse_TN, tiles.reference_SN, lse2_N, logits.target_N, logits.token_N)
         self.tile_key_T, self.n_valid = logits.tile_key_T, logits.n_valid
         # A pointer must be passed even where nothing is drawn.
         self.draw = (

@@ -15,11 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, softcapped
+from .blocks import LN_2, can_use_tma, descriptor, load_block, logits_of, precision, softcapped
 from .problem import Logits, Summary, Tiles
 from .tuning import num_programs, tuning_for
 
-LN_2 = tl.constexpr(0.6931471805599453)
+_LN_2 = tl.constexpr(LN_2)
 _FINISH_ROWS = 16
 
 
@@ -46,7 +46,7 @@ def _absorb_tile(
 ):
     """Adds a tile of logits to the running (max, Σ exp), and stores its own log-sum-exp."""
     columns = tile * TILE + tl.arange(0, TILE)
-    z, slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    z, _slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     tile_max_n = tl.max(z, 1)
     tile_max_n = tl.where(tile_max_n == -float("inf"), 0.0, tile_max_n)
     # NaN logits do not survive the max but do reach this sum, and so the loss.
@@ -220,8 +220,8 @@ def _finish_kernel(
     if HAS_BIAS:
         product_n += tl.load(bias + target_n, mask=owned, other=0.0).to(tl.float32)
     logit_n, _ = softcapped(product_n * scale, softcap, HAS_SOFTCAP)
-    tl.store(target_logit_N + n, tl.where(owned, logit_n * LN_2, 0.0), mask=n < N)
-    tl.store(max_N + n, tl.where(max_n == -float("inf"), 0.0, max_n) * LN_2, mask=n < N)
+    tl.store(target_logit_N + n, tl.where(owned, logit_n * _LN_2, 0.0), mask=n < N)
+    tl.store(max_N + n, tl.where(max_n == -float("inf"), 0.0, max_n), mask=n < N)
     tl.store(sumexp_N + n, sum_n, mask=n < N)
 
 
@@ -291,4 +291,4 @@ def summarise(logits: Logits, want_tiles: bool) -> Summary:
         **flags,
     )
     tiles = None if lse_TN is None else Tiles(lse_TN, partials[2])
-    return Summary(merged[0], merged[1], merged[2], tiles)
+    return Summary(merged[0], merged[1], merged[2], LN_2, tiles)

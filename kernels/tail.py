@@ -1,4 +1,4 @@
-"""Mean-field tail: what the dropped pairs of a tile contribute, as if each row's mass lay over the tile like the average's.
+"""Mean-field tail: what the dropped pairs of a tile contribute, as if every row's mass lay over it like the average's.
 
 π_j = Σ_i p_ij f'_ij / Σ_i s_i over about 128 sampled rows whose pair with the tile is not large (it must not depend on
 what is drawn, or the unbiased gradient would not be); it sums to 1 in a tile without softcap, and is uniform where the

@@ -56,4 +56,5 @@ class HeadMemory(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> Iterable[torch.UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    """The storages behind a tree of tensors; those of meta tensors are no memory."""
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_meta)

@@ -1,0 +1,220 @@
+"""What `linear_cross_entropy` accepts, checked before any collective. A fault is one sentence naming the argument.
+
+Shapes: D hidden, V local rows of the classifier.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cce_dist.config import Backend, Gradient
+from cce_dist.kernels.problem import TILE
+from cce_dist.shard import VocabShard
+
+Reduction = Literal["mean", "sum", "none"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_EXACT_WORKSPACE_MB = 256
+_SPARSE_WORKSPACE_MB = 32
+_LEAST_WORKSPACE_PER_TOKEN = 2 * TILE  # bytes: one tile of probabilities
+
+
+class Settings(NamedTuple):
+    """The settings of one call, checked and resolved."""
+
+    ignore_index: int
+    shift: int
+    softcap: float | None
+    logit_scale: float
+    reduction: Reduction
+    num_valid_tokens: int | Tensor | None
+    gradient: Gradient
+    tail: bool
+    filter_eps: float
+    seed: int | None
+    backend: Literal["triton", "torch"]
+    workspace_bytes: int
+    max_tokens: int | None
+
+
+def check_tensors(hidden: Any, weight_VD: Any, labels: Any, bias_V: Any, shard: VocabShard) -> None:
+    """Raises TypeError or ValueError where shapes, dtypes or devices do not fit together or to the shard."""
+    for name, x in (("hidden", hidden), ("weight", weight_VD), ("bias", bias_V)):
+        _require(bool(x is None or x.is_floating_point()), f"{name} must be a floating-point tensor", _dtype(x))
+    _require(hidden.dtype in _DTYPES, "hidden must be fp32, fp16, bf16 or fp64", hidden.dtype)
+    is_integral = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    _require(is_integral, "labels must be integers", labels.dtype)
+    _require(
+        hidden.ndim >= 1 and weight_VD.ndim == 2 and weight_VD.shape[1] == hidden.shape[-1],
+        "hidden must be [..., D] and weight [V, D] with the same D",
+        f"hidden {list(hidden.shape)} and weight {list(weight_VD.shape)}",
+    )
+    expected = list(hidden.shape[:-1])
+    _require(list(labels.shape) == expected, f"labels must have hidden's shape less its last axis, {expected}", labels)
+    _require(
+        weight_VD.shape[0] == shard.num_rows,
+        f"weight must hold the shard's {shard.num_rows} rows {shard.runs} (pass this rank's rows, or build the "
+        "VocabShard from the split that was used)",
+        f"{weight_VD.shape[0]} rows",
+    )
+    if bias_V is not None:
+        rows = weight_VD.shape[0]
+        _require(list(bias_V.shape) == [rows], f"bias must be [{rows}], one entry per local row", bias_V)
+    devices = {str(x.device) for x in (hidden, weight_VD, labels, bias_V) if x is not None}
+    _require(len(devices) == 1, "hidden, weight, labels and bias must be on one device", sorted(devices))
+
+
+def check_settings(
+    hidden: Tensor,
+    labels: Tensor,
+    shard: VocabShard,
+    *,
+    ignore_index: Any,
+    shift: Any,
+    softcap: Any,
+    logit_scale: Any,
+    reduction: Any,
+    num_valid_tokens: Any,
+    gradient: Any,
+    tail: Any,
+    filter_eps: Any,
+    seed: Any,
+    backend: Any,
+    workspace_mb: Any,
+    max_tokens: Any,
+) -> Settings:
+    """Checks and resolves the settings of a call; raises ValueError that names the argument."""
+    _require(_is_int(ignore_index), "ignore_index must be an int", ignore_index)
+    may_shift = labels.ndim > 0 or shift == 0
+    _require(_is_int(shift) and shift >= 0 and may_shift, "shift must be an int, 0 or more (0 for one label)", shift)
+    _require(
+        softcap is None or (_is_number(softcap) and softcap > 0), "softcap must be a positive float or None", softcap
+    )
+    _require(logit_scale is None or _is_number(logit_scale), "logit_scale must be a finite float or None", logit_scale)
+    for name, value, allowed in (
+        ("reduction", reduction, get_args(Reduction)),
+        ("gradient", gradient, get_args(Gradient)),
+        ("backend", backend, get_args(Backend)),
+        ("tail", tail, (True, False)),
+    ):
+        _require(
+            any(value is a or (isinstance(value, str) and value == a) for a in allowed),
+            f"{name} must be one of {allowed}",
+            value,
+        )
+    is_count = num_valid_tokens is None or _is_int(num_valid_tokens)
+    is_scalar = isinstance(num_valid_tokens, Tensor) and num_valid_tokens.ndim == 0
+    _require(is_count or is_scalar, "num_valid_tokens must be an int, a 0-d tensor or None", num_valid_tokens)
+    _require(
+        num_valid_tokens is None or reduction == "mean", 'num_valid_tokens goes with reduction="mean"', repr(reduction)
+    )
+    is_eps = filter_eps == "auto" if isinstance(filter_eps, str) else _is_number(filter_eps) and 0 <= filter_eps < 1
+    _require(is_eps, 'filter_eps must be "auto" or in [0, 1)', filter_eps)
+    _require(seed is None or (_is_int(seed) and -(2**63) <= seed < 2**63), "seed must be a 64-bit int or None", seed)
+    tokens = labels.numel()
+    _require(
+        max_tokens is None or (_is_int(max_tokens) and max_tokens >= tokens),
+        f"max_tokens must be an int, at least this rank's {tokens} tokens, or None",
+        max_tokens,
+    )
+    ranks = 1 if shard.token_group is None else dist.get_world_size(shard.token_group)
+    least_mb = max(-(-tokens * ranks * _LEAST_WORKSPACE_PER_TOKEN // (1 << 20)), 1)
+    _require(
+        workspace_mb is None or (_is_int(workspace_mb) and workspace_mb >= least_mb),
+        f"workspace_mb must be an int, at least {least_mb} ({_LEAST_WORKSPACE_PER_TOKEN} bytes for each token of the "
+        f"token group, {tokens} of them on this rank), or None",
+        workspace_mb,
+    )
+    exact = gradient == "exact" or filter_eps == 0
+    return Settings(
+        ignore_index,
+        shift,
+        softcap,
+        1.0 if logit_scale is None else logit_scale,
+        reduction,
+        num_valid_tokens,
+        "exact" if exact else gradient,
+        tail,
+        _eps(filter_eps, gradient),
+        seed,
+        _backend(backend, hidden),
+        _workspace_mb(workspace_mb, exact, least_mb) << 20,
+        max_tokens,
+    )
+
+
+def contract(hidden: Tensor, bias_V: Tensor | None, shard: VocabShard, settings: Settings) -> Mapping[str, Any]:
+    """What every rank of the vocabulary group must say alike, by name."""
+    counted = "" if settings.num_valid_tokens is None else " with num_valid_tokens"
+    return {
+        "vocab_size": shard.vocab_size,
+        "hidden's last dimension": hidden.shape[-1],
+        "hidden's dtype": str(hidden.dtype),
+        "hidden's need of a gradient": hidden.requires_grad,
+        "bias": bias_V is not None,
+        "token_group": shard.token_group is not None,
+        "count_group": shard.count_group is not None,
+        "reduce_dtype": str(shard.reduce_dtype),
+        "reduction": settings.reduction + counted,
+        **{
+            name: getattr(settings, name)
+            for name in (
+                "ignore_index", "softcap", "logit_scale", "gradient", "tail", "filter_eps", "backend", "max_tokens"
+            )
+        },
+    }  # fmt: skip
+
+
+def _require(holds: bool, rule: str, got: Any) -> None:
+    if not holds:
+        shown = f"shape {list(got.shape)}" if isinstance(got, Tensor) else got
+        raise ValueError(
+            f"{rule}; got {shown!r}." if isinstance(shown, str) and shown is got else f"{rule}; got {shown}."
+        )
+
+
+def _dtype(x: Any) -> Any:
+    return getattr(x, "dtype", None)
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _eps(filter_eps: float | str, gradient: Gradient) -> float:
+    """ "auto" is where dE's error is about 1e-2 on the trained inputs of benchmarks/results, for V of 50k and of 262k."""
+    if not isinstance(filter_eps, str):
+        return filter_eps
+    return 2.0**-10 if gradient == "filtered" else 2.0**-8
+
+
+def _workspace_mb(workspace_mb: int | None, exact: bool, least_mb: int) -> int:
+    """The default is eight times the least where that is more: a smaller one makes the sparse backward wait."""
+    if workspace_mb is not None:
+        return workspace_mb
+    return max(_EXACT_WORKSPACE_MB, least_mb) if exact else max(_SPARSE_WORKSPACE_MB, 8 * least_mb)
+
+
+def _backend(backend: Backend, hidden: Tensor) -> Literal["triton", "torch"]:
+    can_triton = hidden.dtype != torch.float64 and (hidden.is_cuda or _interpreted())
+    _require(
+        backend != "triton" or can_triton,
+        'backend="triton" needs CUDA tensors (or TRITON_INTERPRET=1 in the environment) of at most 32 bits; use '
+        '"torch" or "auto"',
+        f"{hidden.dtype} on {hidden.device.type}",
+    )
+    return "triton" if backend == "triton" or (backend == "auto" and hidden.is_cuda and can_triton) else "torch"
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
