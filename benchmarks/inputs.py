@@ -1,6 +1,6 @@
 """Inputs that a benchmark of a filtering loss may be run on: the head of a language model trained for a moment.
 
-Random hidden states and classifiers have flat softmaxes, zero inputs have trivial ones; both misjudge any filter. Here a
+Random hidden states and classifiers have flat softmaxes, zero inputs trivial ones; both misjudge any filter. Here a
 small causal LM (two layers, untied head) is trained with plain PyTorch on token ids, and its last hidden states,
 classifier and labels are the inputs. With ``steps=0`` they are those at random initialisation.
 

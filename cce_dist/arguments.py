@@ -190,7 +190,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _eps(filter_eps: float | str, gradient: Gradient) -> float:
-    """ "auto" is where dE's error is about 1e-2 on the trained inputs of benchmarks/results, for V of 50k and of 262k."""
+    """With "auto" dE's error is just below 1e-2 on the trained inputs of benchmarks/results, at V = 50k and 262k."""
     if not isinstance(filter_eps, str):
         return filter_eps
     return 2.0**-10 if gradient == "filtered" else 2.0**-8

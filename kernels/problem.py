@@ -79,8 +79,8 @@ class Summary(NamedTuple):
 class Normaliser(NamedTuple):
     """lse_i = log Σ_j exp z_ij over the whole vocabulary, in two numbers and the backend's unit.
 
-    At logits near −200 one fp32 number would be off by 1e-5, and with it every softmax of the row, alike: an error of dE
-    that does not cancel. softmax = exp(unit·((z / unit − max) − log_sum)).
+    At logits near −200 one fp32 number would be off by 1e-5, and with it every softmax of the row: an error of dE that
+    does not cancel. softmax = exp(unit·((z / unit − max) − log_sum)).
     """
 
     max_N: Tensor

@@ -312,6 +312,7 @@ class TestHeadMemory:
                 freed.add_(1).view(10, 100)
                 del freed
             kept = torch.zeros(500)
+            torch.empty(100_000, device="meta")
             before.add_(1)
             (hidden_ND * 2).sum().backward()
             torch.zeros(100_000)

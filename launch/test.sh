@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Sets the environment up and runs all checks: ruff, mypy, pytest.
+#
+#   bash launch/test.sh                the fast tier: within 10 minutes on 2 cores
+#   bash launch/test.sh --full         everything: what CI runs, within 30 minutes
+#   bash launch/test.sh [--full] ...   further arguments go to pytest, such as tests/test_loss.py or -k shard
+#
+# PYTHON and VENV are as for launch/setup.sh. Without a GPU the tests run on the CPU with gloo, and Triton's kernels in
+# its interpreter.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+tier=(-m "not full")
+if [[ ${1:-} == --full ]]; then
+    tier=()
+    shift
+fi
+
+cd "$root"
+bash launch/setup.sh deepspeed,train,test,bench
+bin=${VENV:-$root/.venv}/bin
+export PATH="$bin:$PATH" # DeepSpeed looks for ninja there
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if ! nvidia-smi -L >/dev/null 2>&1; then
+    export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=""
+fi
+
+ruff check .
+ruff format --check .
+mypy
+exec python -m pytest --durations=10 "${tier[@]}" "$@"
