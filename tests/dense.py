@@ -4,12 +4,13 @@ Shapes: N tokens (the valid ones first), D hidden, V local rows, T tiles.
 """
 
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cce_dist.kernels.problem import Filter, Logits, Upstream, Wanted
+from cce_dist.kernels.problem import Filter, Logits, Normaliser, Upstream, Wanted
 from cce_dist.kernels.reference import SAMPLED_ROWS
 
 EVERYTHING = Wanted(True, True, True, torch.float32, 1 << 20)
@@ -95,6 +96,15 @@ def padded_lse(logits: Logits, d: Dense) -> Tensor:
     lse_N = torch.zeros(logits.hidden_ND.shape[0], dtype=logits.accumulator)
     lse_N[: d.lse_N.shape[0]] = d.lse_N
     return lse_N
+
+
+def normaliser(backend: ModuleType, logits: Logits, d: Dense) -> Normaliser:
+    """The log-sum-exp as the backend's `differentiate` takes it."""
+    unit = backend.summarise(logits, False, 1 << 20).unit
+    max_N = torch.zeros_like(padded_lse(logits, d))
+    max_N[: d.lse_N.shape[0]] = d.z_NV.amax(1)
+    max_N /= unit
+    return Normaliser(max_N, padded_lse(logits, d) / unit - max_N, unit)
 
 
 def is_large(logits: Logits, d: Dense, eps: float) -> Tensor:

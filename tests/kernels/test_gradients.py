@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense import EVERYTHING, dense, gradients, make_logits, make_upstream, padded_lse, pair_weights
+from dense import EVERYTHING, dense, gradients, make_logits, make_upstream, normaliser, pair_weights
 from reference import relative_error
 
 from cce_dist.kernels import pipeline, reference
@@ -35,7 +35,7 @@ def differentiate(backend: ModuleType, logits: Logits, filter_: Filter, wanted: 
     tiles = backend.summarise(logits, filter_.mode != "exact", 1 << 20).tiles
     wanted = wanted._replace(bias=wanted.bias and logits.bias_V is not None)
     return backend.differentiate(
-        logits, tiles, padded_lse(logits, dense(logits)), make_upstream(logits), filter_, wanted
+        logits, tiles, normaliser(backend, logits, dense(logits)), make_upstream(logits), filter_, wanted
     )
 
 

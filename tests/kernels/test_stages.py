@@ -12,6 +12,7 @@ from reference import relative_error
 from torch import Tensor
 
 from cce_dist.kernels import pipeline, reference
+from cce_dist.kernels.blocks import LN_2
 from cce_dist.kernels.problem import Filter, Logits, Tiles
 from cce_dist.kernels.select import Selection
 
@@ -45,7 +46,7 @@ def test_summaries(case: dict[str, Any], backend: ModuleType) -> None:
     d = dense(logits)
     n = slice(int(logits.n_valid))
     summary = backend.summarise(logits, True, 1 << 20)
-    lse_N = summary.max_N[n].double() + summary.sumexp_N[n].double().log()
+    lse_N = summary.max_N[n].double() * summary.unit + summary.sumexp_N[n].double().log()
     assert relative_error(lse_N, d.lse_N) < 3e-7
     has_target_N = logits.target_N[n] >= 0
     target_N = d.z_NV.gather(1, logits.target_N[n, None].clamp(min=0).long())[:, 0] * has_target_N
@@ -63,7 +64,8 @@ def test_summaries(case: dict[str, Any], backend: ModuleType) -> None:
 def test_chunking_by_the_workspace_does_not_change_summaries(backend: ModuleType) -> None:
     logits = make_logits()
     wide, narrow = (backend.summarise(logits, True, size) for size in (1 << 24, 1 << 12))
-    assert relative_error(narrow.max_N + narrow.sumexp_N.log(), wide.max_N + wide.sumexp_N.log()) < 1e-6
+    lse_N, same_N = (s.max_N * s.unit + s.sumexp_N.log() for s in (wide, narrow))
+    assert relative_error(same_N, lse_N) < 1e-6
     assert relative_error(narrow.tiles.lse_TN, wide.tiles.lse_TN) < 1e-6
 
 
@@ -74,7 +76,7 @@ def kept_pairs(backend: ModuleType, logits: Logits, filter_: Filter, lse_N: Tens
     if backend is reference:
         everything = slice(0, logits.num_tiles), slice(0, num_valid)
         return reference.keep(logits, tiles, lse_N, filter_, *everything)[0].T != 0
-    rows_TN, count_T = Selection(logits, tiles, lse_N, filter_).kept_rows()
+    rows_TN, count_T = Selection(logits, tiles, lse_N / LN_2, filter_).kept_rows()
     kept_NT = torch.zeros(num_valid, logits.num_tiles, dtype=torch.bool)
     for tile, count in enumerate(count_T.tolist()):
         rows = rows_TN[tile, :count].long()

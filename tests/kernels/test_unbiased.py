@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from dense import EVERYTHING, Dense, dense, gradients, is_large, make_logits, make_upstream, padded_lse, profiles
+from dense import EVERYTHING, Dense, dense, gradients, is_large, make_logits, make_upstream, normaliser, profiles
 from torch import Tensor
 
 from cce_dist.kernels import pipeline, reference
@@ -39,7 +39,7 @@ def mean_gradient(backend: ModuleType, logits: Logits, d: Dense, upstream: Upstr
     total: list[Tensor] = []
     for k in range(count):
         filter_ = Filter("unbiased", EPS, uniform=(k + 0.5) / count)
-        got = backend.differentiate(logits, tiles, padded_lse(logits, d), upstream, filter_, EVERYTHING)
+        got = backend.differentiate(logits, tiles, normaliser(backend, logits, d), upstream, filter_, EVERYTHING)
         total = (
             [x.double() / count for x in got]
             if not total
