@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from reference import (
     Problem,
     assert_no_worse,
+    assert_rounding_only,
     assert_within,
     cce_outcome,
     leaf,
@@ -313,4 +314,4 @@ def check_any_shape(data: st.DataObject, backend: str, largest_vocab: int, large
         lse_gradient=data.draw(st.booleans(), "lse_gradient"),
         seed=data.draw(st.integers(0, 1000), "seed"),
     )
-    assert_no_worse(cce_outcome(problem, backend=backend, gradient=mode, filter_eps=1e-30), problem)
+    assert_rounding_only(cce_outcome(problem, backend=backend, gradient=mode, filter_eps=1e-30), problem)

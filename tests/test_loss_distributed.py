@@ -453,7 +453,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "hidden without gradient": ({"grad": False}, "gradient must be equal"),
     "rows": ({"extra_rows": 1}, r"rank 1: weight must hold"),
     "labels": ({"labels": torch.zeros(4).long()}, "rank 1: labels must"),
-    "setting": ({"softcap": -1.0}, "rank 1: softcap must be positive"),
+    "setting": ({"softcap": -1.0}, "rank 1: softcap must be"),
     "type of a setting": ({"softcap": "30"}, "rank 1: softcap must be"),
     "type of max_tokens": ({"max_tokens": 7.5}, "max_tokens must be"),
 }
