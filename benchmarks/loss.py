@@ -5,7 +5,7 @@
 Per method: milliseconds of forward and of forward+backward (median of CUDA-event timings, the methods taking turns),
 the same as multiples of one cuBLAS bf16 product hidden · weightᵀ, peak bytes beyond the returned gradients, and the
 relative errors of loss, dE, dC and of dC on rows that no label hits, against fp32 logits (TF32 off). The result is a
-JSON file named after the GPU; `benchmarks/plot.py` draws it.
+JSON file named after GPU and shapes; `benchmarks/report.py` draws it.
 
 Shapes: N tokens, D hidden, V vocabulary.
 """
@@ -204,7 +204,8 @@ def main() -> None:
             arguments.out.mkdir(parents=True, exist_ok=True)
             gpu = report["gpu"].lower().replace(" ", "-")
             inputs = "trained" if arguments.steps else "initial"
-            (arguments.out / f"loss-{gpu}-{inputs}.json").write_text(json.dumps(report, indent=2) + "\n")
+            shapes = "-".join(arguments.shapes)
+            (arguments.out / f"loss-{gpu}-{inputs}-{shapes}.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -149,7 +149,8 @@ def plain_outcome(problem: Problem, dtype: torch.dtype | None = None) -> Outcome
     elif reduction == "sum" or count is not None:
         losses = [nll.sum() / (1 if count is None else count) for nll, _, _ in tokens]
     else:
-        mean = sum(nll.sum() for nll, _, _ in tokens) / sum(valid.sum() for _, _, valid in tokens)
+        sums, counts = ([x[i].sum() for x in tokens] for i in (0, 2))
+        mean = torch.stack(sums).sum() / torch.stack(counts).sum()
         losses = [mean for _ in tokens]
     lses = [lse for _, lse, _ in tokens]
     objective(losses, lses, problem).backward()
@@ -176,11 +177,10 @@ def cce_outcome(problem: Problem, **settings: Any) -> Outcome:
 
 def objective(losses: Sequence[Tensor], lses: Sequence[Tensor], problem: Problem) -> Tensor:
     """Σ over parts of loss · upstream + lse · lse_upstream: its gradient is what an outcome holds."""
-    total = sum((loss * u.to(loss.dtype)).sum() for loss, u in zip(losses, problem.upstream, strict=True))
+    terms = [(loss * u.to(loss.dtype)).sum() for loss, u in zip(losses, problem.upstream, strict=True)]
     if problem.lse_upstream:
-        total += sum((lse * u.to(lse.dtype)).sum() for lse, u in zip(lses, problem.lse_upstream, strict=True))
-    assert isinstance(total, Tensor)
-    return total
+        terms += [(lse * u.to(lse.dtype)).sum() for lse, u in zip(lses, problem.lse_upstream, strict=True)]
+    return torch.stack(terms).sum()
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:

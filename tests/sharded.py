@@ -28,16 +28,16 @@ def part_of(rank: int, layout: Layout) -> int:
 
 def make_shard(problem: Problem, layout: Layout, runs: Runs | None = None) -> VocabShard:
     """This rank's shard: ``runs[rank]``, or an even split."""
-    token_group = None
-    if layout == "sharded":
-        token_group = dist.group.WORLD
+    world = dist.group.WORLD
+    assert world is not None
+    token_group = world if layout == "sharded" else None
     if layout == "grid":
         groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
         token_group = groups[dist.get_rank() % 2]
     rows = problem.weight.shape[0]
     if runs is None:
-        return VocabShard.even(problem.vocab_size, dist.group.WORLD, token_group, padded_vocab_size=rows)
-    return VocabShard(tuple(runs[dist.get_rank()]), problem.vocab_size, dist.group.WORLD, token_group)
+        return VocabShard.even(problem.vocab_size, world, token_group, padded_vocab_size=rows)
+    return VocabShard(tuple(runs[dist.get_rank()]), problem.vocab_size, world, token_group)
 
 
 def local_rows(x: Tensor, shard: VocabShard) -> Tensor:

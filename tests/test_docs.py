@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,20 @@ def test_the_paths_that_a_document_names_exist(document: str) -> None:
     }
     assert paths
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_the_measured_figures_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = pytest.importorskip("matplotlib") and _benchmark_report(monkeypatch)
+    stored = report.table(report.load(sorted((ROOT / "benchmarks/results").glob("loss-*.json")))).splitlines()
+    measured = (ROOT / "README.md").read_text().split("## Measured")[1].split("## More")[0]
+    quoted = [line for line in measured.splitlines() if line.startswith("|")]
+    assert len(quoted) > 10
+    assert set(quoted) <= set(stored)
+
+
+def _benchmark_report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import report
+
+    return sys.modules.pop(report.__name__)

@@ -30,6 +30,7 @@ def process_group() -> Iterator[Place]:
     device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the GPU
     ours = not dist.is_initialized()
     if ours:
         backend = "cpu:gloo,cuda:nccl" if gpus >= local_world else "gloo"
