@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cce_dist.config import Backend, Gradient
@@ -20,7 +19,6 @@ Reduction = Literal["mean", "sum", "none"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _EXACT_WORKSPACE_MB = 256
 _SPARSE_WORKSPACE_MB = 32
-_LEAST_WORKSPACE_PER_TOKEN = 2 * TILE  # bytes: one tile of probabilities
 
 
 class Settings(NamedTuple):
@@ -37,7 +35,7 @@ class Settings(NamedTuple):
     filter_eps: float
     seed: int | None
     backend: Literal["triton", "torch"]
-    workspace_bytes: int
+    workspace_mb: int | None
     max_tokens: int | None
 
 
@@ -121,12 +119,9 @@ def check_settings(
         f"max_tokens must be an int, at least this rank's {tokens} tokens, or None",
         max_tokens,
     )
-    ranks = 1 if shard.token_group is None else dist.get_world_size(shard.token_group)
-    least_mb = max(-(-tokens * ranks * _LEAST_WORKSPACE_PER_TOKEN // (1 << 20)), 1)
     _require(
-        workspace_mb is None or (_is_int(workspace_mb) and workspace_mb >= least_mb),
-        f"workspace_mb must be an int, at least {least_mb} ({_LEAST_WORKSPACE_PER_TOKEN} bytes for each token of the "
-        f"token group, {tokens} of them on this rank), or None",
+        workspace_mb is None or (_is_int(workspace_mb) and workspace_mb >= 1),
+        "workspace_mb must be an int, 1 or more, or None",
         workspace_mb,
     )
     exact = gradient == "exact" or filter_eps == 0
@@ -142,9 +137,30 @@ def check_settings(
         _eps(filter_eps, gradient),
         seed,
         _backend(backend, hidden),
-        _workspace_mb(workspace_mb, exact, least_mb) << 20,
+        workspace_mb,
         max_tokens,
     )
+
+
+def workspace_bytes(settings: Settings, num_tokens: int, element_size: int) -> int:
+    """The memory that backward may use, for all tokens that the loss works on: equal on all ranks.
+
+    The default is eight times the least where that is more: a smaller one makes the sparse backward wait.
+
+    Raises:
+        ValueError: where ``workspace_mb`` is less than one tile of probabilities of all tokens.
+    """
+    least_mb = max(-(-num_tokens * TILE * element_size // (1 << 20)), 1)
+    chosen = settings.workspace_mb
+    if chosen is None:
+        exact = settings.gradient == "exact"
+        chosen = max(_EXACT_WORKSPACE_MB, least_mb) if exact else max(_SPARSE_WORKSPACE_MB, 8 * least_mb)
+    _require(
+        chosen >= least_mb,
+        f"workspace_mb must be at least {least_mb}, {TILE * element_size} bytes for each of the {num_tokens} tokens",
+        chosen,
+    )
+    return chosen << 20
 
 
 def contract(hidden: Tensor, bias_V: Tensor | None, shard: VocabShard, settings: Settings) -> Mapping[str, Any]:
@@ -163,7 +179,8 @@ def contract(hidden: Tensor, bias_V: Tensor | None, shard: VocabShard, settings:
         **{
             name: getattr(settings, name)
             for name in (
-                "ignore_index", "softcap", "logit_scale", "gradient", "tail", "filter_eps", "backend", "max_tokens"
+                "ignore_index", "softcap", "logit_scale", "gradient", "tail", "filter_eps", "backend", "workspace_mb",
+                "max_tokens",
             )
         },
     }  # fmt: skip
@@ -194,13 +211,6 @@ def _eps(filter_eps: float | str, gradient: Gradient) -> float:
     if not isinstance(filter_eps, str):
         return filter_eps
     return 2.0**-10 if gradient == "filtered" else 2.0**-8
-
-
-def _workspace_mb(workspace_mb: int | None, exact: bool, least_mb: int) -> int:
-    """The default is eight times the least where that is more: a smaller one makes the sparse backward wait."""
-    if workspace_mb is not None:
-        return workspace_mb
-    return max(_EXACT_WORKSPACE_MB, least_mb) if exact else max(_SPARSE_WORKSPACE_MB, 8 * least_mb)
 
 
 def _backend(backend: Backend, hidden: Tensor) -> Literal["triton", "torch"]:

@@ -1,4 +1,4 @@
-"""The collectives of the loss. Each is one call of torch.distributed on tensors of one entry per token.
+"""The collectives of the loss: a few numbers per token, hidden states, and their gradients.
 
 Shapes: n tokens of this rank, M the most tokens that any rank brings, W ranks of the token group, N = W·M, D hidden.
 """
@@ -23,7 +23,7 @@ def merge_softmax(summary: Summary, group: ProcessGroup | None) -> tuple[Normali
     A NaN reaches every rank through the SUM, because gloo's MAX drops it.
 
     Returns:
-        The log-sum-exp and the target logits [N] over the whole vocabulary.
+        The log-sum-exp, as a `Normaliser`, and the target logits [N] over the whole vocabulary.
     """
     max_N, sumexp_N, target_N, unit = summary[:4]
     if group is not None:

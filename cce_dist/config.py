@@ -12,8 +12,8 @@ Backend = Literal["auto", "triton", "torch"]
 class CCEConfig(BaseModel):
     """Settings of the loss. An unknown key or a bad value raises, naming the key, the value and what is allowed.
 
-    Where a key is ``None`` the loss chooses (``filter_eps`` from a table of measurements, ``workspace_mb`` from the
-    backend). The string "auto" is not a value here: accelerate rejects it inside a DeepSpeed JSON.
+    Where a key is ``None`` the loss chooses (``filter_eps`` by mode, ``workspace_mb`` by mode and number of tokens).
+    The string "auto" is not a value here: accelerate rejects it inside a DeepSpeed JSON.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

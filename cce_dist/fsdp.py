@@ -30,7 +30,7 @@ from cce_dist.embedding import check_embedding, make_vocab_parallel
 from cce_dist.fsdp_groups import check_torch, governing_group, release, reshard
 from cce_dist.lazy_logits import make_lazy
 from cce_dist.owner import divide_gradient, local_rows
-from cce_dist.shard import VocabShard, dtensor_runs
+from cce_dist.shard import VocabShard, dtensor_runs, new_subgroup
 
 
 def shard_head(
@@ -111,7 +111,8 @@ class FSDPOwner:
         self._mesh = mesh
         self._replica_group = mesh.get_group(0) if mesh.ndim == 2 else None
         # Groups of the loss's own: on FSDP's, its collectives would queue behind the all-gathers that FSDP prefetches.
-        shard_group = _new_group(dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1)))
+        fsdp_group = mesh.get_group(mesh.ndim - 1)
+        shard_group = new_subgroup(dist.get_process_group_ranks(fsdp_group), fsdp_group)
         self.shard = VocabShard(
             dtensor_runs(head.weight),
             head.weight.shape[0],

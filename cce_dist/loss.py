@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from cce_dist.arguments import Reduction, Settings, check_settings, check_tensors, contract
+from cce_dist.arguments import Reduction, Settings, check_settings, check_tensors, contract, workspace_bytes
 from cce_dist.collectives import gather_tokens, group_mean, merge_softmax, most_tokens, reduce_scatter_tokens
 from cce_dist.config import Backend, Gradient
 from cce_dist.kernels import reference
@@ -122,9 +122,9 @@ def linear_cross_entropy(  # type: ignore[misc]
     shard.agree({} if settings is None else contract(hidden, bias_V, shard, settings), same_tokens, fault)
     assert settings is not None
 
-    labels_n = _shifted(labels, shift, ignore_index).reshape(-1).long()
+    labels_n = _shifted(labels.long(), shift, ignore_index).reshape(-1)
     nll_n, lse_n = _LinearCrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight_VD, bias_V, labels_n, shard, settings
+        hidden.reshape(-1, hidden.shape[-1]), weight_VD, bias_V, labels_n, shard, settings, torch.is_grad_enabled()
     )
     loss = _reduce(nll_n, labels_n, labels, shard, settings)
     return (loss, _unflatten(lse_n, labels, shift)) if return_lse else loss
@@ -155,8 +155,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_n: Tensor,
         shard: VocabShard,
         settings: Settings,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         hidden_ND, labels_N, most = _gather(hidden_nD, labels_n, shard, settings)
+        workspace = workspace_bytes(settings, labels_N.shape[0], hidden_ND.element_size())
         valid_N = labels_N != settings.ignore_index
         _check_labels(labels_N, valid_N, shard.vocab_size)
         order_N, n_valid = _valid_first(valid_N)
@@ -165,12 +167,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target_N = torch.where(valid_N, shard.local_columns(labels_N), -1).to(torch.int32)
         token_N = order_N.to(torch.int32)
 
-        needs_grad = any(ctx.needs_input_grad[:3])
+        needs_grad = grad_enabled and any(ctx.needs_input_grad[:3])
         logits = _logits(hidden_ND, weight_VD, bias_V, target_N, token_N, n_valid, shard, settings)
         with torch.autocast(hidden_nD.device.type, enabled=False):
-            summary = _backend(settings).summarise(
-                logits, needs_grad and settings.gradient != "exact", settings.workspace_bytes
-            )
+            summary = _backend(settings).summarise(logits, needs_grad and settings.gradient != "exact", workspace)
             normaliser, target_logit_N = merge_softmax(summary, shard.vocab_group)
         seed = _draw_seed(settings, hidden_nD.device) if needs_grad and settings.gradient == "unbiased" else None
 
@@ -181,7 +181,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 hidden_ND, weight_VD, bias_V, target_N, token_N, order_N, valid_N, n_valid, seed,
                 normaliser.max_N, normaliser.log_sum_N, *(summary.tiles or (None, None)),
             )  # fmt: skip
-            ctx.unit = normaliser.unit
+            ctx.unit, ctx.workspace = normaliser.unit, workspace
         nll_N = _restore(normaliser.nll(target_logit_N), order_N, valid_N)
         return _own(nll_N, labels_n.shape[0], most, shard), _own(
             _restore(normaliser.lse_N, order_N, valid_N), labels_n.shape[0], most, shard
@@ -206,7 +206,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 Normaliser(max_N, log_sum_N, ctx.unit),
                 upstream,
                 Filter(settings.gradient, settings.filter_eps, settings.tail, seed),
-                Wanted(wants_hidden, wants_weight, wants_bias, weight_VD.dtype, settings.workspace_bytes),
+                Wanted(wants_hidden, wants_weight, wants_bias, weight_VD.dtype, ctx.workspace),
             )
             grad_hidden_nD = None
             if gradients.hidden_ND is not None:
@@ -218,6 +218,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden_nD,
             _with_padding(gradients.weight_VD, weight_VD),
             _with_padding(grad_bias_V, bias_V),
+            None,
             None,
             None,
             None,
@@ -324,7 +325,8 @@ def _upstream(
     softmax_N, target_N = grads_N2.sum(1), grads_N2[:, 0]
     if order_N.shape[0] == 0:
         return Upstream(softmax_N, target_N, softmax_N.new_ones(()))
-    largest = torch.maximum(softmax_N.abs().amax(), target_N.abs().amax())
+    both_2N = torch.stack((softmax_N, target_N))
+    largest = torch.where(both_2N.isfinite(), both_2N.abs(), 0).amax()
     scale = torch.where(largest == 0, 1.0, torch.exp2(torch.ceil(torch.log2(largest))))
     return Upstream(softmax_N / scale, target_N / scale, scale)
 
@@ -381,9 +383,9 @@ def _resolve(weight: Tensor, shard: VocabShard | None) -> tuple[Tensor, VocabSha
 
 
 def _dtensor_shard(weight: DTensor) -> VocabShard:
-    """One shard per parameter: its first use is an agreement of the ranks, which later calls rely on."""
-    shard = getattr(weight, "_cce_dist_shard", None)
-    if shard is None:
-        shard = VocabShard.from_dtensor(weight)
-        weight._cce_dist_shard = shard  # type: ignore[attr-defined]
-    return shard
+    """One shard per parameter, or per mesh and shape for what is computed from one: the ranks agree once a shard."""
+    holder = weight if weight.is_leaf else weight.device_mesh
+    shards = holder.__dict__.setdefault("_cce_dist_shards", {})
+    if weight.shape not in shards:
+        shards[weight.shape] = VocabShard.from_dtensor(weight)
+    return shards[weight.shape]

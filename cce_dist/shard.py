@@ -8,7 +8,6 @@ Shapes: N tokens, T tiles of consecutive local rows.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -21,7 +20,6 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 Group = ProcessGroup | DeviceMesh
-_AGREEMENT_TIMEOUT = timedelta(minutes=5)
 
 
 def as_group(group: Group | None, name: str) -> ProcessGroup | None:
@@ -101,6 +99,9 @@ class VocabShard:
         if self.grad_divisor == 0:
             raise ValueError("grad_divisor must not be zero.")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VocabShard":
+        return self  # it does not change, and process groups cannot be copied
+
     @staticmethod
     @cache
     def whole(vocab_size: int) -> "VocabShard":
@@ -111,7 +112,7 @@ class VocabShard:
     def even(
         cls,
         vocab_size: int,
-        vocab_group: Group,
+        vocab_group: Group | None,
         token_group: Group | None = None,
         *,
         count_group: Group | None = None,
@@ -122,9 +123,10 @@ class VocabShard:
         """Splits the rows as ``torch.chunk`` does (DTensor's and FSDP2's rule): the last shards may be short or empty.
 
         Args:
+            vocab_group: None is the default group, as everywhere in torch.distributed.
             padded_vocab_size: rows of the stored classifier, if it was padded beyond ``vocab_size``.
         """
-        group = as_group(vocab_group, "vocab_group")
+        group = as_group(vocab_group, "vocab_group") or dist.group.WORLD
         rows = vocab_size if padded_vocab_size is None else padded_vocab_size
         if rows < vocab_size:
             raise ValueError(f"padded_vocab_size must be at least vocab_size = {vocab_size}, got {rows}.")
@@ -244,9 +246,7 @@ class VocabShard:
             dist.all_gather_object(places, mine, group=agreement.host_group)
             _check_token_groups(places)
             replicas = [rank for rank, place in zip(_ranks(group), places, strict=True) if place[1] == mine[1]]
-            agreement.replica_group = dist.new_group(
-                replicas, backend=_backend(group), timeout=_AGREEMENT_TIMEOUT, use_local_synchronization=True
-            )
+            agreement.replica_group = new_subgroup(replicas, group, dist.get_backend(group))
         agreement.groups_ready = True
 
     def agree(self, contract: Mapping[str, Any], first_call: Mapping[str, Any], fault: str | None) -> None:
@@ -264,6 +264,11 @@ class VocabShard:
         """
         contracts, training = self._agreement.contracts, torch.is_grad_enabled()
         if self.vocab_group is None:
+            if fault is None and (self.num_real_rows < self.vocab_size or self.runs[0][0] != 0):
+                fault = (
+                    f"without vocab_group this process must hold all {self.vocab_size} rows, got {self.runs}; pass the "
+                    "group of the ranks that hold the others."
+                )
             if fault:
                 raise ValueError(fault)
             return
@@ -299,15 +304,29 @@ def _ranks(group: ProcessGroup) -> list[int]:
     return dist.get_process_group_ranks(group)
 
 
-def _backend(group: ProcessGroup) -> str:
-    return dist.get_backend(group)
-
-
 def _host_group(group: ProcessGroup) -> ProcessGroup:
     """The group itself where it moves CPU tensors, else a gloo group over the same ranks."""
     if "cpu:" in str(dist.get_backend_config(group)):
         return group
-    made = dist.new_group(_ranks(group), backend="gloo", timeout=_AGREEMENT_TIMEOUT, use_local_synchronization=True)
+    return new_subgroup(_ranks(group), group, "gloo")
+
+
+def new_subgroup(ranks: list[int], within: ProcessGroup, backend: str | None = None) -> ProcessGroup:
+    """A new group of some ranks of another one, made by the ranks of that one alone.
+
+    Raises:
+        RuntimeError: on every rank, where torch could not make it: it names such a group after the number of groups
+            that a rank is in, and ranks with different numbers would wait for each other.
+    """
+    numbers: list[Any] = [None] * dist.get_world_size(within)
+    dist.all_gather_object(numbers, len(dist.distributed_c10d._world.pg_names), group=within)
+    if len(set(numbers)) > 1:
+        raise RuntimeError(
+            f"ranks {_ranks(within)} are in {numbers} process groups; torch {torch.__version__} can make a new group "
+            "of them only where these numbers are equal. Make the loss's first call before groups that some ranks are "
+            'not in, or start with init_process_group("cpu:gloo,cuda:nccl"), which needs no further group.'
+        )
+    made = dist.new_group(ranks, backend=backend, use_local_synchronization=True, group_desc="cce_dist")
     assert isinstance(made, ProcessGroup)
     return made
 

@@ -305,11 +305,11 @@ def _differentiate_kernel(
     num_items = tl.load(total_ptr) + T * WEIGHT_ITEMS
     factor = tl.load(scale_ptr).to(tl.float32) * scale / headroom
     index = tl.atomic_add(head_ptr, 1)
-    item = tl.load(item_Q + min(index, num_items - 1))
+    item = tl.load(item_Q + index, mask=index < num_items, other=0)
     while index < num_items:
         # The next item is fetched now, so that its latency is hidden; it comes later, so nothing new can wait on it.
         next_index = tl.atomic_add(head_ptr, 1)
-        next_item = tl.load(item_Q + min(next_index, num_items - 1))
+        next_item = tl.load(item_Q + next_index, mask=next_index < num_items, other=0)
         is_weight_item = item >= _WEIGHT_ITEM
         packed = tl.where(is_weight_item, item - _WEIGHT_ITEM, item)
         tile = packed >> _SUB_BITS

@@ -97,7 +97,9 @@ def differentiate_exactly(
     tuning = tuning_for(hidden_ND)
     tma = tuning.tma and can_use_tma(logits)
     factor = upstream.scale * (logits.logit_scale / headroom)
-    chunk = max(workspace_bytes // (rows * hidden_ND.element_size()) // logits.tile, 1) * logits.tile
+    # P of a chunk, and where dC is not bf16 the chunk of dC in fp32, fit the workspace.
+    row_bytes = max(rows * hidden_ND.element_size(), 4 * hidden_size)
+    chunk = max(workspace_bytes // row_bytes // logits.tile, 1) * logits.tile
     # Chunks of equal size: the last product would otherwise be a thin one.
     chunks = triton.cdiv(vocab, chunk)
     chunk = triton.cdiv(triton.cdiv(vocab, chunks), logits.tile) * logits.tile
@@ -146,7 +148,7 @@ def differentiate_exactly(
         if dweight_VD is not None and scaled_ND is not None:
             torch.mm(p_Nv.T, scaled_ND, out=dweight_VD[v])
         elif dweight_VD is not None:
-            dweight_VD[v] = product(p_Nv.T, hidden_ND) * factor
+            dweight_VD[v] = product(p_Nv.T, hidden_ND).mul_(factor)
         if dbias_V is not None:
             dbias_V[v] = p_Nv.sum(0, dtype=torch.float32) * factor
     if dhidden_ND is not None:

@@ -29,13 +29,21 @@ def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary
         tiles = Tiles(zeros_N.new_empty((logits.num_tiles, rows)), zeros_N.new_empty((0, rows)))
         none_N = torch.full_like(zeros_N, -torch.inf)
         return Summary(none_N, zeros_N, zeros_N.clone(), LN_2, tiles if want_tiles else None)
-    return summarise_stage.summarise(logits, want_tiles)
+    with torch.cuda.device_of(logits.hidden_ND):  # Triton launches on the current device
+        return summarise_stage.summarise(logits, want_tiles)
 
 
 def differentiate(
     logits: Logits, tiles: Tiles | None, normaliser: Normaliser, upstream: Upstream, filter_: Filter, wanted: Wanted
 ) -> Gradients:
     """The gradient of Σ b·nll + (a − b)·lse; see `Upstream`, `Filter` and `Gradients`."""
+    with torch.cuda.device_of(logits.hidden_ND):
+        return _differentiate(logits, tiles, normaliser, upstream, filter_, wanted)
+
+
+def _differentiate(
+    logits: Logits, tiles: Tiles | None, normaliser: Normaliser, upstream: Upstream, filter_: Filter, wanted: Wanted
+) -> Gradients:
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     device, dtype = hidden_ND.device, hidden_ND.dtype
     sparse = tiles is not None and not torch.are_deterministic_algorithms_enabled()

@@ -30,7 +30,7 @@ def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary
         new_max_n = torch.maximum(max_N[n], z_nv.amax(1))
         safe_max_n = torch.where(new_max_n == -torch.inf, 0.0, new_max_n)
         sumexp_N[n] = sumexp_N[n] * torch.exp(max_N[n] - safe_max_n) + torch.exp(z_nv - safe_max_n[:, None]).sum(1)
-        max_N[n] = safe_max_n
+        max_N[n] = new_max_n
         is_target_nv = _is_target(logits, n, v)
         target_N[n] += torch.where(is_target_nv, z_nv, 0.0).sum(1)
         if tile_lse_TN is not None:
@@ -120,10 +120,10 @@ def tile_profile(logits: Logits, lse_N: Tensor, large_N: Tensor, v: slice) -> Te
     z_nv, slope_nv = _logits(logits, sample_n, v)
     softmax_nv = torch.exp(z_nv - lse_N[sample_n, None])
     use_n = ~large_N[sample_n] & ~softmax_nv.isnan().any(1)
-    softmax_nv = torch.where(use_n[:, None], softmax_nv, 0.0)
-    mass = softmax_nv.sum()
+    profile_v = torch.where(use_n[:, None], softmax_nv * slope_nv, 0.0).sum(0)
+    mass = torch.where(use_n[:, None], softmax_nv, 0.0).sum()
     uniform = torch.full_like(softmax_nv[0], 1.0 / softmax_nv.shape[1])
-    return torch.where(mass > 0, (softmax_nv * slope_nv).sum(0) / mass, uniform)
+    return torch.where(mass > 0, profile_v / mass, uniform)
 
 
 def _draw(filter_: Filter, token_n: Tensor, key_t: Tensor, like_tn: Tensor) -> Tensor:

@@ -24,6 +24,12 @@ _FINISH_ROWS = 16
 
 
 @triton.jit
+def _finite(max_n):
+    """What to subtract for a max of −inf (all logits −inf, as a bias may ask for): anything finite does."""
+    return tl.where(max_n == -float("inf"), 0.0, max_n)
+
+
+@triton.jit
 def _absorb_tile(
     products,
     max_n,
@@ -48,16 +54,17 @@ def _absorb_tile(
     columns = tile * TILE + tl.arange(0, TILE)
     z, _slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     tile_max_n = tl.max(z, 1)
-    tile_max_n = tl.where(tile_max_n == -float("inf"), 0.0, tile_max_n)
+    shift_n = _finite(tile_max_n)
     # NaN logits do not survive the max but do reach this sum, and so the loss.
-    tile_sum_n = tl.sum(tl.exp2(z - tile_max_n[:, None]), 1)
+    tile_sum_n = tl.sum(tl.exp2(z - shift_n[:, None]), 1)
     if WANT_TILES:
-        tile_lse_n = tile_max_n + tl.log2(tile_sum_n)
+        tile_lse_n = shift_n + tl.log2(tile_sum_n)
         reference_n = tl.where(is_first, tile_lse_n, reference_n)
         relative_n = (tile_lse_n - reference_n).to(tile_lse_TN.dtype.element_ty)
         tl.store(tile_lse_TN + tl.cast(tile, tl.int64) * N + n, relative_n, mask=n < n_valid)
     new_max_n = tl.maximum(max_n, tile_max_n)
-    sum_n = sum_n * tl.exp2(max_n - new_max_n) + tile_sum_n * tl.exp2(tile_max_n - new_max_n)
+    shift_n = _finite(new_max_n)
+    sum_n = sum_n * tl.exp2(max_n - shift_n) + tile_sum_n * tl.exp2(tile_max_n - shift_n)
     return new_max_n, sum_n, reference_n
 
 
@@ -204,9 +211,9 @@ def _finish_kernel(
     for split in range(splits):
         split_max_n = tl.load(max_SN + split * N + n, mask=valid, other=0.0)
         new_max_n = tl.maximum(max_n, split_max_n)
-        safe_max_n = tl.where(new_max_n == -float("inf"), 0.0, new_max_n)
-        sum_n = sum_n * tl.exp2(max_n - safe_max_n)
-        sum_n += tl.load(sumexp_SN + split * N + n, mask=valid, other=1.0) * tl.exp2(split_max_n - safe_max_n)
+        shift_n = _finite(new_max_n)
+        sum_n = sum_n * tl.exp2(max_n - shift_n)
+        sum_n += tl.load(sumexp_SN + split * N + n, mask=valid, other=1.0) * tl.exp2(split_max_n - shift_n)
         max_n = new_max_n
     target_n = tl.load(target + n, mask=valid, other=-1)
     owned = target_n >= 0
@@ -221,7 +228,7 @@ def _finish_kernel(
         product_n += tl.load(bias + target_n, mask=owned, other=0.0).to(tl.float32)
     logit_n, _ = softcapped(product_n * scale, softcap, HAS_SOFTCAP)
     tl.store(target_logit_N + n, tl.where(owned, logit_n * _LN_2, 0.0), mask=n < N)
-    tl.store(max_N + n, tl.where(max_n == -float("inf"), 0.0, max_n), mask=n < N)
+    tl.store(max_N + n, max_n, mask=n < N)
     tl.store(sumexp_N + n, sum_n, mask=n < N)
 
 

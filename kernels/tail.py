@@ -89,7 +89,8 @@ def _tail_mean_kernel(
     p = tl.where(use[:, None], p, 0.0)
     mass = tl.sum(tl.sum(p, 1), 0)
     uniform = 1.0 / min(TILE, V - tile * TILE)
-    pi = tl.where(mass > 0, tl.sum(p * slope, 0) / tl.where(mass > 0, mass, 1.0), uniform)
+    profile = tl.sum(tl.where(use[:, None], p * slope, 0.0), 0)
+    pi = tl.where(mass > 0, profile / tl.where(mass > 0, mass, 1.0), uniform)
     pi = tl.where(columns < V, pi, 0.0)
     tl.store(pi_V + columns, pi, mask=columns < V)
     for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from cce_dist import VocabShard
+from cce_dist.shard import new_subgroup
 
 
 def test_whole_is_all_rows_in_one_process() -> None:
@@ -162,3 +163,18 @@ def test_a_token_group_needs_a_vocabulary_group(ranks: RankPool) -> None:
     for said in ranks.run(2, _token_group_alone):
         assert "token_group" in said
         assert "vocab_group" in said
+
+
+def _group_of_ranks_with_unequal_numbers_of_groups() -> str:
+    dist.new_group([0])
+    assert dist.group.WORLD is not None
+    try:
+        new_subgroup([0, 1], dist.group.WORLD, "gloo")
+    except RuntimeError as error:
+        return str(error)
+    return "made"
+
+
+def test_a_group_that_torch_cannot_make_is_an_error_on_every_rank(ranks: RankPool) -> None:
+    for said in ranks.run(2, _group_of_ranks_with_unequal_numbers_of_groups, timeout=30):
+        assert "can make a new group of them only where these numbers are equal" in said

@@ -105,6 +105,18 @@ class TestSettings:
         assert loaded.cce is not None
         assert (loaded.cce.gradient, loaded.cce.workspace_mb) == ("exact", 8)
 
+    def test_the_section_of_the_deepspeed_json_counts_where_the_trainer_says_nothing(self, tmp_path: Path) -> None:
+        from cce_dist.train.engines import head_settings
+
+        file = tmp_path / "ds.json"
+        file.write_text(json.dumps({"cce_dist": {"gradient": "filtered", "filter_eps": 0.125, "workspace_mb": 64}}))
+        words = overrides(tmp_path, engine="deepspeed", deepspeed=str(file), **{"cce.gradient": "exact"})
+        config = head_settings(settings.load(TINY, words))
+        assert (config.gradient, config.filter_eps, config.workspace_mb) == ("exact", 0.125, 8)
+        file.write_text(json.dumps({"cce_dist": {"gradiant": "exact"}}))
+        with pytest.raises(ValueError, match=r"(?s)ds\.json is not valid.*gradiant: unknown key"):
+            head_settings(settings.load(TINY, words))
+
     def test_the_command_prints_a_readable_error(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["train", "--config", str(TINY), *overrides(tmp_path, typo="1")]) == 2
         assert "typo: unknown key" in capsys.readouterr().err

@@ -170,12 +170,11 @@ def _deepspeed_config(settings: Settings) -> dict[str, Any]:
 
 
 def head_settings(settings: Settings) -> CCEConfig:
-    """The settings of the head: those of the trainer, else those of the DeepSpeed JSON's section, else the defaults."""
+    """Key by key the trainer's settings of the head, else those of the DeepSpeed JSON's section, else the defaults."""
+    file = {} if settings.deepspeed is None else json.loads(settings.deepspeed.read_text())
+    config = CCEConfig.from_mapping(file.get("cce_dist", {}), f'the section "cce_dist" of {settings.deepspeed}')
     if settings.cce is not None:
-        config = settings.cce
-    else:
-        file = {} if settings.deepspeed is None else json.loads(settings.deepspeed.read_text())
-        config = CCEConfig.from_mapping(file.get("cce_dist", {}), f'the section "cce_dist" of {settings.deepspeed}')
+        config = config.model_copy(update=settings.cce.model_dump(exclude_unset=True))
     # All ranks bring the same number of tokens, so they need not ask each other.
     tokens = settings.batch.micro * settings.data.sequence_length
     return config.model_copy(update={"enabled": settings.head == "cce", "max_tokens": config.max_tokens or tokens})

@@ -88,7 +88,7 @@ class Settings(_Section):
     head: Literal["cce", "plain"] = "cce"
     """plain: the stock head, with full logits."""
     cce: CCEConfig | None = None
-    """Settings of the sharded head. None: the section of the DeepSpeed JSON, else the defaults."""
+    """Settings of the sharded head. What is not given here is as in the DeepSpeed JSON's section, or the default."""
     deepspeed: FilePath | None = None
     """DeepSpeed's JSON. Its batch sizes, clipping, precision and optimizer are replaced by the settings here."""
     dtype: Literal["fp32", "bf16"] = "fp32"
