@@ -1,13 +1,9 @@
-"""DeepSpeed: training through the engine equals one process training the plain model, and gathers no classifier.
-
-A case trains a tiny model for five AdamW steps of two micro-steps, with clipping, on ragged batches, and is compared
-with the same steps of the plain model on all ranks' batches in one process.
-"""
+"""DeepSpeed: training through the engine equals one process training the plain model, and gathers no classifier."""
 
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,215 +16,28 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("deepspeed")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-import deepspeed  # noqa: E402
-from deepspeed.runtime.sequence_parallel import parallel_state_sp  # noqa: E402
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
+import deepspeed
+from deepspeed_runs import (
+    EXACT,
+    HIDDEN,
+    Case,
+    assert_trains_as_one_process,
+    distance,
+    fresh_deepspeed,
+    make_batch,
+    make_config,
+    make_engine,
+    make_model,
+    take_steps,
+    train,
+)
 
-import cce_dist.deepspeed as cce_deepspeed  # noqa: E402
-from cce_dist.deepspeed.slices import SlicedRows  # noqa: E402
-from cce_dist.lazy_logits import fused_evaluation  # noqa: E402
+import cce_dist.deepspeed as cce_deepspeed
+from cce_dist.deepspeed.slices import SlicedRows
 
-STEPS, ACCUMULATION = 5, 2
-CLIP = 0.5
-ADAMW = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-6}  # eps: rounding of a gradient that is almost zero is no update
-HIDDEN = 32
-EXACT = {"gradient": "exact"}
 ZERO3 = Path(__file__).parents[1] / "configs" / "deepspeed" / "zero3.json"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One training run."""
-
-    vocab_size: int = 96
-    stage: int = 3
-    tied: bool = False
-    biased: bool = False
-    two_losses: bool = False
-    trained: str = ""  # only parameters whose name contains this
-    evaluates: bool = False
-    checkpoints: bool = False  # recomputes activations, the reentrant way
-    zero_init: bool = False
-    sequence_parallel: int = 1
-    section: dict[str, Any] | None = field(default_factory=lambda: dict(EXACT))
-    zero: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-
-
-class CausalLM(nn.Module):
-    """A tiny Llama (or Phi, whose classifier has a bias), with a second loss on the same logits if asked for."""
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        kind, config = ("Phi", transformers.PhiConfig) if case.biased else ("Llama", transformers.LlamaConfig)
-        self.lm = getattr(transformers, f"{kind}ForCausalLM")(
-            config(
-                vocab_size=case.vocab_size,
-                hidden_size=HIDDEN,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=32,
-                tie_word_embeddings=case.tied,
-            )
-        )
-        if case.checkpoints:
-            self.lm.gradient_checkpointing_enable({"use_reentrant": True})
-            self.lm.enable_input_require_grads()
-        self.two_losses = case.two_losses
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm.get_output_embeddings()
-
-    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        output = self.lm(**inputs, labels=labels)
-        if not self.two_losses:
-            return output.loss
-        ahead = F.cross_entropy(output.logits[:, :-2].flatten(0, 1), labels[:, 2:].flatten())
-        return output.loss + 0.3 * ahead
-
-
-def _model(case: Case) -> CausalLM:
-    torch.manual_seed(1)
-    model = CausalLM(case)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = case.trained in name
-        if name.endswith("lm_head.bias"):
-            nn.init.normal_(parameter)
-    return model
-
-
-def _batch(case: Case, micro_step: int, rank: int) -> dict[str, Tensor]:
-    """Ragged over ranks and micro-steps, a third of the labels ignored."""
-    draws = torch.Generator().manual_seed(100 * micro_step + rank)
-    ids = torch.randint(case.vocab_size, (2, 6 + (3 * rank + micro_step) % 7), generator=draws)
-    labels = torch.where(torch.rand(ids.shape, generator=draws) < 0.3, -100, ids)
-    return {"input_ids": ids, "labels": labels}
-
-
-def _config(case: Case) -> dict[str, Any]:
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": ACCUMULATION,
-        "gradient_clipping": CLIP,
-        "optimizer": {"type": "AdamW", "params": {**ADAMW, "torch_adam": True}},
-        "zero_optimization": {"stage": case.stage, **case.zero},
-        **case.config,
-    }
-    return config if case.section is None else {**config, "cce_dist": case.section}
-
-
-def _fresh_deepspeed() -> None:
-    """DeepSpeed keeps groups and counters of an earlier case; and its shared-memory collectives need a compiler."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.comm.comm.cdb = None
-    deepspeed.zero.Init.param_id = 0
-    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
-    deepspeed.utils.groups._release_process_group_references()
-
-
-def _engine(case: Case) -> Any:
-    _fresh_deepspeed()
-    config, mpu = _config(case), None
-    if case.sequence_parallel > 1:
-        deepspeed.init_distributed("gloo")
-        parallel_state_sp.initialize_sequence_parallel(case.sequence_parallel)
-        mpu = parallel_state_sp
-    model = _model(case)
-    if case.zero_init:
-        plain = model.state_dict()
-        with deepspeed.zero.Init(config_dict_or_path=config):
-            model = _model(case)
-        for name, parameter in model.named_parameters():
-            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
-                parameter.data.copy_(plain[name])
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return cce_deepspeed.initialize(model=model, model_parameters=trained, config=config, mpu=mpu)[0]
-
-
-def _weights(engine: Any) -> dict[str, Tensor]:
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters(parameter, enabled=hasattr(parameter, "ds_id")):
-            weights[name] = parameter.detach().float().clone()
-    return weights
-
-
-def _steps(engine: Any, case: Case, micro_steps: range) -> list[float]:
-    losses = []
-    for micro_step in micro_steps:
-        loss = engine(**_batch(case, micro_step, dist.get_rank()))
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
-
-
-def _train(case: Case) -> dict[str, Any]:
-    """What one rank sees of a run: its losses, the norms that DeepSpeed reports, the weights."""
-    engine, rank = _engine(case), dist.get_rank()
-    losses, norms, evaluated = [], [], []
-    for micro_step in range(STEPS * ACCUMULATION):
-        losses += _steps(engine, case, range(micro_step, micro_step + 1))
-        if micro_step % ACCUMULATION:
-            norms.append(engine.get_global_grad_norm())
-            if case.evaluates:
-                evaluated += _evaluate(engine, _batch(case, 1000, rank))
-    return {"losses": losses, "norms": norms, "evaluated": evaluated, "weights": _weights(engine)}
-
-
-def _evaluate(engine: Any, batch: dict[str, Tensor]) -> list[float]:
-    """The loss through the stock classifier, and fused."""
-    engine.eval()
-    with torch.no_grad():
-        stock = engine(**batch).item()
-        with fused_evaluation(engine.module.get_output_embeddings()):
-            fused = engine(**batch).item()
-    engine.train()
-    return [stock, fused]
-
-
-def _train_plain(case: Case, world: int) -> dict[str, Any]:
-    """The same steps in one process: the mean of the ranks' losses, so of their gradients."""
-    model = _model(case)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, **ADAMW)
-    losses, norms, evaluated = [], [], []
-    for micro_step in range(STEPS * ACCUMULATION):
-        for_ranks = [model(**_batch(case, micro_step, rank)) for rank in range(world)]
-        (torch.stack(for_ranks).mean() / ACCUMULATION).backward()
-        losses.append([loss.item() for loss in for_ranks])
-        if micro_step % ACCUMULATION:
-            norms.append(float(nn.utils.clip_grad_norm_(trained, CLIP)))
-            optimizer.step()
-            optimizer.zero_grad()
-            if case.evaluates:
-                with torch.no_grad():
-                    evaluated += 2 * [[model(**_batch(case, 1000, rank)).item() for rank in range(world)]]
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return {"losses": losses, "norms": norms, "evaluated": evaluated, "weights": weights}
-
-
-def _assert_trains_as_one_process(pool: RankPool, world: int, case: Case) -> None:
-    expected, ranks = _train_plain(case, world), pool.run(world, _train, case, timeout=200)
-    for rank, got in enumerate(ranks):
-        assert got["losses"] == pytest.approx([step[rank] for step in expected["losses"]], rel=1e-5)
-        assert got["evaluated"] == pytest.approx([step[rank] for step in expected["evaluated"]], rel=1e-5)
-        if case.stage > 0:  # stage 0 reports none
-            assert [float(norm) for norm in got["norms"]] == pytest.approx(expected["norms"], rel=1e-5)
-        assert _distance(got["weights"], expected["weights"]) < 1e-5
-
-
-def _distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest relative difference of a tensor; the key biases of Phi have no gradient but noise, and are left out."""
-    floor = 1e-6 * torch.stack([weight.norm() for weight in expected.values()]).norm()
-    return max(
-        float((got[name] - weight).norm() / torch.maximum(weight.norm(), floor))
-        for name, weight in expected.items()
-        if not name.endswith("k_proj.bias")
-    )
 
 
 @pytest.mark.parametrize(
@@ -244,7 +53,7 @@ def _distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     ],
 )
 def test_zero3_training_equals_one_process(ranks: RankPool, world: int, case: Case) -> None:
-    _assert_trains_as_one_process(ranks, world, case)
+    assert_trains_as_one_process(ranks, world, case)
 
 
 OFFLOAD: dict[str, Any] = {
@@ -284,7 +93,7 @@ OFFLOAD: dict[str, Any] = {
     ],
 )
 def test_training_equals_one_process(ranks: RankPool, world: int, case: Case) -> None:
-    _assert_trains_as_one_process(ranks, world, case)
+    assert_trains_as_one_process(ranks, world, case)
 
 
 @pytest.mark.full
@@ -292,17 +101,17 @@ def test_training_equals_one_process(ranks: RankPool, world: int, case: Case) ->
 @pytest.mark.parametrize("world", [2, 4])
 def test_sequence_parallel_training_equals_stock_zero3(ranks: RankPool, world: int, reduce_scatter: bool) -> None:
     case = Case(sequence_parallel=2, zero={"reduce_scatter": reduce_scatter})
-    stock = ranks.run(world, _train, replace(case, section=None), timeout=200)
-    for got, expected in zip(ranks.run(world, _train, case, timeout=200), stock, strict=True):
+    stock = ranks.run(world, train, replace(case, section=None), timeout=200)
+    for got, expected in zip(ranks.run(world, train, case, timeout=200), stock, strict=True):
         assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert torch.allclose(torch.stack(got["norms"]), torch.stack(expected["norms"]), rtol=1e-5)
-        assert _distance(got["weights"], expected["weights"]) < 1e-5
+        assert distance(got["weights"], expected["weights"]) < 1e-5
 
 
 @pytest.mark.full
 def test_bf16_training_follows_stock_zero3(ranks: RankPool) -> None:
     case = Case(config={"bf16": {"enabled": True}})
-    got, expected = (ranks.run(2, _train, c, timeout=200)[0] for c in (case, replace(case, section=None)))
+    got, expected = (ranks.run(2, train, c, timeout=200)[0] for c in (case, replace(case, section=None)))
     assert got["losses"] == pytest.approx(expected["losses"], rel=2e-3)
     assert torch.allclose(torch.stack(got["norms"]), torch.stack(expected["norms"]), rtol=1e-2)
 
@@ -310,14 +119,14 @@ def test_bf16_training_follows_stock_zero3(ranks: RankPool) -> None:
 def _train_save_and_resume(folder: str) -> dict[str, list[float]]:
     """Losses after a checkpoint: of the run that wrote it, of cce_dist resuming, of stock DeepSpeed resuming."""
     case, losses = Case(vocab_size=101, tied=True), {}
-    engine = _engine(case)
-    _steps(engine, case, range(2))
+    engine = make_engine(case)
+    take_steps(engine, case, range(2))
     engine.save_checkpoint(folder)
-    losses["went on"] = _steps(engine, case, range(2, 6))
+    losses["went on"] = take_steps(engine, case, range(2, 6))
     for name, section in (("cce_dist", case.section), ("stock", None)):
-        engine = _engine(replace(case, section=section))
+        engine = make_engine(replace(case, section=section))
         engine.load_checkpoint(folder)
-        losses[name] = _steps(engine, case, range(2, 6))
+        losses[name] = take_steps(engine, case, range(2, 6))
     return losses
 
 
@@ -345,7 +154,7 @@ class _Meter(TorchDispatchMode):
 
 
 def _measure_a_step(case: Case) -> dict[str, Any]:
-    engine = _engine(case)
+    engine = make_engine(case)
     inputs = torch.randn(2, 8, HIDDEN), torch.randint(case.vocab_size, (2, 8))
     with _Meter() as meter:
         loss = engine(inputs_embeds=inputs[0], labels=inputs[1])
@@ -363,8 +172,8 @@ def test_zero3_never_gathers_the_classifier_nor_makes_its_whole_gradient(ranks: 
 
 def _train_in_default_mode() -> list[float]:
     case = Case(section={})
-    engine = _engine(case)
-    return [loss for _ in range(20) for loss in _steps(engine, case, range(1))]
+    engine = make_engine(case)
+    return [loss for _ in range(20) for loss in take_steps(engine, case, range(1))]
 
 
 def test_default_mode_trains(ranks: RankPool) -> None:
@@ -405,7 +214,7 @@ def _leave_no_deepspeed_behind(ranks: RankPool) -> Iterator[None]:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process group of one rank, for what does not depend on others."""
-    _fresh_deepspeed()
+    fresh_deepspeed()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1" if name == "WORLD_SIZE" else "0")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -430,8 +239,8 @@ def _sources(config: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
 def test_the_section_is_found_wherever_deepspeed_takes_its_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for source in _sources(_config(Case(stage=0)), tmp_path):
-        model = _model(Case())
+    for source in _sources(make_config(Case(stage=0)), tmp_path):
+        model = make_model(Case())
         engine = cce_deepspeed.initialize(model=model, model_parameters=model.parameters(), **source)[0]
         assert _is_active(engine), source
         assert capsys.readouterr().out.count("cce_dist is active: ZeRO stage 0, gradient=exact") == 1
@@ -440,7 +249,7 @@ def test_the_section_is_found_wherever_deepspeed_takes_its_config(
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("section", [None, {"enabled": False}])
 def test_without_the_section_it_is_stock_deepspeed(section: dict[str, Any] | None) -> None:
-    assert not _is_active(_engine(Case(stage=0, section=section)))
+    assert not _is_active(make_engine(Case(stage=0, section=section)))
 
 
 @pytest.mark.usefixtures("alone")
@@ -449,8 +258,8 @@ def test_install_makes_deepspeed_itself_honour_the_section() -> None:
     cce_deepspeed.install()
     try:
         cce_deepspeed.install()
-        model = _model(Case())
-        engine = deepspeed.initialize(model=model, config=_config(Case(stage=0)))[0]
+        model = make_model(Case())
+        engine = deepspeed.initialize(model=model, config=make_config(Case(stage=0)))[0]
         assert _is_active(engine)
     finally:
         cce_deepspeed.uninstall()
@@ -458,9 +267,9 @@ def test_install_makes_deepspeed_itself_honour_the_section() -> None:
 
 
 def test_an_unknown_key_of_the_section_names_the_known_ones(tmp_path: Path) -> None:
-    for source in _sources(_config(Case(section={"gradients": "exact"})), tmp_path):
+    for source in _sources(make_config(Case(section={"gradients": "exact"})), tmp_path):
         with pytest.raises(ValueError, match=r"gradients.*\n.*gradient, .*vocab_parallel_size"):
-            cce_deepspeed.initialize(model=_model(Case()), **source)
+            cce_deepspeed.initialize(model=make_model(Case()), **source)
 
 
 @pytest.mark.parametrize(
@@ -477,23 +286,23 @@ def test_an_unknown_key_of_the_section_names_the_known_ones(tmp_path: Path) -> N
     ],
 )
 def test_what_was_never_tested_is_refused_by_name(changes: dict[str, Any], refused: str) -> None:
-    config = _config(Case(section={"vocab_parallel_size": 2}, config=changes))
+    config = make_config(Case(section={"vocab_parallel_size": 2}, config=changes))
     with pytest.raises(NotImplementedError, match=refused):
-        cce_deepspeed.initialize(model=_model(Case()), config=config)
+        cce_deepspeed.initialize(model=make_model(Case()), config=config)
 
 
 def test_a_model_without_a_classifier_is_refused() -> None:
     with pytest.raises(ValueError, match="get_output_embeddings"):
-        cce_deepspeed.initialize(model=nn.Linear(2, 2), config=_config(Case()))
+        cce_deepspeed.initialize(model=nn.Linear(2, 2), config=make_config(Case()))
 
 
 def _changed_internals() -> str:
-    _fresh_deepspeed()
+    fresh_deepspeed()
     stock = deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3
     partition_grads = stock.partition_grads
     stock.partition_grads = lambda self: []
     try:
-        _engine(Case())
+        make_engine(Case())
     except RuntimeError as error:
         return str(error)
     finally:
@@ -507,12 +316,12 @@ def test_changed_deepspeed_internals_are_found_at_start(ranks: RankPool) -> None
 
 
 def _train_from_file(path: str) -> float:
-    _fresh_deepspeed()
-    model = _model(Case())
+    fresh_deepspeed()
+    model = make_model(Case())
     engine = cce_deepspeed.initialize(model=model, model_parameters=model.parameters(), config=path)[0]
-    return _steps(engine, Case(), range(1))[0]
+    return take_steps(engine, Case(), range(1))[0]
 
 
 def test_the_config_that_ships_runs(ranks: RankPool) -> None:
-    expected = [_model(Case())(**_batch(Case(), 0, rank)).item() for rank in range(2)]
+    expected = [make_model(Case())(**make_batch(Case(), 0, rank)).item() for rank in range(2)]
     assert ranks.run(2, _train_from_file, str(ZERO3)) == pytest.approx(expected, rel=1e-5)

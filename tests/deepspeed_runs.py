@@ -1,0 +1,221 @@
+"""Training runs through DeepSpeed's engine, and the same steps in one process: what the tests of DeepSpeed share.
+
+A case trains a tiny model for five AdamW steps of two micro-steps, with clipping, on ragged batches, and is compared
+with the same steps of the plain model on all ranks' batches in one process.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from ranks import RankPool
+from torch import Tensor, nn
+
+import cce_dist.deepspeed as cce_deepspeed
+from cce_dist.lazy_logits import fused_evaluation
+
+STEPS, ACCUMULATION = 5, 2
+CLIP = 0.5
+ADAMW = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-6}  # eps: rounding of a gradient that is almost zero is no update
+HIDDEN = 32
+EXACT = {"gradient": "exact"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run."""
+
+    vocab_size: int = 96
+    stage: int = 3
+    tied: bool = False
+    biased: bool = False
+    two_losses: bool = False
+    trained: str = ""  # only parameters whose name contains this
+    evaluates: bool = False
+    checkpoints: bool = False  # recomputes activations, the reentrant way
+    zero_init: bool = False
+    sequence_parallel: int = 1
+    section: dict[str, Any] | None = field(default_factory=lambda: dict(EXACT))
+    zero: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+class CausalLM(nn.Module):
+    """A tiny Llama (or Phi, whose classifier has a bias), with a second loss on the same logits if asked for."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        kind, config = ("Phi", transformers.PhiConfig) if case.biased else ("Llama", transformers.LlamaConfig)
+        self.lm = getattr(transformers, f"{kind}ForCausalLM")(
+            config(
+                vocab_size=case.vocab_size,
+                hidden_size=HIDDEN,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=32,
+                tie_word_embeddings=case.tied,
+            )
+        )
+        if case.checkpoints:
+            self.lm.gradient_checkpointing_enable({"use_reentrant": True})
+            self.lm.enable_input_require_grads()
+        self.two_losses = case.two_losses
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm.get_output_embeddings()
+
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        output = self.lm(**inputs, labels=labels)
+        if not self.two_losses:
+            return output.loss
+        ahead = F.cross_entropy(output.logits[:, :-2].flatten(0, 1), labels[:, 2:].flatten())
+        return output.loss + 0.3 * ahead
+
+
+def make_model(case: Case) -> CausalLM:
+    torch.manual_seed(1)
+    model = CausalLM(case)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = case.trained in name
+        if name.endswith("lm_head.bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+def make_batch(case: Case, micro_step: int, rank: int) -> dict[str, Tensor]:
+    """Ragged over ranks and micro-steps, a third of the labels ignored."""
+    draws = torch.Generator().manual_seed(100 * micro_step + rank)
+    ids = torch.randint(case.vocab_size, (2, 6 + (3 * rank + micro_step) % 7), generator=draws)
+    labels = torch.where(torch.rand(ids.shape, generator=draws) < 0.3, -100, ids)
+    return {"input_ids": ids, "labels": labels}
+
+
+def make_config(case: Case) -> dict[str, Any]:
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": CLIP,
+        "optimizer": {"type": "AdamW", "params": {**ADAMW, "torch_adam": True}},
+        "zero_optimization": {"stage": case.stage, **case.zero},
+        **case.config,
+    }
+    return config if case.section is None else {**config, "cce_dist": case.section}
+
+
+def fresh_deepspeed() -> None:
+    """DeepSpeed keeps groups and counters of an earlier case; and its shared-memory collectives need a compiler."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.comm.cdb = None
+    deepspeed.zero.Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    deepspeed.utils.groups._release_process_group_references()
+
+
+def make_engine(case: Case) -> Any:
+    fresh_deepspeed()
+    config, mpu = make_config(case), None
+    if case.sequence_parallel > 1:
+        deepspeed.init_distributed("gloo")
+        parallel_state_sp.initialize_sequence_parallel(case.sequence_parallel)
+        mpu = parallel_state_sp
+    model = make_model(case)
+    if case.zero_init:
+        plain = model.state_dict()
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = make_model(case)
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+                parameter.data.copy_(plain[name])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return cce_deepspeed.initialize(model=model, model_parameters=trained, config=config, mpu=mpu)[0]
+
+
+def weights_of(engine: Any) -> dict[str, Tensor]:
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter, enabled=hasattr(parameter, "ds_id")):
+            weights[name] = parameter.detach().float().clone()
+    return weights
+
+
+def take_steps(engine: Any, case: Case, micro_steps: range) -> list[float]:
+    losses = []
+    for micro_step in micro_steps:
+        loss = engine(**make_batch(case, micro_step, dist.get_rank()))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def train(case: Case) -> dict[str, Any]:
+    """What one rank sees of a run: its losses, the norms that DeepSpeed reports, the weights."""
+    engine, rank = make_engine(case), dist.get_rank()
+    losses, norms, evaluated = [], [], []
+    for micro_step in range(STEPS * ACCUMULATION):
+        losses += take_steps(engine, case, range(micro_step, micro_step + 1))
+        if micro_step % ACCUMULATION:
+            norms.append(engine.get_global_grad_norm())
+            if case.evaluates:
+                evaluated += _evaluate(engine, make_batch(case, 1000, rank))
+    return {"losses": losses, "norms": norms, "evaluated": evaluated, "weights": weights_of(engine)}
+
+
+def _evaluate(engine: Any, batch: dict[str, Tensor]) -> list[float]:
+    """The loss through the stock classifier, and fused."""
+    engine.eval()
+    with torch.no_grad():
+        stock = engine(**batch).item()
+        with fused_evaluation(engine.module.get_output_embeddings()):
+            fused = engine(**batch).item()
+    engine.train()
+    return [stock, fused]
+
+
+def train_plain(case: Case, world: int) -> dict[str, Any]:
+    """The same steps in one process: the mean of the ranks' losses, so of their gradients."""
+    model = make_model(case)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, **ADAMW)
+    losses, norms, evaluated = [], [], []
+    for micro_step in range(STEPS * ACCUMULATION):
+        for_ranks = [model(**make_batch(case, micro_step, rank)) for rank in range(world)]
+        (torch.stack(for_ranks).mean() / ACCUMULATION).backward()
+        losses.append([loss.item() for loss in for_ranks])
+        if micro_step % ACCUMULATION:
+            norms.append(float(nn.utils.clip_grad_norm_(trained, CLIP)))
+            optimizer.step()
+            optimizer.zero_grad()
+            if case.evaluates:
+                with torch.no_grad():
+                    evaluated += 2 * [[model(**make_batch(case, 1000, rank)).item() for rank in range(world)]]
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "evaluated": evaluated, "weights": weights}
+
+
+def assert_trains_as_one_process(pool: RankPool, world: int, case: Case) -> None:
+    expected, ranks = train_plain(case, world), pool.run(world, train, case, timeout=200)
+    for rank, got in enumerate(ranks):
+        assert got["losses"] == pytest.approx([step[rank] for step in expected["losses"]], rel=1e-5)
+        assert got["evaluated"] == pytest.approx([step[rank] for step in expected["evaluated"]], rel=1e-5)
+        if case.stage > 0:  # stage 0 reports none
+            assert [float(norm) for norm in got["norms"]] == pytest.approx(expected["norms"], rel=1e-5)
+        assert distance(got["weights"], expected["weights"]) < 1e-5
+
+
+def distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest relative difference of a tensor; the key biases of Phi have no gradient but noise, and are left out."""
+    floor = 1e-6 * torch.stack([weight.norm() for weight in expected.values()]).norm()
+    return max(
+        float((got[name] - weight).norm() / torch.maximum(weight.norm(), floor))
+        for name, weight in expected.items()
+        if not name.endswith("k_proj.bias")
+    )
