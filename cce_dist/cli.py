@@ -12,15 +12,25 @@ _USAGE = """usage: cce-dist [--version] COMMAND ...
 commands:
   train --config FILE [key=value ...]   train a causal language model; under torchrun: torchrun ... -m cce_dist.train
   compare RUN RUN [...]                 compare output folders: sharded heads with the plain one of the same engine
+  report RUN [...]                      draw loss, speed and memory of output folders: report.png and report.html
 """
+
+_OPTIONAL = {"accelerate", "matplotlib", "numpy", "rich", "tokenizers", "transformers", "yaml"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "compare": compare}
+    commands = {"train": train, "compare": compare, "report": report}
     if arguments and arguments[0] in commands:
-        return commands[arguments[0]](arguments[1:])
+        try:
+            return commands[arguments[0]](arguments[1:])
+        except ModuleNotFoundError as error:
+            if error.name not in _OPTIONAL:
+                raise
+            needs = f"cce-dist {arguments[0]} needs the package {error.name}: pip install 'cce_dist[train]'"
+            print(needs, file=sys.stderr)
+            return 2
     if list(arguments) == ["--version"]:
         print(__version__)
         return 0
@@ -61,6 +71,24 @@ def compare(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"cce-dist compare: {error}", file=sys.stderr)
         return 2
+
+
+def report(arguments: Sequence[str]) -> int:
+    """``report``: 0 when both files are written, 2 for folders that no run wrote."""
+    parser = argparse.ArgumentParser("cce-dist report", description="Draw what runs of the trainer logged.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="an output folder of the trainer")
+    parser.add_argument("--out", type=Path, help="folder for report.png and report.html (default: the first RUN)")
+    parsed = parser.parse_args(arguments)
+
+    from cce_dist.report import write_report
+
+    try:
+        written = write_report(parsed.runs, parsed.out or parsed.runs[0])
+    except (OSError, ValueError) as error:
+        print(f"cce-dist report: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {' and '.join(map(str, written))}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def run(settings: Settings) -> bool:
         this = _Run(settings, place, corpus, network, engines.build(network, settings, place))
         torch.manual_seed(settings.seed + place.rank)
         progress = _start(this)
-        with Metrics(settings.output / "metrics.jsonl", progress.step, settings.steps, place) as metrics:
+        events = settings.output / "tensorboard" if settings.tensorboard else None
+        with Metrics(settings.output / "metrics.jsonl", progress.step, settings.steps, place, events) as metrics:
             _announce(this, metrics)
             return _train(this, progress, metrics, interrupted)
 
@@ -71,9 +72,10 @@ def _train(this: _Run, progress: Progress, metrics: Metrics, interrupted: Callab
         # The first step of a process is no typical one: memory is taken and kernels are compiled in it.
         measured = settings.measure_head_memory and progress.step == 1
         memory = HeadMemory(this.network) if measured else nullcontext()
+        learning_rate = _learning_rate(settings.optimizer, progress.step, settings.steps)
         started = time.perf_counter()
         with memory:
-            loss, norm = _step(this, batches, valid, _learning_rate(settings.optimizer, progress.step, settings.steps))
+            loss, norm = _step(this, batches, valid, learning_rate)
         seconds += time.perf_counter() - started
         tokens += sum(batch.inputs_BL.numel() for batch in batches) * this.place.world
         progress = progress._replace(
@@ -84,11 +86,13 @@ def _train(this: _Run, progress: Progress, metrics: Metrics, interrupted: Callab
             "step": progress.step,
             "loss": loss,
             "grad_norm": norm,
+            "learning_rate": learning_rate,
             "eval_loss": _evaluate(this) if last or _due(progress.step, settings.eval_every) else None,
             "tokens_per_second": tokens / seconds,
             "peak_memory_bytes": peak_memory(this.place),
             "head_memory_bytes": memory.peak if isinstance(memory, HeadMemory) else None,
         }
+        metrics.advance(row)
         if last or row["eval_loss"] is not None or row["head_memory_bytes"] or _due(progress.step, settings.log_every):
             metrics.log(row)
             seconds, tokens = 0.0, 0

@@ -4,6 +4,7 @@ Paths are relative to the working directory.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -104,6 +105,8 @@ class Settings(_Section):
     eval_batches: int = Field(default=8, ge=1)
     measure_head_memory: bool = False
     """Measure the head's memory in the second step of the run; that step is slower."""
+    tensorboard: bool = False
+    """Write the metrics as TensorBoard events too, into ``output``/tensorboard; needs the extra of that name."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
@@ -111,6 +114,8 @@ class Settings(_Section):
             raise ValueError("a path in deepspeed and engine: deepspeed go together; give both or neither")
         if self.cce is not None and not self.cce.enabled:
             raise ValueError("cce.enabled is for DeepSpeed's JSON; here head: plain switches the sharded head off")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError("tensorboard: true needs a package: pip install 'cce_dist[tensorboard]', or set it false")
         return self
 
     @property
