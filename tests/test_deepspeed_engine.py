@@ -116,27 +116,6 @@ def test_bf16_training_follows_stock_zero3(ranks: RankPool) -> None:
     assert torch.allclose(torch.stack(got["norms"]), torch.stack(expected["norms"]), rtol=1e-2)
 
 
-def _train_save_and_resume(folder: str) -> dict[str, list[float]]:
-    """Losses after a checkpoint: of the run that wrote it, of cce_dist resuming, of stock DeepSpeed resuming."""
-    case, losses = Case(vocab_size=101, tied=True), {}
-    engine = make_engine(case)
-    take_steps(engine, case, range(2))
-    engine.save_checkpoint(folder)
-    losses["went on"] = take_steps(engine, case, range(2, 6))
-    for name, section in (("cce_dist", case.section), ("stock", None)):
-        engine = make_engine(replace(case, section=section))
-        engine.load_checkpoint(folder)
-        losses[name] = take_steps(engine, case, range(2, 6))
-    return losses
-
-
-@pytest.mark.full
-def test_a_checkpoint_resumes_with_and_without_cce_dist(ranks: RankPool, tmp_path: Path) -> None:
-    for losses in ranks.run(2, _train_save_and_resume, str(tmp_path), timeout=200):
-        assert losses["cce_dist"] == pytest.approx(losses["went on"], rel=1e-6)
-        assert losses["stock"] == pytest.approx(losses["went on"], rel=1e-5)
-
-
 class _Meter(TorchDispatchMode):
     """The elements of the largest tensor made, and the elements that all-gathers deliver."""
 
