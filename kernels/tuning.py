@@ -1,8 +1,25 @@
-"""Block shapes of the Triton kernels per (GPU, element size). One row serves all shapes of that class."""
+"""Block shapes of the Triton kernels per (GPU, element size, hidden size), from `tuning.json` beside this file.
 
-from typing import NamedTuple
+`benchmarks/tune.py --write` refreshes the file; nothing is tuned while a user's program runs. A row of it is
+
+    {"gpu": "NVIDIA H200", "element_bytes": 2, "hidden_up_to": 1024, "tuning": {"row_group": 16}}
+
+with the GPU's name, or "sm_90" for a compute capability, or "interpreter"; without ``element_bytes`` or
+``hidden_up_to`` it serves any. ``tuning`` holds what differs from `Tuning`'s defaults. A tensor takes a row of its
+GPU's name, else one of its capability, of these the one with the smallest ``hidden_up_to`` that it fits, else the
+defaults.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+
+FILE = Path(__file__).with_name("tuning.json")
 
 
 class Tuning(NamedTuple):
@@ -39,29 +56,84 @@ class Tuning(NamedTuple):
     weight_blocks: int = 1
 
 
-_HOPPER_16_BIT = Tuning(
-    block_n=128,
-    block_d=64,
-    stages=4,
-    row_group=16,
-    splits=16,
-    flat_below=1024,
-    tma=True,
-    pair_rows=128,
-    pair_block_d=64,
-    pair_stages=4,
-    weight_block_d=128,
-    weight_block_k=64,
-)
-_INTERPRETER = Tuning(block_n=32, block_d=32, splits=3, flat_below=64, pair_rows=32)
+class Row(NamedTuple):
+    """A row of the table; None serves any element size or hidden size."""
+
+    gpu: str
+    element_bytes: int | None
+    hidden_up_to: int | None
+    tuning: Tuning
+
+
+_forced: Tuning | None = None
 
 
 def tuning_for(hidden: torch.Tensor) -> Tuning:
-    if not hidden.is_cuda:
-        return _INTERPRETER
-    if hidden.element_size() == 2 and torch.cuda.get_device_capability(hidden.device)[0] == 9:
-        return _HOPPER_16_BIT
+    """The launch parameters for hidden states [N, D]."""
+    if _forced is not None:
+        return _forced
+    return choose(_gpus(hidden.device), hidden.element_size(), hidden.shape[-1])
+
+
+@functools.cache
+def choose(gpus: tuple[str, ...], element_bytes: int, hidden_size: int, file: Path = FILE) -> Tuning:
+    """The row for the first of ``gpus`` that has one, else the defaults."""
+    for gpu in gpus:
+        fitting = [
+            row
+            for row in load(file)
+            if row.gpu == gpu
+            and row.element_bytes in (None, element_bytes)
+            and (row.hidden_up_to is None or hidden_size <= row.hidden_up_to)
+        ]
+        if fitting:
+            return min(fitting, key=lambda row: (row.hidden_up_to or float("inf"), row.element_bytes is None)).tuning
     return Tuning()
+
+
+@contextmanager
+def forced(tuning: Tuning) -> Iterator[None]:
+    """Every launch inside uses ``tuning``: for measuring candidates, in one thread."""
+    global _forced
+    before, _forced = _forced, tuning
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@functools.cache
+def load(file: Path = FILE) -> tuple[Row, ...]:
+    """The rows of the file.
+
+    Raises:
+        ValueError: naming the file and the row, for an unknown key, a value of a wrong type, or a row that is double.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(content, list):
+        raise ValueError(f"{file} must hold a list of rows, got {type(content).__name__}.")
+    rows = tuple(_row(entry, f"{file}, row {number}") for number, entry in enumerate(content, 1))
+    keys = [row[:3] for row in rows]
+    for number, key in enumerate(keys, 1):
+        if key in keys[: number - 1]:
+            raise ValueError(f"{file}, row {number}: a row before it has the same gpu, element_bytes and hidden_up_to.")
+    return rows
+
+
+def save(rows: list[Row], file: Path = FILE) -> None:
+    """Writes the table, one row a line, with only what differs from the defaults."""
+    lines = []
+    for row in rows:
+        entry = {key: value for key, value in row._asdict().items() if value is not None}
+        defaults = Tuning._field_defaults
+        changed = {key: value for key, value in row.tuning._asdict().items() if value != defaults[key]}
+        lines.append("  " + json.dumps({**entry, "tuning": changed}))
+    file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    load.cache_clear()
+    choose.cache_clear()
 
 
 def num_programs(hidden: torch.Tensor) -> int:
@@ -69,3 +141,38 @@ def num_programs(hidden: torch.Tensor) -> int:
     if not hidden.is_cuda:
         return 2
     return torch.cuda.get_device_properties(hidden.device).multi_processor_count
+
+
+@functools.cache
+def _gpus(device: torch.device) -> tuple[str, ...]:
+    """The names under which a device's rows stand, the most exact first."""
+    if device.type != "cuda":
+        return ("interpreter",)
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_name(device), f"sm_{major}{minor}"
+
+
+def _row(entry: Any, where: str) -> Row:
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("gpu"), str)
+        or not isinstance(entry.get("tuning"), dict)
+    ):
+        raise ValueError(f'{where} must be an object with "gpu", a string, and "tuning", an object; got {entry!r}.')
+    for key in ("element_bytes", "hidden_up_to"):
+        value = entry.get(key)
+        if value is not None and not (type(value) is int and value > 0):
+            raise ValueError(f"{where}: {key} must be a positive int, got {value!r}.")
+    _refuse_unknown(entry, Row._fields, where)
+    _refuse_unknown(entry["tuning"], Tuning._fields, f"{where}, tuning")
+    for key, value in entry["tuning"].items():
+        kind = type(Tuning._field_defaults[key])
+        if type(value) is not kind or value < 0:
+            raise ValueError(f"{where}: {key} must be of type {kind.__name__} and not negative, got {value!r}.")
+    return Row(entry["gpu"], entry.get("element_bytes"), entry.get("hidden_up_to"), Tuning(**entry["tuning"]))
+
+
+def _refuse_unknown(given: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    unknown = sorted(set(given) - set(allowed))
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(allowed)}.")
