@@ -150,17 +150,27 @@ def workspace_bytes(settings: Settings, num_tokens: int, element_size: int) -> i
     Raises:
         ValueError: where ``workspace_mb`` is less than one tile of probabilities of all tokens.
     """
-    least_mb = max(-(-num_tokens * TILE * element_size // (1 << 20)), 1)
+    least_mb = least_workspace_mb(num_tokens, element_size)
     chosen = settings.workspace_mb
     if chosen is None:
-        exact = settings.gradient == "exact"
-        chosen = max(_EXACT_WORKSPACE_MB, least_mb) if exact else max(_SPARSE_WORKSPACE_MB, 8 * least_mb)
+        chosen = default_workspace_mb(num_tokens, element_size, settings.gradient == "exact")
     _require(
         chosen >= least_mb,
         f"workspace_mb must be at least {least_mb}, {TILE * element_size} bytes for each of the {num_tokens} tokens",
         chosen,
     )
     return chosen << 20
+
+
+def least_workspace_mb(num_tokens: int, element_size: int) -> int:
+    """One tile of probabilities of all tokens."""
+    return max(-(-num_tokens * TILE * element_size // (1 << 20)), 1)
+
+
+def default_workspace_mb(num_tokens: int, element_size: int, exact: bool) -> int:
+    """What ``workspace_mb=None`` stands for."""
+    least_mb = least_workspace_mb(num_tokens, element_size)
+    return max(_EXACT_WORKSPACE_MB, least_mb) if exact else max(_SPARSE_WORKSPACE_MB, 8 * least_mb)
 
 
 def contract(hidden: Tensor, bias_V: Tensor | None, shard: VocabShard, settings: Settings) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ _USAGE = """usage: cce-dist [--version] COMMAND ...
 commands:
   train --config FILE [key=value ...]   train a causal language model; under torchrun: torchrun ... -m cce_dist.train
   compare RUN RUN [...]                 compare output folders: sharded heads with the plain one of the same engine
+  plan --vocab V --hidden D --tokens N --gpus W [...]    bytes and milliseconds of the head, before a run
   report RUN [...]                      draw loss, speed and memory of output folders: report.png and report.html
 """
 
@@ -21,7 +22,7 @@ _OPTIONAL = {"accelerate", "matplotlib", "numpy", "rich", "tokenizers", "transfo
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "compare": compare, "report": report}
+    commands = {"train": train, "compare": compare, "plan": plan, "report": report}
     if arguments and arguments[0] in commands:
         try:
             return commands[arguments[0]](arguments[1:])
@@ -71,6 +72,77 @@ def compare(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"cce-dist compare: {error}", file=sys.stderr)
         return 2
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """``plan``: 0 with a recommendation, 1 when nothing fits the memory, 2 for arguments that do not fit together."""
+    parser = argparse.ArgumentParser("cce-dist plan", description="Bytes and milliseconds of the head on each rank.")
+    parser.add_argument("--model", type=Path, help="folder with config.json, for --vocab and --hidden")
+    parser.add_argument("--config", type=Path, help='DeepSpeed JSON: its section "cce_dist" and micro-batch size')
+    parser.add_argument("--sequence-length", type=_positive, help="with --config, for --tokens")
+    parser.add_argument("--vocab", type=_positive, help="rows of the classifier")
+    parser.add_argument("--hidden", type=_positive, help="its columns")
+    parser.add_argument("--tokens", type=_positive, help="tokens of one GPU in one micro-step")
+    parser.add_argument("--gpus", type=_positive, required=True)
+    parser.add_argument("--gpu", default="h100", help="a100, b200, h100 or h200 (default h100)")
+    parser.add_argument("--gpus-per-node", type=_positive, default=8)
+    parser.add_argument("--network-gbit", type=_positive, help="a GPU's share of its node's network, Gbit/s")
+    parser.add_argument("--gradient", choices=("unbiased", "filtered", "exact"), help="default unbiased")
+    parser.add_argument("--head-gb", type=float, help="what the head may take of a GPU (default: all its memory)")
+    parser.add_argument("--measured", nargs="+", type=Path, help="results of benchmarks/loss.py (default: the shipped)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw memory and time against the number of GPUs")
+    parsed = parser.parse_args(arguments)
+
+    from cce_dist import plan as planning
+
+    try:
+        section, micro = (None, None) if parsed.config is None else planning.read_deepspeed(parsed.config)
+        vocab, hidden = (None, None) if parsed.model is None else planning.read_model(parsed.model)
+        from_batch = micro * parsed.sequence_length if micro and parsed.sequence_length else None
+        job = planning.Job(
+            vocab=_given("--vocab or --model", parsed.vocab, vocab),
+            hidden=_given("--hidden or --model", parsed.hidden, hidden),
+            tokens=_given(
+                "--tokens, or --sequence-length with a --config that has train_micro_batch_size_per_gpu",
+                parsed.tokens,
+                from_batch,
+            ),
+            gpus=parsed.gpus,
+            gpu=parsed.gpu.lower(),
+            gpus_per_node=parsed.gpus_per_node,
+            gradient=parsed.gradient or (section.gradient if section else "unbiased"),
+            workspace_mb=section.workspace_mb if section else None,
+            network=parsed.network_gbit and parsed.network_gbit * 1e9 / 8,
+        )
+        planning.check(job)
+        gpu_memory = planning.GPUS[job.gpu].memory
+        memory = gpu_memory if parsed.head_gb is None else parsed.head_gb * 1e9
+        if not 0 < memory <= gpu_memory:
+            raise ValueError(f"--head-gb must be above 0 and at most {gpu_memory / 1e9:g}, got {parsed.head_gb:g}.")
+        files = sorted(planning.MEASURED.glob("loss-*.json")) if parsed.measured is None else parsed.measured
+        calibration = planning.calibrate(files, job.gpu)
+        best = planning.print_plan(job, calibration, memory)
+        if parsed.plot is not None:
+            planning.plot(job, calibration, parsed.plot)
+            print(f"wrote {parsed.plot}")
+    except (OSError, ValueError) as error:
+        print(f"cce-dist plan: {error}", file=sys.stderr)
+        return 2
+    return 0 if best is not None else 1
+
+
+def _positive(text: str) -> int:
+    value = int(text.replace("_", "").replace(",", ""))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return value
+
+
+def _given(name: str, *values: int | None) -> int:
+    for value in values:
+        if value is not None:
+            return value
+    raise ValueError(f"give {name}.")
 
 
 def report(arguments: Sequence[str]) -> int:
