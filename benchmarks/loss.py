@@ -2,10 +2,12 @@
 
     python benchmarks/loss.py --tokens tokens.npz --shapes gemma llama3 --out benchmarks/results
 
-Per method: milliseconds of forward and of forward+backward (median of CUDA-event timings, the methods taking turns),
-the same as multiples of one cuBLAS bf16 product hidden · weightᵀ, peak bytes beyond the returned gradients, and the
-relative errors of loss, dE, dC and of dC on rows that no label hits, against fp32 logits (TF32 off). The result is a
-JSON file named after GPU and shapes; `benchmarks/report.py` draws it.
+Per method: milliseconds of forward and of forward+backward (median of CUDA-event timings, the methods taking turns;
+each run is launched behind about 10 ms of torch.cuda._sleep, so that its launches are not what is timed), the same as
+multiples of one cuBLAS bf16 product hidden · weightᵀ, host milliseconds to launch forward+backward on an idle GPU, peak
+bytes beyond the returned gradients (of cce_dist unbiased also with the least workspace_mb), and the relative errors of
+loss, dE, dC and of dC on rows that no label hits, against fp32 logits (TF32 off). The result is a JSON file named after
+GPU and shapes; `benchmarks/report.py` draws it. With ``--steps 0`` the inputs are those at random initialisation.
 
 Shapes: N tokens, D hidden, V vocabulary.
 """
@@ -17,16 +19,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from inputs import Inputs, load_tokens, trained_inputs
+from inputs import SEQUENCE, Inputs, load_tokens, trained_inputs
 from methods import Method, available_methods
+from timing import Phases, interleaved_ms, launch_ms
 from torch import Tensor
 
 import cce_dist
+from cce_dist import linear_cross_entropy
+from cce_dist.kernels.problem import TILE
+
+UNBIASED = "cce_dist unbiased"
 
 
 class Shape(NamedTuple):
@@ -41,6 +47,34 @@ SHAPES = {
     "qwen2.5": Shape(8192, 151936, 3584),
     "small": Shape(16384, 50304, 768),
 }
+
+
+def shape_of(name: str) -> Shape:
+    """A shape by its name, or one written as 8192x262144x2304 (tokens in whole sequences of 512).
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if name in SHAPES:
+        return SHAPES[name]
+    numbers = [int(part) for part in name.split("x") if part.isdigit()]
+    if len(numbers) != 3 or numbers[0] % SEQUENCE or min(numbers) < 1:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or NxVxD with N in 512s; got {name!r}.")
+    return Shape(*numbers)
+
+
+def shape_name(name: str) -> str:
+    """An argument that `shape_of` understands."""
+    try:
+        shape_of(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
+def dtype_on(device: str) -> torch.dtype:
+    """bf16; on a CPU, where the commands can be tried out on a tiny shape, fp32."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 class Reference(NamedTuple):
@@ -75,58 +109,74 @@ def relative_error(x: Tensor, true: Tensor) -> float:
     return ((x.float() - true).norm() / true.norm()).item()
 
 
-def measure_accuracy(method: Method, inputs: Inputs, true: Reference) -> dict[str, float]:
-    """Errors and peak memory of one forward and backward."""
-    hidden_ND, weight_VD = (x.detach().requires_grad_() for x in inputs[:2])
+def peak_mb(run: Callable[[], tuple[Tensor, ...]], device: str) -> tuple[tuple[Tensor, ...], float]:
+    """What ``run`` returns, and the peak memory beyond it (0 on a CPU)."""
+    if device != "cuda":
+        return run(), 0.0
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loss = method(hidden_ND, weight_VD, inputs.labels_N)
-    gradients = torch.autograd.grad(loss, (hidden_ND, weight_VD))
+    returned = run()
     torch.cuda.synchronize()
-    returned = sum(x.numel() * x.element_size() for x in gradients)
-    peak = torch.cuda.max_memory_allocated() - before - returned
+    size = sum(x.numel() * x.element_size() for x in returned)
+    return returned, (torch.cuda.max_memory_allocated() - before - size) / 1e6
+
+
+def measure_accuracy(method: Method, inputs: Inputs, true: Reference) -> dict[str, float]:
+    """Errors and peak memory of one forward and backward."""
+    hidden_ND, weight_VD = (x.detach().requires_grad_() for x in inputs[:2])
+
+    def run() -> tuple[Tensor, ...]:
+        loss = method(hidden_ND, weight_VD, inputs.labels_N)
+        losses.append(loss.detach())
+        return torch.autograd.grad(loss, (hidden_ND, weight_VD))
+
+    losses: list[Tensor] = []
+    gradients, peak = peak_mb(run, hidden_ND.device.type)
     return {
-        "peak_mb": peak / 1e6,
-        "loss_error": abs(loss.double() - true.loss).item() / true.loss.item(),
+        "peak_mb": peak,
+        "loss_error": abs(losses[0].double() - true.loss).item() / true.loss.item(),
         "hidden_error": relative_error(gradients[0], true.hidden_ND),
         "weight_error": relative_error(gradients[1], true.weight_VD),
         "unlabelled_weight_error": relative_error(gradients[1][true.unlabelled_V], true.weight_VD[true.unlabelled_V]),
     }
 
 
-def interleaved_ms(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each run; one of each per round, after two rounds of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 2):
-        for name, run in runs.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            torch.cuda._sleep(2_000_000)  # about a millisecond of queue, so that launches are not what is timed
-            start.record()
-            run()
-            stop.record()
-            stop.synchronize()
-            if turn >= 2:
-                times[name].append(start.elapsed_time(stop))
-    return {name: median(values) for name, values in times.items()}
+def least_workspace_peak_mb(inputs: Inputs) -> float:
+    """Peak memory of cce_dist unbiased with the least ``workspace_mb`` that it takes: one tile of probabilities."""
+    hidden_ND, weight_VD = (x.detach().requires_grad_() for x in inputs[:2])
+    least = -(-hidden_ND.shape[0] * TILE * hidden_ND.element_size() // (1 << 20))
+
+    def run() -> tuple[Tensor, ...]:
+        loss = linear_cross_entropy(hidden_ND, weight_VD, inputs.labels_N, workspace_mb=max(least, 1))
+        return torch.autograd.grad(loss, (hidden_ND, weight_VD))
+
+    return peak_mb(run, hidden_ND.device.type)[1]
 
 
-def benchmark(shape: Shape, tokens: Path, steps: int, rounds: int, only: list[str] | None) -> dict[str, Any]:
+def benchmark(
+    shape: Shape, tokens: Path, steps: int, rounds: int, only: list[str] | None, device: str = "cuda"
+) -> dict[str, Any]:
+    phases = Phases()
     ids = load_tokens(tokens, shape.vocab_size)
-    inputs = trained_inputs(ids, shape.num_tokens, shape.vocab_size, shape.hidden_size, steps=steps)
+    inputs = trained_inputs(
+        ids, shape.num_tokens, shape.vocab_size, shape.hidden_size, steps=steps, device=device, dtype=dtype_on(device)
+    )
+    phases.done(f"training, {steps} steps")
     torch.cuda.empty_cache()
     true = reference(inputs)
     methods, missing = available_methods()
+    if only:
+        methods = {name: method for name, method in methods.items() if any(part in name for part in only)}
     results: dict[str, dict[str, Any]] = {name: {"failed": why} for name, why in missing.items()}
     hidden_ND, weight_VD = (x.detach().requires_grad_() for x in inputs[:2])
     forward: dict[str, Callable[[], Any]] = {"gemm": lambda: hidden_ND.detach() @ weight_VD.detach().T}
     both: dict[str, Callable[[], Any]] = {}
     for name, method in methods.items():
-        if only and not any(part in name for part in only):
-            continue
         try:
             results[name] = dict(measure_accuracy(method, inputs, true))
+            if name == UNBIASED:
+                results[name]["least_workspace_peak_mb"] = least_workspace_peak_mb(inputs)
         except Exception as error:  # a peer that cannot take the shape has that as its result
             results[name] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
             continue
@@ -136,28 +186,42 @@ def benchmark(shape: Shape, tokens: Path, steps: int, rounds: int, only: list[st
         )
     del true
     torch.cuda.empty_cache()
+    phases.done("errors and memory")
     # Together, so that every method's rounds see the clock speeds that the others see.
-    times = interleaved_ms(forward | {f"{name} both": run for name, run in both.items()}, rounds)
-    if not only:  # 70 % of the labels ignored
+    times = interleaved_ms(forward | {f"{name} both": run for name, run in both.items()}, rounds, device)
+    if UNBIASED in both:  # 70 % of the labels ignored
         labels_N = inputs.labels_N.clone()
-        labels_N[torch.rand(labels_N.shape, device="cuda") < 0.7] = -100
-        unbiased = methods["cce_dist unbiased"]
+        labels_N[torch.rand(labels_N.shape, device=device) < 0.7] = -100
         masked = {
-            "masked": lambda: torch.autograd.grad(unbiased(hidden_ND, weight_VD, labels_N), (hidden_ND, weight_VD)),
-            "all": both["cce_dist unbiased"],
+            "masked": lambda: torch.autograd.grad(
+                methods[UNBIASED](hidden_ND, weight_VD, labels_N), (hidden_ND, weight_VD)
+            ),
+            "all": both[UNBIASED],
         }
-        masked_ms = interleaved_ms(masked, rounds)
-        results["cce_dist unbiased"]["masked_70_percent"] = masked_ms["masked"] / masked_ms["all"]
-    for name, result in results.items():
-        if name in both:
-            result |= {"forward_ms": times[name], "both_ms": times[f"{name} both"]}
-            result |= {"forward_x": times[name] / times["gemm"], "both_x": times[f"{name} both"] / times["gemm"]}
+        masked_ms = interleaved_ms(masked, rounds, device)
+        results[UNBIASED]["masked_70_percent"] = masked_ms["masked"] / masked_ms["all"]
+    for name, run in both.items():
+        results[name] |= {"forward_ms": times[name], "both_ms": times[f"{name} both"]}
+        results[name] |= {"forward_x": times[name] / times["gemm"], "both_x": times[f"{name} both"] / times["gemm"]}
+        results[name]["launch_ms"] = launch_ms(run, rounds, device)
+    phases.done("times")
     return {**shape._asdict(), "model_loss": inputs.loss, "gemm_ms": times["gemm"], "methods": results}
+
+
+def gpu_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def result_path(folder: Path, stem: str, steps: int, detail: str) -> Path:
+    """folder/stem-GPU-inputs-detail.json; makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    gpu = gpu_name().lower().replace(" ", "-")
+    return folder / f"{stem}-{gpu}-{'trained' if steps else 'initial'}-{detail}.json"
 
 
 def environment() -> dict[str, Any]:
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": gpu_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
@@ -170,15 +234,18 @@ def environment() -> dict[str, Any]:
 def print_table(name: str, result: dict[str, Any]) -> None:
     print(f"\n{name}: N, V, D = {result['num_tokens']}, {result['vocab_size']}, {result['hidden_size']}; ", end="")
     print(f"model loss {result['model_loss']:.3f}; 1.00x = {result['gemm_ms']:.2f} ms")
-    print(f"{'method':26s}{'fwd':>7s}{'both':>7s}{'peak MB':>9s}{'loss':>9s}{'dE':>9s}{'dC':>9s}{'dC unl.':>9s}")
+    head = f"{'method':26s}{'fwd':>7s}{'both':>7s}{'launch':>10s}{'peak MB':>9s}{'least MB':>9s}"
+    print(head + "".join(f"{name:>9s}" for name in ("loss", "dE", "dC", "dC unl.")))
     for method, row in result["methods"].items():
         if "failed" in row:
             print(f"{method:26s} {row['failed'][:90]}")
             continue
         errors = (row[f"{x}_error"] for x in ("loss", "hidden", "weight", "unlabelled_weight"))
         cells = "".join(f"{error:9.1e}" for error in errors)
-        print(f"{method:26s}{row['forward_x']:6.2f}x{row['both_x']:6.2f}x{row['peak_mb']:9.0f}{cells}")
-    masked = result["methods"].get("cce_dist unbiased", {}).get("masked_70_percent")
+        least = f"{row['least_workspace_peak_mb']:.0f}" if "least_workspace_peak_mb" in row else ""
+        times = f"{row['forward_x']:6.2f}x{row['both_x']:6.2f}x{row['launch_ms']:7.2f} ms"
+        print(f"{method:26s}{times}{row['peak_mb']:9.0f}{least:>9s}{cells}")
+    masked = result["methods"].get(UNBIASED, {}).get("masked_70_percent")
     if masked:
         print(f"70 % of the labels ignored: {masked:.2f} of the time")
 
@@ -186,26 +253,27 @@ def print_table(name: str, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=Path, required=True, help=".npy or .npz of token ids")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape_name, default=list(SHAPES), help=f"{', '.join(SHAPES)}, NxVxD"
+    )
     parser.add_argument("--steps", type=int, default=400, help="training steps for the inputs; 0: at initialisation")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", help="methods whose names contain one of these")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command out")
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     report: dict[str, Any] = {**environment(), "steps": arguments.steps, "shapes": {}}
     for name in arguments.shapes:
-        shape = SHAPES[name]
-        result = benchmark(shape, arguments.tokens, arguments.steps, arguments.rounds, arguments.only)
+        result = benchmark(
+            shape_of(name), arguments.tokens, arguments.steps, arguments.rounds, arguments.only, arguments.device
+        )
         report["shapes"][name] = result
         print_table(name, result)
         torch.cuda.empty_cache()
         if arguments.out:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            gpu = report["gpu"].lower().replace(" ", "-")
-            inputs = "trained" if arguments.steps else "initial"
-            shapes = "-".join(arguments.shapes)
-            (arguments.out / f"loss-{gpu}-{inputs}-{shapes}.json").write_text(json.dumps(report, indent=2) + "\n")
+            path = result_path(arguments.out, "loss", arguments.steps, "-".join(arguments.shapes))
+            path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

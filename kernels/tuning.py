@@ -2,12 +2,11 @@
 
 `benchmarks/tune.py --write` refreshes the file; nothing is tuned while a user's program runs. A row of it is
 
-    {"gpu": "NVIDIA H200", "element_bytes": 2, "hidden_up_to": 1024, "tuning": {"row_group": 16}}
+    {"gpu": "NVIDIA H200", "element_bytes": 2, "hidden_above": 1024, "hidden_up_to": 3072, "tuning": {"splits": 16}}
 
-with the GPU's name, or "sm_90" for a compute capability, or "interpreter"; without ``element_bytes`` or
-``hidden_up_to`` it serves any. ``tuning`` holds what differs from `Tuning`'s defaults. A tensor takes a row of its
-GPU's name, else one of its capability, of these the one with the smallest ``hidden_up_to`` that it fits, else the
-defaults.
+with the GPU's name, or "sm_90" for a compute capability, or "interpreter"; without the keys in the middle it serves any
+size. ``tuning`` holds what differs from `Tuning`'s defaults. A tensor takes the first row of its GPU's name that fits,
+else the first of its capability, else the defaults.
 """
 
 import functools
@@ -57,10 +56,11 @@ class Tuning(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the table; None serves any element size or hidden size."""
+    """A row of the table; None does not limit."""
 
     gpu: str
     element_bytes: int | None
+    hidden_above: int | None
     hidden_up_to: int | None
     tuning: Tuning
 
@@ -72,22 +72,18 @@ def tuning_for(hidden: torch.Tensor) -> Tuning:
     """The launch parameters for hidden states [N, D]."""
     if _forced is not None:
         return _forced
-    return choose(_gpus(hidden.device), hidden.element_size(), hidden.shape[-1])
+    return choose(gpu_names(hidden.device), hidden.element_size(), hidden.shape[-1])
 
 
 @functools.cache
 def choose(gpus: tuple[str, ...], element_bytes: int, hidden_size: int, file: Path = FILE) -> Tuning:
-    """The row for the first of ``gpus`` that has one, else the defaults."""
+    """The first row that fits of the first of ``gpus`` that has one, else the defaults."""
     for gpu in gpus:
-        fitting = [
-            row
-            for row in load(file)
-            if row.gpu == gpu
-            and row.element_bytes in (None, element_bytes)
-            and (row.hidden_up_to is None or hidden_size <= row.hidden_up_to)
-        ]
-        if fitting:
-            return min(fitting, key=lambda row: (row.hidden_up_to or float("inf"), row.element_bytes is None)).tuning
+        for row in load(file):
+            above = row.hidden_above is None or hidden_size > row.hidden_above
+            up_to = row.hidden_up_to is None or hidden_size <= row.hidden_up_to
+            if row.gpu == gpu and row.element_bytes in (None, element_bytes) and above and up_to:
+                return row.tuning
     return Tuning()
 
 
@@ -116,10 +112,10 @@ def load(file: Path = FILE) -> tuple[Row, ...]:
     if not isinstance(content, list):
         raise ValueError(f"{file} must hold a list of rows, got {type(content).__name__}.")
     rows = tuple(_row(entry, f"{file}, row {number}") for number, entry in enumerate(content, 1))
-    keys = [row[:3] for row in rows]
+    keys = [row[:4] for row in rows]
     for number, key in enumerate(keys, 1):
         if key in keys[: number - 1]:
-            raise ValueError(f"{file}, row {number}: a row before it has the same gpu, element_bytes and hidden_up_to.")
+            raise ValueError(f"{file}, row {number}: a row before it has the same gpu, element size and hidden sizes.")
     return rows
 
 
@@ -144,7 +140,7 @@ def num_programs(hidden: torch.Tensor) -> int:
 
 
 @functools.cache
-def _gpus(device: torch.device) -> tuple[str, ...]:
+def gpu_names(device: torch.device) -> tuple[str, ...]:
     """The names under which a device's rows stand, the most exact first."""
     if device.type != "cuda":
         return ("interpreter",)
@@ -159,7 +155,7 @@ def _row(entry: Any, where: str) -> Row:
         or not isinstance(entry.get("tuning"), dict)
     ):
         raise ValueError(f'{where} must be an object with "gpu", a string, and "tuning", an object; got {entry!r}.')
-    for key in ("element_bytes", "hidden_up_to"):
+    for key in ("element_bytes", "hidden_above", "hidden_up_to"):
         value = entry.get(key)
         if value is not None and not (type(value) is int and value > 0):
             raise ValueError(f"{where}: {key} must be a positive int, got {value!r}.")
@@ -169,7 +165,8 @@ def _row(entry: Any, where: str) -> Row:
         kind = type(Tuning._field_defaults[key])
         if type(value) is not kind or value < 0:
             raise ValueError(f"{where}: {key} must be of type {kind.__name__} and not negative, got {value!r}.")
-    return Row(entry["gpu"], entry.get("element_bytes"), entry.get("hidden_up_to"), Tuning(**entry["tuning"]))
+    element_bytes, above, up_to = (entry.get(key) for key in ("element_bytes", "hidden_above", "hidden_up_to"))
+    return Row(entry["gpu"], element_bytes, above, up_to, Tuning(**entry["tuning"]))
 
 
 def _refuse_unknown(given: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:

@@ -27,26 +27,25 @@ def test_the_packaged_table_serves_the_interpreter_and_hopper_in_16_bits() -> No
     assert tuning.choose(("an unknown GPU", "sm_80"), 2, 4096) == Tuning()
 
 
-def test_the_gpus_own_row_comes_first_and_then_the_smallest_class_that_fits(tmp_path: Path) -> None:
+def test_the_gpus_own_row_comes_first_where_its_limits_are_kept(tmp_path: Path) -> None:
     rows = [
         {"gpu": "sm_90", "tuning": {"splits": 1}},
-        {"gpu": "H", "element_bytes": 2, "hidden_up_to": 3072, "tuning": {"splits": 2}},
+        {"gpu": "H", "element_bytes": 2, "hidden_above": 1024, "hidden_up_to": 3072, "tuning": {"splits": 2}},
         {"gpu": "H", "element_bytes": 2, "hidden_up_to": 1024, "tuning": {"splits": 3}},
     ]
     file = _file(tmp_path, rows)
-    chosen = [tuning.choose(("H", "sm_90"), size, hidden, file).splits for size, hidden in [(2, 1024), (2, 1025)]]
-    assert chosen == [3, 2]
-    others = [tuning.choose(("H", "sm_90"), size, hidden, file).splits for size, hidden in [(2, 4096), (4, 64)]]
-    assert others == [1, 1]
+    sizes = [(2, 1024), (2, 1025), (2, 3072), (2, 3073), (4, 64)]
+    chosen = [tuning.choose(("H", "sm_90"), size, hidden, file).splits for size, hidden in sizes]
+    assert chosen == [3, 2, 2, 1, 1]
 
 
 def test_what_is_saved_is_loaded_and_only_differences_are_stored(tmp_path: Path) -> None:
-    rows = [Row("H", 2, 1024, Tuning(splits=4, tma=True)), Row("sm_90", None, None, Tuning())]
+    rows = [Row("H", 2, None, 1024, Tuning(splits=4, tma=True)), Row("sm_90", None, None, None, Tuning())]
     file = tmp_path / "tuning.json"
     tuning.save(rows, file)
     assert tuning.load(file) == tuple(rows)
     stored = json.loads(file.read_text())
-    assert stored[0]["tuning"] == {"splits": 4, "tma": True}
+    assert stored[0] == {"gpu": "H", "element_bytes": 2, "hidden_up_to": 1024, "tuning": {"splits": 4, "tma": True}}
     assert stored[1] == {"gpu": "sm_90", "tuning": {}}
     tuning.save(list(tuning.load()), file)
     assert file.read_text() == tuning.FILE.read_text()
