@@ -1,7 +1,8 @@
 """An embedding whose table is a vocabulary shard: what tied input embeddings become.
 
-The ranks' ids are gathered, each rank looks up the rows that it holds, and a reduce-scatter brings every row home. No
-rank ever holds the table or its gradient as a whole.
+The ranks' ids are gathered, each rank looks up the rows that it holds, and a reduce-scatter brings every row home.
+Where all ranks bring the same ids (tensor parallelism), there is nothing to gather and an all-reduce does. No rank ever
+holds the table or its gradient as a whole.
 
 Shapes: n ids of this rank, N ids of the token group, D hidden, V local rows.
 """
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cce_dist.collectives import gather_tokens, most_tokens, reduce_scatter_tokens
@@ -52,15 +54,15 @@ def make_vocab_parallel(embedding: nn.Embedding, owner: ShardOwner, output_dtype
 
     Args:
         embedding: its state-dict keys, hooks and ``isinstance`` relations stay.
-        owner: of the rows; its shard must have a token group.
+        owner: of the rows; its shard must have a vocabulary group.
         output_dtype: called in each forward for the dtype of the embedded tokens; None: the table's.
 
     Raises:
-        TypeError, ValueError: as `check_embedding`; a shard with replicated tokens.
+        TypeError, ValueError: as `check_embedding`; a shard of a single process.
     """
     check_embedding(embedding)
-    if owner.shard.token_group is None:
-        raise ValueError("the owner's shard has no token_group; a vocabulary-parallel embedding needs sharded tokens.")
+    if owner.shard.vocab_group is None:
+        raise ValueError("the owner's shard has no vocab_group: a single process holds the table as a whole.")
     stock = type(embedding)
     # The stock class comes first, so that a forward of its own (Gemma scales the result) wraps the sharded lookup.
     bases = (VocabParallelEmbedding,) if stock is nn.Embedding else (stock, VocabParallelEmbedding)
@@ -79,10 +81,12 @@ class _Lookup(torch.autograd.Function):
         padding_idx: int | None,
         dtype: torch.dtype | None,
     ) -> Tensor:
-        assert shard.host_group is not None and shard.token_group is not None
-        ids_n = ids.reshape(-1).long()
-        most = most_tokens(ids_n.shape[0], shard.host_group)
-        ids_N = gather_tokens(ids_n, most, shard.token_group, fill=_NO_ID)
+        assert shard.host_group is not None
+        ids_n = ids_N = ids.reshape(-1).long()
+        most = ids_n.shape[0]
+        if shard.token_group is not None:
+            most = most_tokens(most, shard.host_group)
+            ids_N = gather_tokens(ids_n, most, shard.token_group, fill=_NO_ID)
         _check_ids(ids_N, shard.vocab_size)
         columns_N = shard.local_columns(ids_N).long()
         mine_N = columns_N >= 0
@@ -94,6 +98,9 @@ class _Lookup(torch.autograd.Function):
             mine_N = mine_N & (ids_N != padding_idx)
         ctx.save_for_backward(columns_N.masked_fill(~mine_N, weight_VD.shape[0]))
         ctx.shard, ctx.most, ctx.num_rows, ctx.dtype = shard, most, weight_VD.shape[0], weight_VD.dtype
+        if shard.token_group is None:
+            dist.all_reduce(rows_ND, group=shard.vocab_group)
+            return rows_ND.view(*ids.shape, rows_ND.shape[1])
         own_nD = reduce_scatter_tokens(rows_ND, ids_n.shape[0], shard.token_group)
         return own_nD.reshape(
             *ids.shape, own_nD.shape[1]
@@ -102,7 +109,9 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         (columns_N,) = ctx.saved_tensors
-        grad_ND = gather_tokens(grad.reshape(-1, grad.shape[-1]), ctx.most, ctx.shard.token_group)
+        grad_ND = grad.reshape(-1, grad.shape[-1])
+        if ctx.shard.token_group is not None:
+            grad_ND = gather_tokens(grad_ND, ctx.most, ctx.shard.token_group)
         # One row more than the shard has takes what belongs to other ranks: no data-dependent shapes.
         sum_dtype = torch.promote_types(ctx.dtype, torch.float32)
         grad_VD = torch.zeros(ctx.num_rows + 1, grad_ND.shape[1], dtype=sum_dtype, device=grad_ND.device)

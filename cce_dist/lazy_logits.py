@@ -34,16 +34,17 @@ class MaterializedLogitsWarning(UserWarning):
     """Logits that should have stayed uncomputed were computed."""
 
 
-def make_lazy(head: nn.Module, owner: ShardOwner, config: CCEConfig) -> None:
+def make_lazy(head: nn.Module, owner: ShardOwner, config: CCEConfig, linear: type[nn.Module] = nn.Linear) -> None:
     """Swaps the head's class: called in training with grad enabled, it returns `LazyLogits` and runs no hook.
 
     In evaluation and without grad the stock call runs, hooks included. Parameters, names, state_dict and isinstance
     stay as they are. A pickle of the head holds the stock class; a deepcopy is as lazy as the head.
 
     Args:
-        head: an nn.Linear, weight [V, D].
+        head: an nn.Linear, or of the class ``linear``.
         owner: where its rows live, and where their gradient goes.
         config: settings of the loss, and what happens where real logits are needed (``materialize``).
+        linear: whose forward the head has: nn.Linear's, or that of a framework's own linear layer.
 
     Raises:
         TypeError: the head does more than F.linear(hidden, weight, bias), as one with an adapter does.
@@ -54,7 +55,7 @@ def make_lazy(head: nn.Module, owner: ShardOwner, config: CCEConfig) -> None:
         raise ValueError(
             f"{stock.__name__} is lazy already; undo that first, with make_eager or by unpatching its model."
         )
-    if not isinstance(head, nn.Linear) or stock.forward is not nn.Linear.forward or "forward" in vars(head):
+    if not isinstance(head, linear) or stock.forward is not linear.forward or "forward" in vars(head):
         raise TypeError(
             f"head must be an nn.Linear with the forward of nn.Linear, got {stock.__module__}.{stock.__qualname__}. "
             "Adapters on the output layer (LoRA, modules_to_save), quantisation and device_map replace that forward: "
@@ -118,7 +119,6 @@ class _LazyHead(nn.Module):
     """Goes before the class of a head. It has __call__, not forward, since FSDP's and ZeRO's hooks hang on __call__."""
 
     _cce: ClassVar[_Binding]
-    out_features: int
 
     def __call__(self, input: Tensor) -> Any:
         if (self.training and torch.is_grad_enabled()) or self._cce.in_evaluation:
@@ -176,7 +176,7 @@ class _Source:
 
     def _announce(self, why: str) -> None:
         frame = _call_site()
-        shape = [*self.hidden_XD.shape[:-1], self.head.out_features]
+        shape = [*self.hidden_XD.shape[:-1], self.binding.owner.shard.vocab_size]
         text = (
             f"logits {shape} are computed after all: {frame.f_code.co_filename}:{frame.f_lineno}, in "
             f"{frame.f_code.co_name}, uses them in {why}. What needs no logits is F.cross_entropy with class indices, "
@@ -220,7 +220,7 @@ class LazyLogits:
         if self._known_form is None:
             source = self._source
             with torch.enable_grad():
-                form = LogitForm(source.hidden_XD.to(source.dtype), source.head.out_features, source.dtype)
+                form = LogitForm(source.hidden_XD.to(source.dtype), source.binding.owner.shard.vocab_size, source.dtype)
                 for call in self._calls:
                     form = record(form, call) or form  # what was recorded once can be again
             self._known_form = form

@@ -8,6 +8,7 @@ Shapes: N tokens, T tiles of consecutive local rows.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -311,7 +312,9 @@ def _host_group(group: ProcessGroup) -> ProcessGroup:
     return new_subgroup(_ranks(group), group, "gloo")
 
 
-def new_subgroup(ranks: list[int], within: ProcessGroup, backend: str | None = None) -> ProcessGroup:
+def new_subgroup(
+    ranks: list[int], within: ProcessGroup, backend: str | None = None, timeout: timedelta | None = None
+) -> ProcessGroup:
     """A new group of some ranks of another one, made by the ranks of that one alone.
 
     Raises:
@@ -326,7 +329,9 @@ def new_subgroup(ranks: list[int], within: ProcessGroup, backend: str | None = N
             "of them only where these numbers are equal. Make the loss's first call before groups that some ranks are "
             'not in, or start with init_process_group("cpu:gloo,cuda:nccl"), which needs no further group.'
         )
-    made = dist.new_group(ranks, backend=backend, use_local_synchronization=True, group_desc="cce_dist")
+    made = dist.new_group(
+        ranks, timeout=timeout, backend=backend, use_local_synchronization=True, group_desc="cce_dist"
+    )
     assert isinstance(made, ProcessGroup)
     return made
 

@@ -42,6 +42,8 @@ class Case:
     checkpoints: bool = False  # recomputes activations, the reentrant way
     zero_init: bool = False
     sequence_parallel: int = 1
+    tensor_parallel: int = 1
+    mpu: bool = False  # tensor parallelism of the classifier alone, by an mpu; else AutoTP's, of the whole model
     section: dict[str, Any] | None = field(default_factory=lambda: dict(EXACT))
     zero: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -73,16 +75,22 @@ class CausalLM(nn.Module):
         return self.lm.get_output_embeddings()
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        output = self.lm(**inputs, labels=labels)
-        if not self.two_losses:
-            return output.loss
-        ahead = F.cross_entropy(output.logits[:, :-2].flatten(0, 1), labels[:, 2:].flatten())
-        return output.loss + 0.3 * ahead
+        return _loss(self.lm(**inputs, labels=labels), labels, self.two_losses)
 
 
-def make_model(case: Case) -> CausalLM:
+def _loss(output: Any, labels: Tensor, two_losses: bool) -> Tensor:
+    if isinstance(output, Tensor) or not two_losses:
+        return output if isinstance(output, Tensor) else output.loss
+    ahead = F.cross_entropy(output.logits[:, :-2].flatten(0, 1), labels[:, 2:].flatten())
+    return output.loss + 0.3 * ahead
+
+
+def make_model(case: Case) -> Any:
+    """The model that the engine gets; AutoTP wants a model that it knows."""
     torch.manual_seed(1)
-    model = CausalLM(case)
+    model: Any = CausalLM(case)
+    if case.tensor_parallel > 1 and not case.mpu:
+        model = model.lm
     for name, parameter in model.named_parameters():
         parameter.requires_grad = case.trained in name
         if name.endswith("lm_head.bias"):
@@ -98,6 +106,11 @@ def make_batch(case: Case, micro_step: int, rank: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
+def data_rank(case: Case) -> int:
+    """Which batches a rank gets: those of a tensor-parallel group are the same."""
+    return dist.get_rank() // case.tensor_parallel
+
+
 def make_config(case: Case) -> dict[str, Any]:
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -107,6 +120,8 @@ def make_config(case: Case) -> dict[str, Any]:
         "zero_optimization": {"stage": case.stage, **case.zero},
         **case.config,
     }
+    if case.tensor_parallel > 1 and not case.mpu:
+        config["tensor_parallel"] = {"autotp_size": case.tensor_parallel}
     return config if case.section is None else {**config, "cce_dist": case.section}
 
 
@@ -126,6 +141,10 @@ def make_engine(case: Case) -> Any:
         deepspeed.init_distributed("gloo")
         parallel_state_sp.initialize_sequence_parallel(case.sequence_parallel)
         mpu = parallel_state_sp
+    if case.mpu:
+        deepspeed.init_distributed("gloo")
+        mpu = deepspeed.utils.groups
+        mpu._init_tp_mesh_device(case.tensor_parallel)
     model = make_model(case)
     if case.zero_init:
         plain = model.state_dict()
@@ -139,9 +158,13 @@ def make_engine(case: Case) -> Any:
 
 
 def weights_of(engine: Any) -> dict[str, Tensor]:
+    """All weights; under tensor parallelism those of this rank."""
+    if engine.zero_optimization_stage() < 3:
+        whole = engine.module.state_dict()
+        return {name: whole[name].detach().float().clone() for name, _ in engine.module.named_parameters()}
     weights = {}
     for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters(parameter, enabled=hasattr(parameter, "ds_id")):
+        with deepspeed.zero.GatheredParameters(parameter):
             weights[name] = parameter.detach().float().clone()
     return weights
 
@@ -149,7 +172,8 @@ def weights_of(engine: Any) -> dict[str, Tensor]:
 def take_steps(engine: Any, case: Case, micro_steps: range) -> list[float]:
     losses = []
     for micro_step in micro_steps:
-        loss = engine(**make_batch(case, micro_step, dist.get_rank()))
+        batch = make_batch(case, micro_step, data_rank(case))
+        loss = _loss(engine(**batch), batch["labels"], case.two_losses)
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
@@ -158,7 +182,7 @@ def take_steps(engine: Any, case: Case, micro_steps: range) -> list[float]:
 
 def train(case: Case) -> dict[str, Any]:
     """What one rank sees of a run: its losses, the norms that DeepSpeed reports, the weights."""
-    engine, rank = make_engine(case), dist.get_rank()
+    engine, rank = make_engine(case), data_rank(case)
     losses, norms, evaluated = [], [], []
     for micro_step in range(STEPS * ACCUMULATION):
         losses += take_steps(engine, case, range(micro_step, micro_step + 1))
@@ -173,9 +197,9 @@ def _evaluate(engine: Any, batch: dict[str, Tensor]) -> list[float]:
     """The loss through the stock classifier, and fused."""
     engine.eval()
     with torch.no_grad():
-        stock = engine(**batch).item()
+        stock = _loss(engine(**batch), batch["labels"], two_losses=False).item()
         with fused_evaluation(engine.module.get_output_embeddings()):
-            fused = engine(**batch).item()
+            fused = _loss(engine(**batch), batch["labels"], two_losses=False).item()
     engine.train()
     return [stock, fused]
 
@@ -187,7 +211,8 @@ def train_plain(case: Case, world: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(trained, **ADAMW)
     losses, norms, evaluated = [], [], []
     for micro_step in range(STEPS * ACCUMULATION):
-        for_ranks = [model(**make_batch(case, micro_step, rank)) for rank in range(world)]
+        batches = [make_batch(case, micro_step, rank) for rank in range(world)]
+        for_ranks = [_loss(model(**batch), batch["labels"], case.two_losses) for batch in batches]
         (torch.stack(for_ranks).mean() / ACCUMULATION).backward()
         losses.append([loss.item() for loss in for_ranks])
         if micro_step % ACCUMULATION:
@@ -196,19 +221,38 @@ def train_plain(case: Case, world: int) -> dict[str, Any]:
             optimizer.zero_grad()
             if case.evaluates:
                 with torch.no_grad():
-                    evaluated += 2 * [[model(**make_batch(case, 1000, rank)).item() for rank in range(world)]]
+                    batches = [make_batch(case, 1000, rank) for rank in range(world)]
+                    losses_of = [_loss(model(**batch), batch["labels"], two_losses=False) for batch in batches]
+                    evaluated += 2 * [[loss.item() for loss in losses_of]]
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return {"losses": losses, "norms": norms, "evaluated": evaluated, "weights": weights}
 
 
 def assert_trains_as_one_process(pool: RankPool, world: int, case: Case) -> None:
-    expected, ranks = train_plain(case, world), pool.run(world, train, case, timeout=200)
+    tensor = case.tensor_parallel
+    expected, ranks = train_plain(case, world // tensor), pool.run(world, train, case, timeout=200)
     for rank, got in enumerate(ranks):
-        assert got["losses"] == pytest.approx([step[rank] for step in expected["losses"]], rel=1e-5)
-        assert got["evaluated"] == pytest.approx([step[rank] for step in expected["evaluated"]], rel=1e-5)
-        if case.stage > 0:  # stage 0 reports none
+        data = rank // tensor
+        assert got["losses"] == pytest.approx([step[data] for step in expected["losses"]], rel=1e-5)
+        assert got["evaluated"] == pytest.approx([step[data] for step in expected["evaluated"]], rel=1e-5)
+        reports = case.stage > 0 or (case.section or {}).get("vocab_parallel_size", 1) > 1
+        if reports:  # stock stage 0 does not
             assert [float(norm) for norm in got["norms"]] == pytest.approx(expected["norms"], rel=1e-5)
-        assert distance(got["weights"], expected["weights"]) < 1e-5
+    for first in range(0, world, tensor):
+        weights = _join([got["weights"] for got in ranks[first : first + tensor]], expected["weights"])
+        assert distance(weights, expected["weights"]) < 1e-5
+
+
+def _join(parts: list[dict[str, Tensor]], whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights from the parts of tensor-parallel ranks, put together along the dimension that was split."""
+    joined = {}
+    for name, weight in whole.items():
+        pieces = [part[name] for part in parts]
+        split = [dim for dim in range(weight.ndim) if pieces[0].shape[dim] != weight.shape[dim]]
+        for piece in pieces[:1] if split else pieces:  # what is replicated must be equal everywhere
+            assert split or torch.equal(piece, pieces[0]), name
+        joined[name] = torch.cat(pieces, split[0]) if split else pieces[0]
+    return joined
 
 
 def distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -47,11 +47,12 @@ def _local(vocab: int, tokens: bool = True) -> tuple[nn.Embedding, ModuleOwner]:
     return embedding, ModuleOwner(embedding, shard)
 
 
-def _look_up(vocab: int) -> tuple[Tensor, Tensor]:
-    embedding, owner = _local(vocab)
+def _look_up(vocab: int, tokens: bool = True) -> tuple[Tensor, Tensor]:
+    embedding, owner = _local(vocab, tokens)
     make_vocab_parallel(embedding, owner, lambda: None)
-    rows = embedding(_ids(dist.get_rank(), vocab))
-    rows.backward(_upstream(rows, dist.get_rank()))
+    part = dist.get_rank() if tokens else 0
+    rows = embedding(_ids(part, vocab))
+    rows.backward(_upstream(rows, part))
     assert embedding.weight.grad is not None
     return rows.detach(), embedding.weight.grad
 
@@ -71,6 +72,17 @@ def test_rows_and_gradient_equal_those_of_a_plain_embedding(ranks: RankPool, wor
     assert not gradient[1].any(), "the padding token's row must have no gradient"
 
 
+def test_the_same_ids_on_all_ranks_are_looked_up_once(ranks: RankPool) -> None:
+    plain = _embedding(23)
+    expected = plain(_ids(0, 23))
+    expected.backward(_upstream(expected, 0))
+    results = ranks.run(4, _look_up, 23, False)
+    assert all(torch.equal(rows, expected) for rows, _ in results)
+    assert plain.weight.grad is not None
+    gradient = torch.cat([gradient for _, gradient in results])
+    assert float((gradient - plain.weight.grad).norm() / plain.weight.grad.norm()) < 1e-6
+
+
 def _compute_dtype() -> torch.dtype:
     embedding, owner = _local(9)
     make_vocab_parallel(embedding, owner, lambda: torch.bfloat16)
@@ -88,11 +100,11 @@ def _errors() -> list[str]:
     bad_id = -1 if dist.get_rank() == 1 else 0
     sparse, sparse_owner = _local(9)
     sparse.sparse = True
-    same_tokens, replicated_owner = _local(9, tokens=False)
+    alone = _embedding(9)
     attempts: list[Any] = [
         lambda: embedding(torch.tensor([bad_id])),
         lambda: make_vocab_parallel(sparse, sparse_owner, lambda: None),
-        lambda: make_vocab_parallel(same_tokens, replicated_owner, lambda: None),
+        lambda: make_vocab_parallel(alone, ModuleOwner(alone), lambda: None),
         lambda: make_vocab_parallel(nn.Linear(1, 1), owner, lambda: None),  # type: ignore[arg-type]
     ]
     for attempt in attempts:
@@ -104,5 +116,5 @@ def _errors() -> list[str]:
 
 def test_what_a_shard_cannot_do_is_an_error_on_every_rank(ranks: RankPool) -> None:
     for texts in ranks.run(2, _errors):
-        for text, part in zip(texts, ["[-1]", "sparse", "token_group", "Linear"], strict=True):
+        for text, part in zip(texts, ["[-1]", "sparse", "vocab_group", "Linear"], strict=True):
             assert part in text

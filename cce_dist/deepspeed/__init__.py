@@ -8,6 +8,6 @@
 section, so that accelerate, the Hugging Face Trainer and existing scripts need one line.
 """
 
-from cce_dist.deepspeed.engine import initialize, install, uninstall
+from cce_dist.deepspeed.engine import initialize, install, installed, uninstall
 
-__all__ = ["initialize", "install", "uninstall"]
+__all__ = ["initialize", "install", "installed", "uninstall"]

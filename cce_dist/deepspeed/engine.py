@@ -1,8 +1,10 @@
 """Entry: reads the section "cce_dist" of the DeepSpeed config and gives the engine's model its classifier."""
 
+import copy
 import functools
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -13,8 +15,10 @@ from deepspeed.utils.logging import print_dist
 from torch import nn
 
 from cce_dist.config import CCEConfig
-from cce_dist.deepspeed.guard import check_zero3, refuse_untested
-from cce_dist.deepspeed.zero3 import ZeRO3Owner
+from cce_dist.deepspeed import experts, tensor_parallel
+from cce_dist.deepspeed.guard import autotp_size, check_version, check_zero3, refuse_untested
+from cce_dist.deepspeed.sharded import CutRows, ShardedRows
+from cce_dist.deepspeed.zero3 import ZeRO3Owner, vocab_group_size
 from cce_dist.lazy_logits import make_eager, make_lazy
 from cce_dist.owner import ModuleOwner, ShardOwner
 
@@ -31,7 +35,10 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     ``args.deepspeed_config``. Without it, or with ``"enabled": false``, this is exactly ``deepspeed.initialize``.
 
     ZeRO-3: each rank's own slice of the classifier is its vocabulary shard, and the classifier is never gathered in
-    training. Stages 0 to 2: the replicated classifier with the fused loss, whose logits never exist.
+    training. Stages 0 to 2: the replicated classifier with the fused loss, whose logits never exist; with
+    ``"vocab_parallel_size": n`` the classifier, its gradient and its work are sharded over each n consecutive ranks,
+    and `state_dict`, `save_checkpoint` and a forward in evaluation are then collective. Tensor parallelism (AutoTP, or
+    an ``mpu``): the classifier is a vocabulary shard of the tensor-parallel group, at every stage.
 
     Args:
         *args, **kwargs: those of ``deepspeed.initialize``. The model's classifier is ``get_output_embeddings()`` or
@@ -52,26 +59,56 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     settings = CCEConfig.from_mapping(config[SECTION], where=f'the section "{SECTION}" of {source}')
     if not settings.enabled:
         return _stock_initialize(*args, **kwargs)
-    model = arguments["model"]
-    refuse_untested(config, model, arguments.get("mpu"), settings)
+    model, mpu = arguments["model"], arguments.get("mpu")
+    check_version()
     head = _classifier(model)
-    engine, optimizer, loader, scheduler = _stock_initialize(*args, **kwargs)
-    _attach(engine, head, settings)
+    refuse_untested(config, arguments, head, settings)
+    if autotp_size(config) > 1:
+        arguments = _with_vocab_parallel_head(arguments, config)
+    cut = _how_to_cut(config, model, head, mpu, settings)
+    if cut is None:
+        engine, optimizer, loader, scheduler = _stock_initialize(**arguments)
+        _attach(engine, None, settings)
+    else:
+        made: list[CutRows] = []
+        if arguments.get("model_parameters") is not None:
+            arguments = {**arguments, "model_parameters": experts.named_groups(arguments["model_parameters"])}
+        with experts.before_broadcast(lambda engine: made.append(cut(engine))):
+            engine, optimizer, loader, scheduler = _stock_initialize(**arguments)
+        _attach(engine, made[0], settings)
     return engine, optimizer, loader, scheduler
 
 
 def install() -> None:
     """Makes ``deepspeed.initialize`` itself honour the section: for accelerate, HF Trainer, existing scripts."""
-    global _stock_initialize
-    if deepspeed.initialize is not initialize:
-        _stock_initialize = deepspeed.initialize
-        deepspeed.initialize = initialize
+    deepspeed.initialize = initialize
 
 
 def uninstall() -> None:
-    """Gives ``deepspeed.initialize`` back."""
-    if deepspeed.initialize is initialize:
-        deepspeed.initialize = _stock_initialize
+    """Undoes `install`; a config with the section then makes ``deepspeed.initialize`` warn."""
+    deepspeed.initialize = _stock_initialize_that_warns
+
+
+def installed() -> bool:
+    """Whether ``deepspeed.initialize`` honours the section now: `install` was called, and nothing replaced it since."""
+    return deepspeed.initialize is initialize
+
+
+@functools.wraps(_stock_initialize)
+def _stock_initialize_that_warns(*args: Any, **kwargs: Any) -> Any:
+    """``deepspeed.initialize`` while `install` has not been called: stock DeepSpeed ignores unknown sections."""
+    config, source = _config(inspect.signature(_stock_initialize).bind_partial(*args, **kwargs).arguments)
+    if SECTION in config and CCEConfig.from_mapping(config[SECTION], SECTION).enabled:
+        warnings.warn(
+            f'the section "{SECTION}" of {source} has no effect: DeepSpeed\'s own initialize ignores it. '
+            "Call cce_dist.deepspeed.install() before, or cce_dist.deepspeed.initialize in its place.",
+            stacklevel=2,
+        )
+    return _stock_initialize(*args, **kwargs)
+
+
+if deepspeed.initialize is _stock_initialize:
+    deepspeed.initialize = _stock_initialize_that_warns
 
 
 def _config(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
@@ -88,11 +125,14 @@ def _config(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     return {}, ""
 
 
-def _classifier(model: nn.Module) -> nn.Linear:
+def _output_layer(model: nn.Module) -> Any:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    if head is None:
-        head = getattr(model, "lm_head", None)
+    return getattr(model, "lm_head", None) if head is None else head
+
+
+def _classifier(model: nn.Module) -> nn.Linear:
+    head = _output_layer(model)
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"{type(model).__name__} must have its classifier, an nn.Linear, as get_output_embeddings() or as lm_head; "
@@ -101,25 +141,69 @@ def _classifier(model: nn.Module) -> nn.Linear:
     return head
 
 
-def _attach(engine: Any, head: nn.Linear, settings: CCEConfig) -> None:
+def _with_vocab_parallel_head(arguments: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Asks AutoTP for a vocabulary-parallel head; it leaves the head whole, or gathers its logits, by itself."""
+    tensor = {**config["tensor_parallel"], "vocab_parallel_lm_head": True}
+    changed = {**arguments, "config": {**config, "tensor_parallel": tensor}, "config_params": None}
+    if hasattr(arguments.get("args"), "deepspeed_config"):
+        changed["args"] = copy.copy(arguments["args"])
+        changed["args"].deepspeed_config = None
+    return changed
+
+
+def _how_to_cut(
+    config: Mapping[str, Any], model: nn.Module, head: nn.Linear, mpu: Any, settings: CCEConfig
+) -> Callable[[Any], CutRows] | None:
+    """What cuts a whole classifier into rows while the engine is made; None where it stays, or is cut already."""
+    if tensor_parallel.tensor_parallel_size(mpu) > 1:
+        if tensor_parallel.is_cut(head):
+            return None
+        return lambda engine: tensor_parallel.cut_over(mpu, model, head)
+    size = settings.vocab_parallel_size or 1
+    if size == 1 or config.get("zero_optimization", {}).get("stage", 0) == 3:
+        return None
+    return lambda engine: experts.shard_as_expert(engine, model, head, size)
+
+
+def _attach(engine: Any, cut: CutRows | None, settings: CCEConfig) -> None:
+    """Gives the engine's model its lazy head."""
+    model = engine.module
     if not hasattr(engine.optimizer, "step"):
         print_dist("cce_dist is not active: this engine has no optimizer, so nothing is trained.", ranks=[0])
         return
+    head = _output_layer(model)
+    rows: ShardedRows | None = cut
+    if tensor_parallel.tensor_parallel_size(engine.mpu) > 1:
+        rows = cut or tensor_parallel.rows_of(head, engine.mpu)
+        if engine.autotp_size() > 1:
+            tensor_parallel.take_loss_back(model)
+    elif cut is not None:
+        experts.finish(engine, cut)
     owner: ShardOwner
     if engine.zero_optimization_stage() == 3:
-        if type(engine.optimizer) is not DeepSpeedZeroOptimizer_Stage3:
-            raise NotImplementedError(
-                f"cce_dist was tested with ZeRO-3's own optimizer only, not with {type(engine.optimizer).__name__}."
-            )
-        check_zero3(engine.optimizer, head.weight)
-        owner = ZeRO3Owner(engine.optimizer, head, settings.vocab_parallel_size)
+        owner = _zero3_owner(engine, head, settings, rows)
     else:
-        owner = ModuleOwner(head)
+        owner = ModuleOwner(head) if rows is None else rows
     with suppress(ValueError):  # lazy already: the same model had an engine before
         make_eager(head)
-    make_lazy(head, owner, settings)
+    make_lazy(head, owner, settings, tensor_parallel.linear_class(head))
+    if rows is not None:
+        head.forward = rows.logits
     engine.compile = _refuse_compile
     print_dist(_describe(engine, owner, settings), ranks=[0])
+
+
+def _zero3_owner(engine: Any, head: Any, settings: CCEConfig, rows: ShardedRows | None) -> ZeRO3Owner:
+    optimizer, weight = engine.optimizer, head.weight
+    if type(optimizer) is not DeepSpeedZeroOptimizer_Stage3:
+        raise NotImplementedError(
+            f"cce_dist was tested with ZeRO-3's own optimizer only, not with {type(optimizer).__name__}."
+        )
+    check_zero3(optimizer, weight)
+    size = settings.vocab_parallel_size or vocab_group_size(
+        weight.ds_process_group.size(), weight.ds_shape[0], settings.max_tokens, weight.element_size()
+    )
+    return ZeRO3Owner(optimizer, head, size, None if rows is None else rows.shard)
 
 
 def _refuse_compile(*args: Any, **kwargs: Any) -> None:

@@ -1,32 +1,87 @@
 """What the integration refuses by name, and the check of the DeepSpeed internals that it touches."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
+from packaging.version import Version
 from torch import nn
 
 from cce_dist.config import CCEConfig
+from cce_dist.deepspeed.tensor_parallel import tensor_parallel_size
 
 OLDEST_TESTED, NEWEST_TESTED = "0.19.8", "0.19.8"
 """The DeepSpeed versions that the tests ran on."""
 
+_REMEDY = (
+    f"Versions {OLDEST_TESTED} to {NEWEST_TESTED} are tested: pip install deepspeed=={NEWEST_TESTED}, or switch "
+    'cce_dist off with "cce_dist": {"enabled": false}.'
+)
 
-def refuse_untested(config: Mapping[str, Any], model: nn.Module, mpu: Any, settings: CCEConfig) -> None:
-    """Raises NotImplementedError that lists every feature in use which cce_dist has not been tested with."""
-    zero = _section(config, "zero_optimization")
+
+def check_version() -> None:
+    """Refuses a DeepSpeed that is too old, and warns of one that is newer than the tests.
+
+    Raises:
+        RuntimeError: names the version and the remedy.
+    """
+    installed = Version(deepspeed.__version__)
+    if Version(installed.base_version) < Version(OLDEST_TESTED):
+        raise RuntimeError(f"DeepSpeed {installed} is older than {OLDEST_TESTED}, the oldest version tested. {_REMEDY}")
+    if Version(installed.base_version) > Version(NEWEST_TESTED):
+        warnings.warn(
+            f"DeepSpeed {installed} is newer than {NEWEST_TESTED}, the newest version that cce_dist was tested with. "
+            f"The internals that it uses are checked. If training misbehaves: {_REMEDY}",
+            stacklevel=4,
+        )
+
+
+def refuse_untested(
+    config: Mapping[str, Any], arguments: Mapping[str, Any], head: nn.Linear, settings: CCEConfig
+) -> None:
+    """Raises NotImplementedError that lists every feature in use which cce_dist has not been tested with.
+
+    Args:
+        config: the DeepSpeed config.
+        arguments: those of ``deepspeed.initialize``.
+        head: the model's classifier.
+    """
+    model, mpu = arguments["model"], arguments.get("mpu")
+    zero, tensor = _section(config, "zero_optimization"), _section(config, "tensor_parallel")
     offload_param, offload_optimizer = _section(zero, "offload_param"), _section(zero, "offload_optimizer")
+    autocast = _section(config, "torch_autocast")
+    stage, autotp = zero.get("stage", 0), autotp_size(config) > 1
+    sequence_parallel = hasattr(mpu, "initialize_sequence_parallel") or "sequence_parallel_size" in config
     faults = {
         "a PipelineModule (the classifier lives on the last stage: call linear_cross_entropy in its loss function)": (
             isinstance(model, PipelineModule)
         ),
         "a model wrapped by torch.compile (pass the model itself)": hasattr(model, "_orig_mod"),
+        "a model of deepspeed.tp_model_init (use tensor_parallel.autotp_size alone)": (
+            getattr(model, "ds_autotp_parsed", False)
+        ),
+        "mesh_param, or sequence_parallel_size in the config (pass an mpu)": (
+            arguments.get("mesh_param") or "sequence_parallel_size" in config
+        ),
+        "an mpu with pipeline parallelism": bwc_pipeline_parallel_world_size(mpu) > 1,
+        "an mpu together with AutoTP": autotp and mpu is not None,
         "compile.deepcompile": _section(config, "compile").get("deepcompile"),
         "hybrid_engine.enabled": _section(config, "hybrid_engine").get("enabled"),
-        "tensor_parallel.autotp_size > 1": _section(config, "tensor_parallel").get("autotp_size", 0) > 1,
-        "an mpu with model parallelism": _model_parallel_size(mpu) > 1,
+        "amp.enabled": _section(config, "amp").get("enabled"),
+        "sparse_gradients": config.get("sparse_gradients"),
+        "expert_parallel.autoep_size > 1": _section(config, "expert_parallel").get("autoep_size", 0) > 1,
+        "tensor_parallel.vocab_parallel_lm_head = false (leave it out)": (
+            autotp and tensor.get("vocab_parallel_lm_head") is False
+        ),
+        "tensor_parallel.vocab_parallel_ce_backend (the loss is cce_dist's)": (
+            autotp and tensor.get("vocab_parallel_ce_backend", "torch") != "torch"
+        ),
+        "tensor_parallel.tp_overlap_comm": autotp and tensor.get("tp_overlap_comm"),
         "zero_optimization.zenflow": zero.get("zenflow") is not None,
         "zero_optimization.offload_optimizer.super_offload": offload_optimizer.get("super_offload"),
         "zero_optimization.offload_optimizer.device = nvme": offload_optimizer.get("device") == "nvme",
@@ -34,16 +89,50 @@ def refuse_untested(config: Mapping[str, Any], model: nn.Module, mpu: Any, setti
         "zero_optimization.zero_quantized_weights": zero.get("zero_quantized_weights"),
         "zero_optimization.zero_quantized_nontrainable_weights": zero.get("zero_quantized_nontrainable_weights"),
         "zero_optimization.zero_quantized_gradients": zero.get("zero_quantized_gradients"),
-        "cce_dist.vocab_parallel_size > 1 without zero_optimization.stage = 3": (
-            (settings.vocab_parallel_size or 1) > 1 and zero.get("stage", 0) != 3
+        "zero_optimization.mics_shard_size": zero.get("mics_shard_size", -1) > 0,
+        "torch_autocast.dtype = float16": (
+            autocast.get("enabled") and str(autocast.get("dtype")) in ("fp16", "float16", "half", "torch.float16")
+        ),
+        "deepspeed.zero.Init with an mpu, unless each rank's part of the classifier is marked tensor_model_parallel": (
+            tensor_parallel_size(mpu) > 1
+            and hasattr(head.weight, "ds_id")
+            and not is_model_parallel_parameter(head.weight)
         ),
     }
+    if (autotp or tensor_parallel_size(mpu) > 1) and stage < 3:
+        faults["cce_dist.vocab_parallel_size with tensor parallelism below stage 3 (leave it out)"] = (
+            settings.vocab_parallel_size is not None
+        )
+    elif (settings.vocab_parallel_size or 1) > 1 and stage < 3:
+        faults |= {
+            f"cce_dist.vocab_parallel_size > 1 at stage {stage} with {name}": used
+            for name, used in {
+                "a mixture of experts": any(not getattr(p, "allreduce", True) for p in model.parameters()),
+                "sequence parallelism": sequence_parallel,
+                "the optimizer Muon": str(_section(config, "optimizer").get("type")).lower() == "muon",
+                "bf16 or fp16 (its clipping cannot be exact; use stage 1 or 2)": (
+                    stage == 0 and any(_section(config, name).get("enabled") for name in ("bf16", "fp16"))
+                ),
+                "zero_optimization.elastic_checkpoint": zero.get("elastic_checkpoint"),
+                "zero_optimization.round_robin_gradients": zero.get("round_robin_gradients"),
+                "zero_optimization.reduce_scatter = false": zero.get("reduce_scatter") is False,
+                "zero_optimization.contiguous_gradients = false": zero.get("contiguous_gradients") is False,
+                "an lr_scheduler made for the optimizer (pass a callable that makes it)": (
+                    stage > 0 and isinstance(arguments.get("lr_scheduler"), torch.optim.lr_scheduler.LRScheduler)
+                ),
+            }.items()
+        }
     found = [name for name, used in faults.items() if used]
     if found:
         raise NotImplementedError(
             f"cce_dist has not been tested with, and therefore refuses: {'; '.join(found)}. Do without it, or switch "
             'cce_dist off with "cce_dist": {"enabled": false}.'
         )
+
+
+def autotp_size(config: Mapping[str, Any]) -> int:
+    """The tensor-parallel size that AutoTP is asked for; 0 where it is not."""
+    return int(_section(config, "tensor_parallel").get("autotp_size") or 0)
 
 
 def check_zero3(optimizer: Any, weight: Any) -> None:
@@ -74,21 +163,10 @@ def check_zero3(optimizer: Any, weight: Any) -> None:
             missing.append("parameter.ds_tensor with ceil(numel / ranks) elements")
     if missing:
         raise RuntimeError(
-            f"DeepSpeed {deepspeed.__version__} lacks what cce_dist needs: {', '.join(missing)}. Versions "
-            f"{OLDEST_TESTED} to {NEWEST_TESTED} are tested: pip install deepspeed=={NEWEST_TESTED}, or switch "
-            'cce_dist off with "cce_dist": {"enabled": false}.'
+            f"DeepSpeed {deepspeed.__version__} lacks what cce_dist needs: {', '.join(missing)}. {_REMEDY}"
         )
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = config.get(name)
     return section if isinstance(section, Mapping) else {}
-
-
-def _model_parallel_size(mpu: Any) -> int:
-    if hasattr(mpu, "initialize_sequence_parallel"):  # how DeepSpeed tells sequence parallelism from the rest
-        return 1
-    for name in ("get_tensor_model_parallel_world_size", "get_model_parallel_world_size"):
-        if hasattr(mpu, name):
-            return int(getattr(mpu, name)())
-    return 1

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
+from cce_dist.shard import new_subgroup
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ class SlicedRows:
         self.vocab_group = storage_group
         self._held = [self._rank]
         if vocab_parallel_size < len(ranks):
-            starts, places = range(0, len(ranks), vocab_parallel_size), range(vocab_parallel_size)
-            self.vocab_group = _own_group([ranks[start : start + vocab_parallel_size] for start in starts])
-            self._replica_group = _own_group([ranks[place::vocab_parallel_size] for place in places])
-            self._held = list(range(len(ranks)))[self._rank % vocab_parallel_size :: vocab_parallel_size]
+            place = self._rank % vocab_parallel_size
+            start = self._rank - place
+            self.vocab_group = new_subgroup(ranks[start : start + vocab_parallel_size], storage_group)
+            self._replica_group = new_subgroup(ranks[place::vocab_parallel_size], storage_group)
+            self._held = list(range(len(ranks)))[place::vocab_parallel_size]
 
     @property
     def runs(self) -> tuple[tuple[int, int], ...]:
@@ -122,10 +124,3 @@ class SlicedRows:
         if self._replica_group is None:
             return held_RC[0]
         return reduce_scatter_tokens(held_RC.reshape(-1), held_RC.shape[1], self._replica_group)
-
-
-def _own_group(partition: list[list[int]]) -> ProcessGroup:
-    """Makes a group of each list of ranks and returns the one that this rank is in."""
-    group, _ = dist.new_subgroups_by_enumeration(partition)
-    assert isinstance(group, ProcessGroup)
-    return group

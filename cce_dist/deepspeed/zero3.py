@@ -15,10 +15,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.deepspeed.slices import SlicedRows
-from cce_dist.shard import VocabShard
+from cce_dist.shard import VocabShard, new_subgroup
 
 
 class ZeRO3Owner:
@@ -27,13 +28,21 @@ class ZeRO3Owner:
     Args:
         optimizer: the engine's ``DeepSpeedZeroOptimizer_Stage3``.
         head: the output embedding; its weight [V, D] (and bias [V]) are partitioned parameters.
-        vocab_parallel_size: ranks that share one copy of the rows; None: all of them.
+        vocab_parallel_size: ranks that share one copy of the rows; None: all that the weight is partitioned over.
+        tensor_parallel: the rows that the weight holds, where it is not the whole classifier but the part of a
+            tensor-parallel rank. Every rank of every tensor-parallel group makes the owner then.
 
     Raises:
         ValueError: for a ``vocab_parallel_size`` that does not divide the ranks, or fewer rows than ranks.
     """
 
-    def __init__(self, optimizer: Any, head: nn.Module, vocab_parallel_size: int | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        head: nn.Module,
+        vocab_parallel_size: int | None = None,
+        tensor_parallel: VocabShard | None = None,
+    ) -> None:
         weight: Any = head.weight
         bias: Any = getattr(head, "bias", None)
         group = weight.ds_process_group
@@ -51,10 +60,11 @@ class ZeRO3Owner:
         self._gradients = _Gradients(optimizer, [weight] if bias is None else [weight, bias])
         self._trained = {p.ds_id for parameters in optimizer.fp16_groups for p in parameters}
         self._anchor = torch.zeros((), device=_device(), requires_grad=True)
+        first = 0 if tensor_parallel is None else tensor_parallel.start
         self.shard = VocabShard(
-            runs=self._rows.runs,
-            vocab_size=num_rows,
-            vocab_group=self._rows.vocab_group,
+            runs=tuple((first + start, first + stop) for start, stop in self._rows.runs),
+            vocab_size=num_rows if tensor_parallel is None else tensor_parallel.vocab_size,
+            vocab_group=_all_holders(self._rows.vocab_group, tensor_parallel),
             token_group=self._rows.vocab_group,
             count_group=group,
             grad_divisor=_grad_divisor(optimizer, world),
@@ -87,15 +97,49 @@ class ZeRO3Owner:
     def _read_bias(self) -> Tensor:
         own = _own_slice(self._bias)
         whole = gather_tokens(own, own.numel(), self._bias.ds_process_group)
-        return torch.cat([whole[:0], *(whole[start:stop] for start, stop in self.shard.runs)])
+        return torch.cat([whole[:0], *(whole[start:stop] for start, stop in self._rows.runs)])
 
     def _scatter_bias(self, grad_Vl: Tensor) -> Tensor:
         size = self._bias.ds_tensor.numel()
         whole = grad_Vl.new_zeros(size * dist.get_world_size(self._bias.ds_process_group))
-        parts = grad_Vl.split([stop - start for start, stop in self.shard.runs])
-        for (start, stop), part in zip(self.shard.runs, parts, strict=True):
+        parts = grad_Vl.split([stop - start for start, stop in self._rows.runs])
+        for (start, stop), part in zip(self._rows.runs, parts, strict=True):
             whole[start:stop] = part
         return reduce_scatter_tokens(whole, size, self._bias.ds_process_group)
+
+
+def vocab_group_size(world: int, rows: int, tokens: int | None, element: int) -> int:
+    """The number of ranks that share one copy of the rows so that a micro-step moves the fewest bytes.
+
+    With a group of g of the W ranks, a rank receives the hidden states of g − 1 others and sends their gradients back
+    in fp32, and gets the rows that W/g − 1 others store and gives their gradients back. In bytes, for each of the D
+    columns: (g − 1)·N·(element + 4) + (W/g − 1)·(V/W)·2·element. Of the divisors of W the one with the smallest sum is
+    taken, the larger one of two equal ones. Where N is not known, all ranks: that needs the least memory.
+
+    Args:
+        world: W, the ranks that the classifier is partitioned over.
+        rows: V.
+        tokens: N, the most tokens that a rank brings to a micro-step (the setting ``max_tokens``).
+        element: bytes of one element of weight and hidden states.
+    """
+    if tokens is None:
+        return world
+
+    def received(size: int) -> float:
+        return (size - 1) * tokens * (element + 4) + (world / size - 1) * rows / world * 2 * element
+
+    return min((size for size in range(world, 0, -1) if world % size == 0), key=received)
+
+
+def _all_holders(group: ProcessGroup, tensor_parallel: VocabShard | None) -> ProcessGroup:
+    """The ranks of this group, and those at the same places of the other tensor-parallel ranks' groups."""
+    if tensor_parallel is None:
+        return group
+    ranks: list[Any] = [None] * dist.get_world_size(tensor_parallel.vocab_group)
+    dist.all_gather_object(ranks, dist.get_process_group_ranks(group), group=tensor_parallel.vocab_group)
+    world = dist.group.WORLD
+    assert world is not None
+    return new_subgroup(sorted(rank for part in ranks for rank in part), world)
 
 
 class _Rows(torch.autograd.Function):
