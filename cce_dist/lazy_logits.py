@@ -2,8 +2,9 @@
 
 `make_lazy` swaps the class of one output layer. In training its call returns `LazyLogits`: the hidden states, and what
 the model has done to the logits since (scale, softcap, bias, views, slices, casts). Where `F.cross_entropy` meets
-them, `linear_cross_entropy` runs on the hidden states. Any other use computes the real logits with the stock forward
-and warns, or raises, naming the call site: there is no silent fallback.
+them, `linear_cross_entropy` runs on the hidden states. Two things that trainers log are answered by a chunked pass over
+the hidden states: argmax, and, under no_grad, the entropy −(exp(log_softmax)·log_softmax).sum. Any other use computes
+the real logits with the stock forward and warns, or raises, naming the call site: there is no silent fallback.
 
 Shapes: X any leading dimensions, D hidden, V rows of the classifier, R local rows, N tokens.
 """
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, cast
@@ -24,10 +26,11 @@ from torch.nn import functional as F
 from torch.utils._pytree import register_pytree_node, tree_map
 
 from cce_dist.config import CCEConfig
-from cce_dist.logit_form import LOGITS, Call, LogitForm, record
+from cce_dist.logit_form import LOGITS, MULTIPLY, WITHOUT_GRADIENT, Call, LogitForm, is_last_dim, p_log_p, record
 from cce_dist.loss import linear_cross_entropy
 from cce_dist.owner import ModuleOwner, ShardOwner
 from cce_dist.shard import VocabShard
+from cce_dist.token_statistics import TokenStatistics, token_statistics
 
 
 class MaterializedLogitsWarning(UserWarning):
@@ -114,6 +117,26 @@ class _Binding:
             self.truncated[rows] = replace(shard, vocab_size=rows)
         return self.truncated[rows]
 
+    def terms(self, form: LogitForm) -> dict[str, Any]:
+        """What stands between the form's hidden states and its logits."""
+        shard, bias_R = self.shard(form.rows), self.owner.local_bias()
+        for bias_V in form.biases:
+            rows_R = _local_rows(bias_V, shard)
+            bias_R = rows_R if bias_R is None else bias_R + rows_R
+        return {
+            "bias": bias_R,
+            "shard": shard,
+            "softcap": None if form.cap is None else abs(form.cap),
+            "logit_scale": form.scale if form.cap is None else form.scale * form.cap,
+        }
+
+    @torch.no_grad()
+    def statistics(self, form: LogitForm) -> TokenStatistics:
+        """Of the form's tokens [X]; on every rank of the shard's group."""
+        tokens = form.hidden_XD.shape[:-1]
+        flat = token_statistics(form.hidden_XD.flatten(0, -2), self.owner.local_weight(), **self.terms(form))
+        return TokenStatistics(*(x_n.view(tokens) for x_n in flat))
+
 
 class _LazyHead(nn.Module):
     """Goes before the class of a head. It has __call__, not forward, since FSDP's and ZeRO's hooks hang on __call__."""
@@ -154,12 +177,26 @@ class _Source:
         self.autocast = torch.is_autocast_enabled(device) and hidden_XD.dtype != torch.float64
         self.dtype = torch.get_autocast_dtype(device) if self.autocast else hidden_XD.dtype
         self._real: tuple[Tensor, bool] | None = None
+        self._statistics: list[tuple[LogitForm, TokenStatistics]] = []
 
     def with_hidden(self, hidden_XD: Tensor) -> "_Source":
         """The same call on what a hook made of the hidden states; it computes in the dtype it would have had."""
         source = copy.copy(self)
-        source.hidden_XD, source._real = hidden_XD, None
+        source.hidden_XD, source._real, source._statistics = hidden_XD, None, []
         return source
+
+    def statistics(self, form: LogitForm) -> TokenStatistics:
+        """Of all tokens of the call [X], under the form's scale, softcap, biases and rows; computed once for those.
+
+        All tokens at once, since ranks whose tokens differ in number may read them in different numbers of pieces.
+        """
+        for known, statistics in self._statistics:
+            same_biases = [id(x) for x in known.biases] == [id(x) for x in form.biases]
+            if same_biases and (known.rows, known.scale, known.cap) == (form.rows, form.scale, form.cap):
+                return statistics
+        computed = self.binding.statistics(form._replace(hidden_XD=self.hidden_XD.to(self.dtype)))
+        self._statistics.append((form._replace(hidden_XD=self.hidden_XD), computed))
+        return computed
 
     def forget_logits(self) -> None:
         self._real = None
@@ -246,6 +283,28 @@ class LazyLogits:
     def requires_grad(self) -> bool:
         return self._form.hidden_XD.requires_grad or any(p.requires_grad for p in self._source.head.parameters())
 
+    @property
+    def _tokens(self) -> Tensor:
+        """Which of the call's tokens these are [X], counted through."""
+        source = self._source
+        number_X1 = torch.arange(source.hidden_XD[..., 0].numel(), device=source.hidden_XD.device)
+        form = LogitForm(number_X1.view(*source.hidden_XD.shape[:-1], 1), source.head.out_features, source.dtype)
+        for call in self._calls:
+            form = record(form, call) or form
+        return form.hidden_XD[..., 0]
+
+    def statistics(self) -> TokenStatistics:
+        """Entropy, most likely token and the like of these tokens [X] alone, by a chunked pass without a gradient.
+
+        Where the vocabulary is sharded, every rank of the group must make the call.
+
+        Raises:
+            ValueError: these are no logits any more: something was written to them, or log_softmax taken.
+        """
+        if self._changed is not None or self._form.of != "logits":
+            raise ValueError("statistics() is of the logits that a model returns; these have been changed since.")
+        return self._source.binding.statistics(self._form)
+
     def __repr__(self) -> str:
         return f"LazyLogits(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
@@ -281,14 +340,23 @@ def _dispatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
         call = Call(function, tuple(LOGITS if arg is logits else arg for arg in args), kwargs)
         if function in _METADATA:
             return call.on(logits._form.meta())
-        form = record(logits._form, call)
+        if function is Tensor.stride:  # no memory, no strides; a kernel that would read the memory asks for them
+            return call.on(torch.empty((), device="meta").expand(logits.shape))
+        form = None if function in WITHOUT_GRADIENT and torch.is_grad_enabled() else record(logits._form, call)
         if form is not None:
             return LazyLogits(logits._source, (*logits._calls, call), form)
+        if function in _SPLIT and (parts := _split(logits, call)):
+            return parts
+        statistic = _statistic(logits, call)
+        if statistic is not None:
+            return statistic
         if function is F.cross_entropy and args[0] is logits:
             obstacle = _obstacle(logits, *args[1:], **kwargs)
             if obstacle is None:
                 return _cross_entropy(logits, *args[1:], **kwargs)
             why = f"cross_entropy with {obstacle}"
+    elif len(lazy) == 2 and function in MULTIPLY and not kwargs and (log_p := _factor_of_p_log_p(lazy)) is not None:
+        return _dispatch(p_log_p, (log_p,), {})
 
     def real(x: Any) -> Any:
         return x._materialize(why) if isinstance(x, LazyLogits) else x
@@ -299,6 +367,36 @@ def _dispatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
         args[0]._changed = args_real[0]
         args[0]._source.forget_logits()
     return result
+
+
+def _split(logits: LazyLogits, call: Call) -> tuple[LazyLogits, ...] | None:
+    """The parts of a split of the tokens; None for one of the vocabulary."""
+    dim = call.kwargs.get("dim", call.args[2] if len(call.args) > 2 else 0) % logits.ndim
+    if dim == logits.ndim - 1:
+        return None
+    ends = list(accumulate(part.shape[dim] for part in call.on(logits._form.meta())))
+    index = [(slice(None),) * dim + (slice(start, end),) for start, end in zip([0, *ends], ends, strict=False)]
+    return tuple(_dispatch(Tensor.__getitem__, (logits, i), {}) for i in index)
+
+
+def _statistic(logits: LazyLogits, call: Call) -> Tensor | None:
+    """What a chunked pass answers: argmax, and the sum of p·log p, over the vocabulary."""
+    form = logits._form
+    if not is_last_dim(form, call.dim()) or set(call.kwargs) - {"dim"} or len(call.args) > 2:
+        return None
+    if call.function in (torch.argmax, Tensor.argmax) and form.of != "p log p":
+        return logits._source.statistics(form).argmax.flatten()[logits._tokens]
+    if call.function in (torch.sum, Tensor.sum) and form.of == "p log p":
+        return -logits._source.statistics(form).entropy.flatten()[logits._tokens].to(form.dtype)
+    return None
+
+
+def _factor_of_p_log_p(factors: list[LazyLogits]) -> LazyLogits | None:
+    """log p, if the factors are log p and the p that was made of it."""
+    log_p, p = sorted(factors, key=lambda factor: len(factor._calls))
+    made_of_it = p._calls[:-1] == log_p._calls and p._source is log_p._source
+    same = made_of_it and p._changed is None and log_p._changed is None
+    return log_p if same and (log_p._form.of, p._form.of) == ("log p", "p") else None
 
 
 def _writes(name: str) -> bool:
@@ -317,6 +415,8 @@ def _obstacle(
     label_smoothing: float = 0.0,
 ) -> str | None:
     """What keeps this F.cross_entropy from being fused, if anything does."""
+    if logits._form.of != "logits":
+        return "log-probabilities"
     if weight is not None:
         return "class weights"
     if label_smoothing != 0.0:
@@ -338,23 +438,15 @@ def _cross_entropy(
 ) -> Tensor:
     """F.cross_entropy; "mean" is over this rank's valid tokens, as the stock loss has it."""
     form, binding = logits._form, logits._source.binding
-    shard = binding.shard(form.rows)
-    bias_R = binding.owner.local_bias()
-    for bias_V in form.biases:
-        rows_R = _local_rows(bias_V, shard)
-        bias_R = rows_R if bias_R is None else bias_R + rows_R
     with torch.autocast(target.device.type, enabled=False):
         # Always "none": the ranks of a shard agree on one reduction, and a caller may change between mean and sum.
         loss_N = linear_cross_entropy(
             form.hidden_XD,
             binding.owner.local_weight(),
             target,
-            bias=bias_R,
-            shard=shard,
             ignore_index=ignore_index,
-            softcap=None if form.cap is None else abs(form.cap),
-            logit_scale=form.scale if form.cap is None else form.scale * form.cap,
             reduction="none",
+            **binding.terms(form),
             **binding.config.loss_kwargs(),
         )
     if reduction == "none":
@@ -372,6 +464,7 @@ _METADATA = {
     Tensor.size, Tensor.dim, Tensor.numel, torch.numel, Tensor.__len__,
     Tensor.is_floating_point, torch.is_floating_point,
 }  # fmt: skip
+_SPLIT = {Tensor.split, torch.split, Tensor.chunk, torch.chunk}
 _IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 _OPERATORS = (
     *_IN_PLACE, "__getitem__", "__len__", "__iter__", "__bool__", "__neg__", "__abs__", "__add__", "__radd__",

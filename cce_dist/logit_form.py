@@ -1,12 +1,13 @@
 """What a model may do to its logits so that the loss can do the same without them: scale, softcap, bias, views, casts.
 
-`record` turns a chain of torch calls into a `LogitForm`, the terms that `linear_cross_entropy` takes.
+`record` turns a chain of torch calls into a `LogitForm`, the terms that `linear_cross_entropy` takes. Of what is made
+of the logits beside the loss it knows the way to their entropy: log_softmax, exp, and the product of the two.
 
 Shapes: X any leading dimensions, D hidden, V rows of the classifier.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,9 +37,16 @@ class Call(NamedTuple):
             return None
         return self.args[1] if self.args[0] is LOGITS else self.args[0]
 
+    def dim(self) -> Any:
+        """The dimension that a call names, by keyword or after the logits; None where it names none."""
+        return self.kwargs.get("dim", self.args[1] if len(self.args) > 1 else None)
+
 
 class LogitForm(NamedTuple):
-    """Recorded logits in the terms of the loss: x = scale·(hidden · weightᵀ + biases), or cap·tanh(x) if cap is set."""
+    """Recorded logits in the terms of the loss: x = scale·(hidden · weightᵀ + biases), or cap·tanh(x) if cap is set.
+
+    ``of`` says what was made of them since: nothing, their log-probabilities, probabilities, or the product of both.
+    """
 
     hidden_XD: Tensor
     rows: int
@@ -46,6 +54,7 @@ class LogitForm(NamedTuple):
     scale: float = 1.0
     cap: float | None = None
     biases: tuple[Tensor, ...] = ()
+    of: Literal["logits", "log p", "p", "p log p"] = "logits"
 
     @property
     def shape(self) -> torch.Size:
@@ -59,7 +68,20 @@ class LogitForm(NamedTuple):
 def record(form: LogitForm, call: Call) -> LogitForm | None:
     """The form after a call; None where the loss has no term for it."""
     recorder = _RECORDERS.get(call.function)
-    return None if recorder is None else recorder(form, call)
+    if recorder is None or (form.of != "logits" and recorder in (_multiply, _divide, _tanh, _add)):
+        return None
+    return recorder(form, call)
+
+
+def is_last_dim(form: LogitForm, dim: Any) -> bool:
+    """Whether a dimension, as an int or in a sequence of one, is that of the vocabulary."""
+    if isinstance(dim, (tuple, list)) and len(dim) == 1:
+        (dim,) = dim
+    return isinstance(dim, int) and dim in (-1, len(form.shape) - 1)
+
+
+def p_log_p(log_p: Tensor) -> Tensor:
+    return log_p.exp() * log_p
 
 
 def _number(x: Any) -> float | None:
@@ -115,6 +137,20 @@ def _reshape(form: LogitForm, call: Call) -> LogitForm | None:
     return form._replace(hidden_XD=form.hidden_XD.reshape(*result.shape[:-1], form.hidden_XD.shape[-1]))
 
 
+def _log_softmax(form: LogitForm, call: Call) -> LogitForm | None:
+    if form.of != "logits" or not is_last_dim(form, call.dim()):
+        return None
+    return form._replace(of="log p", dtype=call.on(form.meta()).dtype)
+
+
+def _exp(form: LogitForm, call: Call) -> LogitForm | None:
+    return form._replace(of="p") if form.of == "log p" and len(call.args) == 1 and not call.kwargs else None
+
+
+def _p_log_p(form: LogitForm, call: Call) -> LogitForm | None:
+    return form._replace(of="p log p") if form.of == "log p" else None
+
+
 def _index(form: LogitForm, call: Call) -> LogitForm | None:
     """Any index into the leading dimensions; of the last one, all rows or the first few."""
     index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
@@ -126,7 +162,7 @@ def _index(form: LogitForm, call: Call) -> LogitForm | None:
     if used < len(form.shape) and not any(i is ... for i in index):
         return form._replace(hidden_XD=form.hidden_XD[index])
     rows = index[-1]
-    if not isinstance(rows, slice):
+    if not isinstance(rows, slice) or form.of != "logits":
         return None
     start, stop, step = rows.indices(form.rows)
     if start != 0 or step != 1 or stop == 0:
@@ -153,4 +189,10 @@ _RECORDERS: dict[Callable[..., Any], Callable[[LogitForm, Call], LogitForm | Non
     **dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.to, Tensor.contiguous), _cast),
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten), _reshape),
     Tensor.__getitem__: _index,
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
+    **dict.fromkeys((torch.exp, Tensor.exp), _exp),
+    p_log_p: _p_log_p,
 }
+MULTIPLY = {function for function, recorder in _RECORDERS.items() if recorder is _multiply}
+WITHOUT_GRADIENT = {function for function, recorder in _RECORDERS.items() if recorder in (_log_softmax, _exp)}
+"""Recorded under no_grad alone: where a gradient is wanted, real logits are."""

@@ -62,7 +62,7 @@ def _assert_same(got: list[Tensor | None], wanted: list[Tensor | None], bound: f
         if x is not None and y is not None:
             assert x.shape == y.shape
             assert torch.equal(x.isnan(), y.isnan())
-            assert (x - y).nan_to_num().norm() <= bound * y.nan_to_num().norm()
+            assert (x - y).nan_to_num().double().norm() <= bound * y.nan_to_num().double().norm()
 
 
 def _shifted(logits: Any, labels: Tensor, **options: Any) -> Tensor:
@@ -127,7 +127,8 @@ NOT_FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "softmax": lambda z, _: z.softmax(-1),
     "log_softmax": lambda z, _: F.log_softmax(z[..., :-1, :].float(), dim=-1),
     "gather": lambda z, y: torch.gather(z, 2, y.clamp(min=0)[..., None]),
-    "argmax": lambda z, _: z.argmax(-1).float(),
+    "argmax over everything": lambda z, _: z.argmax().float(),
+    "argmax that keeps the dimension": lambda z, _: z.argmax(-1, keepdim=True).float(),
     "comparison": lambda z, _: (z > 0).float(),
     "attribute": lambda z, _: z.mT,
     "operator": lambda z, _: -z ** 2 @ torch.ones(VOCAB),
@@ -162,6 +163,57 @@ def test_any_other_use_gives_the_stock_result_and_one_warning(use: Callable[...,
     _assert_same(got, _outcome(use, None))
     with pytest.raises(RuntimeError, match="materialize='raise'"):
         _outcome(use, EXACT)
+
+
+def _entropy(logits: Any) -> Tensor:
+    """In pieces and in the words of TRL."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    log_ps = [F.log_softmax(piece, dim=-1) for piece in flat.split(5, dim=0)]
+    return torch.cat([-(torch.exp(log_p) * log_p).sum(-1) for log_p in log_ps]).reshape(logits.shape[:-1])
+
+
+STATISTICS: dict[str, Callable[[Any], Any]] = {
+    "plain": lambda z: z,
+    "shifted": lambda z: z[..., :-1, :].float(),
+    "scale, softcap": lambda z: torch.tanh(z * 2 / 0.7) * 0.7,
+    "bias after a scale": lambda z: z * 0.3 + _vocab_vector(),
+    "truncated": lambda z: z[1:, ..., :40],
+    "masked positions": lambda z: z[_labels() != -100],
+}
+
+
+@pytest.mark.parametrize("form", STATISTICS.values(), ids=STATISTICS)
+def test_entropy_and_argmax_for_the_log_need_no_logits(form: Callable[[Any], Any]) -> None:
+    stock, lazy = form(_head(None)(_hidden())), form(_head(EXACT)(_hidden()))
+    with torch.no_grad():
+        _assert_same([_entropy(lazy)], [_entropy(stock)])
+        _assert_same([lazy.argmax(dim=-1)], [stock.argmax(dim=-1)])
+        statistics = lazy.statistics()
+        wanted = [stock.argmax(-1), _entropy(stock), stock.softmax(-1).square().sum(-1).log(), stock.mean(-1)]
+        _assert_same(list(statistics), wanted)
+    assert len(lazy._source._statistics) == 1  # entropy and argmax share one pass
+
+
+def test_a_loss_on_the_entropy_gets_a_gradient() -> None:
+    with pytest.warns(MaterializedLogitsWarning):
+        got = _outcome(lambda z, _: _entropy(z), WARN)
+    _assert_same(got, _outcome(lambda z, _: _entropy(z), None))
+
+
+def _something_else_of_log_probs(logits: Any) -> list[Tensor]:
+    log_p = logits.log_softmax(-1)
+    other = (logits * 2).log_softmax(-1)
+    return [log_p * log_p, log_p.exp() * other, log_p.exp() * log_p[:1], log_p * 2, (log_p.exp() * log_p).sum(0),
+            F.cross_entropy(log_p.flatten(0, 1), _labels().flatten()), log_p[..., 3:]]  # fmt: skip
+
+
+@torch.no_grad()
+def test_what_is_not_the_entropy_is_what_it_is_for_stock() -> None:
+    head, hidden = _head(None), _hidden()
+    make_lazy(head, ModuleOwner(head), WARN)
+    with fused_evaluation(head), pytest.warns(MaterializedLogitsWarning):
+        got = _something_else_of_log_probs(head(hidden))
+    _assert_same([x + 0 for x in got], list(_something_else_of_log_probs(_head(None)(hidden))))
 
 
 def test_the_warning_names_the_line_that_needed_logits() -> None:
@@ -392,6 +444,26 @@ def test_a_sharded_vocabulary_gives_the_same(ranks: RankPool, world: int, tokens
             part = rank * tokens
             wanted = [losses[part].detach(), hiddens[part].grad, whole.weight.grad, whole.bias.grad]
             _assert_same(outcome, wanted)
+
+
+def _sharded_statistics(name: str, tokens: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """(sharded, whole); with ``tokens`` rank r has 7, 3, ... tokens of its own, and reads them in other pieces."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    hidden = _hidden()[:, : LENGTH - 4 * rank if tokens else LENGTH] * (1 + rank * tokens)
+    lazy, whole = _head(None), _head(None)
+    make_lazy(lazy, _Slices(lazy, tuple(RUNS[world][rank]), tokens), EXACT)
+    sharded, stock = STATISTICS[name](lazy(hidden)), STATISTICS[name](whole(hidden))
+    with torch.no_grad():
+        got = [_entropy(sharded), sharded.argmax(-1), sharded.statistics().mean_logit]
+        return got, [_entropy(stock), stock.argmax(-1), stock.mean(-1)]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("tokens", [False, True], ids=["replicated tokens", "own tokens"])
+def test_a_sharded_vocabulary_gives_the_same_entropy_and_argmax(ranks: RankPool, world: int, tokens: bool) -> None:
+    for name in ("shifted", "scale, softcap", "bias after a scale", "truncated"):
+        for got, wanted in ranks.run(world, _sharded_statistics, name, tokens and world == 2):
+            _assert_same(got, wanted)
 
 
 def _trained_bias_on_a_shard() -> str:
