@@ -54,7 +54,7 @@ def make_lazy(head: nn.Module, owner: ShardOwner, config: CCEConfig, linear: typ
         ValueError: the head is lazy already.
     """
     stock = type(head)
-    if issubclass(stock, _LazyHead):
+    if is_lazy(head):
         raise ValueError(
             f"{stock.__name__} is lazy already; undo that first, with make_eager or by unpatching its model."
         )
@@ -65,6 +65,11 @@ def make_lazy(head: nn.Module, owner: ShardOwner, config: CCEConfig, linear: typ
             "leave the output layer out of them, or merge the adapter into it first."
         )
     head.__class__ = type(f"CCE{stock.__name__}", (_LazyHead, stock), {"_cce": _Binding(stock, owner, config)})
+
+
+def is_lazy(head: nn.Module) -> bool:
+    """Whether `make_lazy` has been here."""
+    return isinstance(head, _LazyHead)
 
 
 def make_eager(head: nn.Module) -> None:

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from cce_dist import CCEConfig, VocabShard
-from cce_dist.lazy_logits import LazyLogits, MaterializedLogitsWarning, make_lazy
-from cce_dist.transformers import fused_evaluation, patch, unpatch
+from cce_dist.lazy_logits import LazyLogits, MaterializedLogitsWarning, is_lazy, make_lazy
+from cce_dist.transformers import fused_evaluation, output_layer, patch, unpatch
 
 EXACT = CCEConfig(gradient="exact", materialize="raise")
 ALL_FORMS = [*architectures.FAST, *(pytest.param(name, marks=pytest.mark.full) for name in architectures.FULL)]
@@ -233,31 +233,49 @@ def test_a_vocabulary_sharded_over_two_ranks_trains_as_stock(ranks: RankPool, na
     ranks.run(2, _sharded_errors, name)
 
 
-def _refusal_of_fully_sharded() -> str:
-    model = architectures.build("llama")
-    fully_shard(model)
-    with pytest.raises(ValueError, match="sharded already") as error:
-        patch(model)
-    return str(error.value)
-
-
-def test_a_model_sharded_by_fsdp2_is_left_to_shard_head(ranks: RankPool) -> None:
-    assert all("shard_head" in text for text in ranks.run(2, _refusal_of_fully_sharded))
-
-
-def _ddp_gradients(patched: bool) -> dict[str, Tensor]:
-    """Each rank trains on its own sequence."""
+def _fsdp2_losses(patched: bool) -> list[float]:
+    """Losses of three steps; the optimizer is there before the patch, as where a framework shards."""
     model = architectures.build("llama_tied")
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     if patched:
         patch(model, EXACT)
+        assert is_lazy(output_layer(model))
     batch = {key: x[dist.get_rank()][None] for key, x in architectures.batch().items()}
-    DistributedDataParallel(model)(**batch).loss.backward()
+    losses = []
+    for _ in range(3):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_model_that_fsdp2_has_sharded_is_adopted(ranks: RankPool) -> None:
+    for losses, stock in zip(ranks.run(2, _fsdp2_losses, True), ranks.run(2, _fsdp2_losses, False), strict=True):
+        assert losses == pytest.approx(stock, rel=1e-5)
+
+
+def _ddp_gradients(patched: str) -> dict[str, Tensor]:
+    """Each rank trains on its own sequence."""
+    model = architectures.build("llama_tied")
+    if patched == "before":
+        patch(model, EXACT)
+    batch = {key: x[dist.get_rank()][None] for key, x in architectures.batch().items()}
+    wrapped = DistributedDataParallel(model)
+    if patched == "after":
+        patch(wrapped, EXACT)
+    wrapped(**batch).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_under_ddp_gradients_equal_stock(ranks: RankPool) -> None:
-    for gradients, stock in zip(ranks.run(2, _ddp_gradients, True), ranks.run(2, _ddp_gradients, False), strict=True):
-        _assert_close(gradients, stock)
+@pytest.mark.parametrize("patched", ["before", "after"])
+def test_under_ddp_gradients_equal_stock(ranks: RankPool, patched: str) -> None:
+    for got, stock in zip(ranks.run(2, _ddp_gradients, patched), ranks.run(2, _ddp_gradients, "never"), strict=True):
+        _assert_close(got, stock)
 
 
 def _trainer_log(folder: str, patched: bool) -> list[tuple[float, float]]:

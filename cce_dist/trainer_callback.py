@@ -1,0 +1,73 @@
+"""The Hugging Face Trainer, and the trainers of TRL: one line makes them train with cce_dist."""
+
+import sys
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from cce_dist.config import CCEConfig
+from cce_dist.lazy_logits import is_lazy
+from cce_dist.transformers import choose_config, output_layer, patch
+
+
+class CCECallback(TrainerCallback):
+    """``Trainer(..., callbacks=[CCECallback()])``: the model trains without logits, however the trainer wraps it.
+
+    In a single process, under DDP and under FSDP2 (accelerate's, or the model's own from ``distributed_config``) the
+    output layer is patched when training begins. With DeepSpeed the section "cce_dist" of the JSON in
+    ``TrainingArguments(deepspeed=...)`` counts, or else the settings given here.
+
+    Args:
+        config: settings of the loss; None: the defaults, or DeepSpeed's section.
+        settings: the same by keyword, as in ``CCECallback(gradient="exact")``.
+
+    Raises:
+        ValueError: a bad setting, or config and settings together; when the trainer is built, settings here as well as
+            in DeepSpeed's section.
+    """
+
+    def __init__(self, config: CCEConfig | None = None, **settings: Any) -> None:
+        self._config = choose_config(config, settings, where="CCECallback")
+        self._is_given = config is not None or bool(settings)
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Before the engine is built: DeepSpeed's config gets its section, and ``deepspeed.initialize`` reads it."""
+        if getattr(args, "hf_deepspeed_config", None) is None:
+            return
+        from cce_dist.deepspeed.engine import SECTION, install
+
+        config = args.hf_deepspeed_config.config
+        if self._is_given and SECTION in config:
+            raise ValueError(
+                f'settings of cce_dist stand in CCECallback(...) and in the section "{SECTION}" of the DeepSpeed '
+                "config: leave one of them out."
+            )
+        config.setdefault(SECTION, self._config.model_dump())
+        install()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the model is wrapped and before the first step."""
+        model: nn.Module = kwargs["model"]
+        if args.n_gpu > 1:
+            raise ValueError(
+                "cce_dist does not work under nn.DataParallel, which the Trainer takes where one process sees several "
+                "GPUs: start it with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        if getattr(args, "loss_type", None) == "chunked_nll":
+            raise ValueError(
+                'loss_type="chunked_nll" of TRL multiplies by lm_head.weight, past the output layer that cce_dist '
+                'patches: set loss_type="nll", which computes no logits either with cce_dist.'
+            )
+        if getattr(args, "hf_deepspeed_config", None) is None and not is_lazy(output_layer(model)):
+            patch(model, self._config)
+        head = output_layer(model)
+        if is_lazy(head) and "trl.trainer.utils" in sys.modules:
+            from cce_dist.trl import fuse_forward, trl_forward_of
+
+            base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+            trl_forward = trl_forward_of(base)
+            if trl_forward is not None:
+                fuse_forward(base, trl_forward, head)

@@ -1,0 +1,134 @@
+"""TRL 1.15 and later: its trainers ask the model itself for log-probabilities, and get them from the fused loss.
+
+``trl.trainer.utils.add_fused_lm_head`` replaces the forward of a trainer's model. The replacement multiplies the
+hidden states by ``lm_head.weight``, past the output layer's own call: a patched layer is not used, and one that is a
+vocabulary shard would be gathered, with a wrong gradient. `fuse_forward` puts a forward around it that gives the same
+outputs by way of the output layer. Earlier versions of TRL need nothing: they read the logits that the model returns.
+"""
+
+import functools
+import inspect
+from importlib.metadata import version
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from trl.trainer import utils
+
+from cce_dist.lazy_logits import LazyLogits, fused_evaluation
+
+_OUTPUTS = {"log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"}
+
+
+def fuse_forward(model: nn.Module, trl_forward: Any, head: nn.Module) -> None:
+    """Replaces the forward of a TRL trainer's model: ``model(..., fused_lm_head=True)`` then runs the fused loss.
+
+    Args:
+        model: as `add_fused_lm_head` got it, without PEFT's wrapper.
+        trl_forward: the function that TRL made, which ``model.forward`` is or wraps.
+        head: the output layer, lazy.
+
+    Raises:
+        RuntimeError: a TRL whose forward this version does not know.
+        NotImplementedError: TRL's ``cast_lm_head_to_fp32``.
+    """
+    settings = inspect.getclosurevars(trl_forward).nonlocals
+    temperature, outputs, to_fp32 = (settings.get(x) for x in ("temperature", "outputs", "cast_lm_head_to_fp32"))
+    if temperature is None or outputs is None or to_fp32 is None or not set(outputs) <= _OUTPUTS:
+        raise RuntimeError(
+            f"cce_dist.trl does not know the forward that TRL {version('trl')} gives to its models, with "
+            f"{sorted(settings)} and outputs={outputs}. It was written for TRL 1.15 and 1.16; use one of those, or "
+            "leave out cce_dist's callback."
+        )
+    if to_fp32:
+        raise NotImplementedError(
+            "cast_lm_head_to_fp32=True is not supported with cce_dist, whose loss accumulates in fp32 anyway: leave it "
+            "out."
+        )
+    forward_before: Any = model.forward
+
+    @functools.wraps(getattr(forward_before, "__func__", forward_before))
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head:
+            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            return forward_before(*args, **kwargs, **{name: x for name, x in given.items() if x is not None})
+        with fused_evaluation(head):
+            result = forward_before(*args, **{**kwargs, "use_cache": False})
+        logits: Any = result.logits if temperature == 1.0 else result.logits / temperature
+        if shift_labels is None:
+            assert labels is not None
+            logits, shift_labels = logits[:, :-1], labels[:, 1:]
+        aux_loss = getattr(result, "aux_loss", None)
+        fused = _fused_output(logits, shift_labels.to(logits.device), outputs, num_items_in_batch)
+        if aux_loss is not None:
+            coefficient = getattr(self.config.get_text_config(), "router_aux_loss_coef", 0.0)  # type: ignore[union-attr, operator]
+            fused.loss, fused.aux_loss = fused.loss + coefficient * aux_loss, aux_loss
+        return fused
+
+    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def trl_forward_of(model: nn.Module) -> Any:
+    """The forward that TRL gave to a model, also inside of accelerate's wrappers; None where it gave none."""
+    function: Any = vars(model).get("forward")
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        module = getattr(function, "__globals__", {}).get("__name__")
+        if module == __name__:
+            return None
+        if module == utils.__name__:
+            return function
+        function = getattr(function, "__wrapped__", None)
+    return None
+
+
+def _fused_output(
+    logits: LazyLogits, labels: Tensor, outputs: tuple[str, ...], num_items_in_batch: Tensor | int | None
+) -> Any:
+    """What TRL's own forward returns for logits [B, L, V] and labels [B, L]: [B, L] each, 0 where ignored."""
+    mask = labels != -100
+    flat: Any = logits.flatten(0, 1)
+    nll = F.cross_entropy(flat, labels.flatten(), reduction="none").view(labels.shape)
+    loss = nll.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    fused = utils.FusedCausalLMOutput(loss=loss, log_probs=-nll, label_mask=mask)
+    if not set(outputs) - {"log_probs"}:
+        return fused
+    statistics = flat[mask.flatten()].statistics()
+
+    def everywhere(x_n: Tensor) -> Tensor:
+        return x_n.new_zeros(mask.shape).masked_scatter_(mask, x_n)
+
+    if "entropy" in outputs:
+        fused.entropy = _ForTheLog.apply(everywhere(statistics.entropy), nll)
+    if "log_sum_sq_probs" in outputs:
+        fused.log_sum_sq_probs = everywhere(statistics.log_sum_sq_probs)
+    if "mean_logits" in outputs:
+        fused.mean_logits = everywhere(statistics.mean_logit)
+    if "is_top1" in outputs:
+        fused.is_top1 = everywhere(statistics.argmax == labels[mask])
+    return fused
+
+
+class _ForTheLog(torch.autograd.Function):
+    """A value that belongs to the graph, so that a loss which wants its gradient fails instead of going without."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, _anchor: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        raise NotImplementedError(
+            "cce_dist computes the entropy of TRL's fused head for the log only, without a gradient: turn off the "
+            "entropy bonus (entropy_coef, use_adaptive_entropy), or leave out cce_dist's callback."
+        )

@@ -1,0 +1,145 @@
+"""TRL's trainers with cce_dist: what they log is what they log for the stock model, and no logits are computed."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cce_dist.lazy_logits import MaterializedLogitsWarning
+from cce_dist.trainer_callback import CCECallback
+from cce_dist.transformers import output_layer, patch
+
+trl = pytest.importorskip("trl")  # needs Python 3.11
+from datasets import Dataset  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+from tokenizers import Tokenizer, models  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+from trl.trainer import utils  # noqa: E402
+
+from cce_dist.trl import fuse_forward, trl_forward_of  # noqa: E402
+
+ALL_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+OF_A_STEP = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "aux_loss")
+
+
+def _data() -> Dataset:
+    generator, rows = torch.Generator().manual_seed(0), []
+    for i in range(12):
+        ids = torch.randint(3, 300, (10 + i % 3,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (i % 5) + ids[i % 5 :]})
+    return Dataset.from_list(rows)
+
+
+def _log(
+    folder: Path, name: str, ours: bool, peft: LoraConfig | None = None, **settings: Any
+) -> list[dict[str, float]]:
+    """What SFTTrainer logs of three steps and of an evaluation."""
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(architectures.VOCAB)}, unk_token="t0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2", unk_token="t0")
+    arguments = trl.SFTConfig(
+        str(folder), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
+        learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        **{"bf16": False, "gradient_checkpointing": False, **settings},
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        architectures.build(name),
+        arguments,
+        train_dataset=_data(),
+        eval_dataset=_data(),
+        processing_class=tokenizer,
+        peft_config=peft,
+        callbacks=[CCECallback(gradient="exact", materialize="raise")] if ours else [],
+    )
+    trainer.train()
+    evaluation = trainer.evaluate()
+    return [
+        *({key: row[key] for key in OF_A_STEP if key in row} for row in trainer.state.log_history if "loss" in row),
+        {key: evaluation[key] for key in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")},
+    ]
+
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "nll": ("gemma2", {}),
+    "dft": ("cohere", {"loss_type": "dft"}),
+    "router loss": ("mixtral", {"router_aux_loss_coef": 0.1}),
+    "bf16": ("llama", {"bf16": True}),
+    "lora": ("llama", {"peft": LORA}),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "settings"), CASES.values(), ids=CASES)
+def test_sft_logs_what_it_logs_for_stock(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    stock = _log(tmp_path, name, ours=False, **settings)
+    ours = _log(tmp_path, name, ours=True, **settings)
+    assert len(stock) == 4
+    for x, y in zip(ours, stock, strict=True):
+        assert x == pytest.approx(y, rel=2e-2 if settings.get("bf16") else 2e-5)
+
+
+def _fused(model: PreTrainedModel, **extra: Any) -> tuple[Any, dict[str, Tensor]]:
+    model.zero_grad()
+    result = model(**architectures.batch(), fused_lm_head=True, **extra)
+    result.loss.backward()
+    return result, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+def test_every_output_of_the_fused_head_and_every_gradient_is_that_of_trl(name: str) -> None:
+    model = architectures.build(name)
+    utils.add_fused_lm_head(model, temperature=0.7, outputs=ALL_OUTPUTS)
+    wanted, wanted_gradients = _fused(model, num_items_in_batch=torch.tensor(40))
+    patch(model, gradient="exact", materialize="raise")
+    fuse_forward(model, trl_forward_of(model), output_layer(model))
+    assert trl_forward_of(model) is None
+    got, gradients = _fused(model, num_items_in_batch=torch.tensor(40))
+    for key in ("loss", "label_mask", *ALL_OUTPUTS):
+        torch.testing.assert_close(got[key], wanted[key], rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == wanted_gradients.keys()
+    for key, gradient in wanted_gradients.items():
+        assert (gradients[key] - gradient).norm() <= 5e-5 * gradient.norm() + 1e-8, key
+    with torch.no_grad():  # as for a reference model
+        shifted = _shifted(architectures.batch())
+        torch.testing.assert_close(
+            model(**shifted, fused_lm_head=True).log_probs[:, :-1], got.log_probs, rtol=1e-5, atol=1e-5
+        )
+    plain = model(**architectures.batch())
+    assert plain.loss is not None
+
+
+def _shifted(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    return {"input_ids": batch["input_ids"], "shift_labels": shifted}
+
+
+def test_an_entropy_bonus_is_refused_instead_of_going_without_a_gradient() -> None:
+    model = patch(architectures.build("llama"), gradient="exact")
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    fuse_forward(model, trl_forward_of(model), output_layer(model))
+    result = model(**architectures.batch(), fused_lm_head=True)
+    with pytest.raises(NotImplementedError, match="entropy bonus"):
+        (result.loss - 0.1 * result.entropy.mean()).backward()
+
+
+def test_a_projection_in_fp32_and_an_unknown_forward_are_refused() -> None:
+    model = patch(architectures.build("llama"))
+    utils.add_fused_lm_head(model, cast_lm_head_to_fp32=True)
+    with pytest.raises(NotImplementedError, match="cast_lm_head_to_fp32"):
+        fuse_forward(model, trl_forward_of(model), output_layer(model))
+    with pytest.raises(RuntimeError, match=f"TRL {trl.__version__}"):
+        fuse_forward(model, lambda: None, output_layer(model))
+
+
+def test_entropy_and_accuracy_as_earlier_versions_of_trl_compute_them() -> None:
+    model, stock = patch(architectures.build("gemma2"), materialize="raise"), architectures.build("gemma2")
+    got, wanted = (m(**architectures.batch()).logits[..., :-1, :] for m in (model, stock))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", MaterializedLogitsWarning)
+        torch.testing.assert_close(utils.entropy_from_logits(got), utils.entropy_from_logits(wanted))
+        assert torch.equal(got.argmax(dim=-1), wanted.argmax(dim=-1))
