@@ -1,11 +1,13 @@
 """The benchmark commands, as far as they can be tried without a GPU: their own arithmetic on tiny inputs."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,13 +17,12 @@ from cce_dist.kernels.problem import TILE
 from cce_dist.kernels.tuning import Row, Tuning
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("inputs", "loss", "methods", "shards", "timing", "tune")
+MODULES = ("inputs", "loss", "methods", "scaling", "shards", "stages", "timing", "tune")
 
 
 @pytest.fixture(scope="module")
 def benchmarks() -> Iterator[Any]:
     """The modules of benchmarks/, which import each other by name."""
-    pytest.importorskip("numpy")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
         yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
@@ -105,3 +106,73 @@ def test_a_shape_is_a_name_or_three_numbers(benchmarks: Any) -> None:
     for wrong in ("512x1000", "500x1000x64", "gema", "512x0x64"):
         with pytest.raises(ValueError, match="shape must be one of gemma, llama3"):
             benchmarks.loss.shape_of(wrong)
+
+
+def test_every_kernel_has_a_stage(benchmarks: Any) -> None:
+    stages = benchmarks.stages
+    own = {"_summarise_kernel", "_list_kernel", "_tail_mean_kernel", "_differentiate_kernel", "_probability_kernel"}
+    assert own <= set(stages.own_kernels())
+    for kernel, mode, stage in (
+        ("_summarise_kernel", "exact", "summarise"),
+        ("_tail_rows_kernel", "unbiased", "tail"),
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "unbiased", "tail's products"),
+        ("sm90_xmma_gemm_bf16f32_bf16f32_f32_nt_n", "exact", "exact's products"),
+        ("Memset (Device)", "exact", "memset and copies"),
+        ("void at::native::elementwise_kernel<at::native::direct_copy_kernel_cuda>", "exact", "memset and copies"),
+        (
+            "void at::native::elementwise_kernel<4, at::native::MulFunctor>",
+            "exact",
+            "small torch operations",
+        ),
+        ("something new", "exact", "other"),
+    ):
+        assert stages.stage_of(kernel, mode) == stage
+    kernels = [("_list_kernel", 3.0, 1.0), ("Memcpy DtoD", 1.0, 2.0), ("_tail_rows_kernel", 4.0, 1.0)]
+    shares = {stage: row["share"] for stage, row in stages.by_stage(kernels, "unbiased").items()}
+    assert shares == {"tail": 0.5, "select": 0.375, "memset and copies": 0.125}
+
+
+def test_tiles_are_dealt_evenly_and_the_simulation_counts_every_pair(benchmarks: Any) -> None:
+    scaling = benchmarks.scaling
+    first_T, second_T = np.array([8.0, 1, 1, 1, 1, 1, 6, 1]), np.array([6.0, 1, 1, 1, 1, 1, 8, 1])
+    for deal in (scaling.contiguous, scaling.in_turn, scaling.greedy):
+        assert np.bincount(deal(first_T, 4)).tolist() == [2, 2, 2, 2]
+    result = scaling.simulate_permutation(first_T, second_T, 2)
+    assert result["contiguous"]["expected_pairs"] == [20, 20]
+    assert result["in turn"]["expected_pairs"] == [32, 8]  # both heavy tiles are even ones
+    assert result["in turn"]["imbalance"] == 1.6
+    assert result["greedy"]["imbalance"] == 1.0
+    assert sum(result["greedy, held out"]["expected_pairs"]) == second_T.sum()
+
+
+def test_ids_of_a_larger_vocabulary_are_mapped_and_the_rarest_merged(benchmarks: Any, tmp_path: Path) -> None:
+    ids = np.array([5, 5, 5, 900, 900, 70, 30, 2000])
+    np.save(tmp_path / "ids.npy", ids)
+    path = tmp_path / "ids.npy"
+    assert benchmarks.scaling.tokens_for(path, 2001).tolist() == ids.tolist()
+    assert benchmarks.scaling.tokens_for(path, 10).tolist() == [0, 0, 0, 6, 6, 4, 2, 8]
+    assert benchmarks.scaling.tokens_for(path, 3).tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+
+
+def test_the_commands_run_and_write_their_results(
+    benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 200, 2000))
+    common = ["--tokens", str(tmp_path / "ids.npy"), "--steps", "0", "--rounds", "1", "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)
+    for name, options in {
+        "loss": "--shapes 512x300x16 --only unbiased eager",
+        "scaling": "--counts 512 1024 --vocabularies 300 512 --worlds 1 2 --num-tokens 512 --hidden 16",
+        "stages": "--shapes 512x300x16 --modes unbiased",
+    }.items():
+        monkeypatch.setattr(sys, "argv", [name, *common, *options.split(), "--out", "results"])
+        getattr(benchmarks, name).main()
+    loss, scaling, stages = (json.loads(path.read_text()) for path in sorted(Path("results").iterdir()))
+    row = loss["shapes"]["512x300x16"]["methods"]["cce_dist unbiased"]
+    assert row["launch_ms"] > 0 and {"forward_x", "both_x", "peak_mb", "least_workspace_peak_mb"} <= set(row)
+    assert [row["num_tokens"] for row in scaling["tokens"]] == [512, 1024]
+    assert [row["vocab_size"] for row in scaling["vocabulary"]] == [300, 512]
+    assert [len(row["backward_ms"]) for row in scaling["shards"]] == [1, 2]
+    assert scaling["shards"][1]["backward_imbalance"] >= 1
+    shares = stages["stages"]["512x300x16"]["modes"]["unbiased"]["stages"]
+    assert sum(stage["share"] for stage in shares.values()) == pytest.approx(1)

@@ -1,0 +1,237 @@
+"""How kept pairs and time of the loss grow with tokens, vocabulary and shards, on trained inputs.
+
+    python benchmarks/scaling.py --tokens tokens.npz --out benchmarks/results
+
+Three series, all in the default mode (unbiased), each row with the milliseconds of one cuBLAS product of its shape:
+  tokens      N from 2k to 64k at the largest V: the first N tokens after one training run.
+  vocabulary  V from 32k to 256k at 8k tokens: a model trained anew for each V with as many steps, on ids mapped to V
+              (distinct ids spread evenly in their order; where there are more than V, the rarest become one id).
+  shards      W = 1, 2, 4, 8 contiguous shards at 8k tokens, each run alone with the log-sum-exp of all shards: ms of
+              every shard's forward and backward, the largest, and largest / mean, the imbalance.
+Pairs are counted from exact softmax masses in plain torch: large ones (kept whatever is drawn), and the expected number
+of kept ones. For the shards also a simulation, from those counts alone, of classifier rows permuted in tiles of 256:
+dealt to the shards in turn, or greedily by load with as many tiles for each shard; "held out" deals by the loads of the
+first half of the tokens and is judged by those of the second.
+
+The JSON is written after each series, and the seconds of each phase are printed.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from inputs import Inputs, load_tokens, trained_inputs
+from loss import dtype_on, environment, result_path
+from shards import count_pairs, differentiate, merge, shard_of, summarise
+from timing import Phases, interleaved_ms
+
+from cce_dist import linear_cross_entropy
+from cce_dist.kernels.problem import TILE
+
+SERIES = ("tokens", "vocabulary", "shards")
+
+
+def tokens_for(path: Path, vocab_size: int) -> np.ndarray:
+    """`load_tokens`, but of more distinct ids than ``vocab_size`` the rarest become one."""
+    ids = load_tokens(path, 1 << 31)
+    distinct, rank, count = np.unique(ids, return_inverse=True, return_counts=True)
+    if ids.max() < vocab_size:
+        return ids
+    if len(distinct) > vocab_size:
+        kept = np.sort(np.argsort(-count, kind="stable")[: vocab_size - 1])
+        place = np.full(len(distinct), vocab_size - 1)
+        place[kept] = np.arange(vocab_size - 1)
+        return place[rank]
+    return rank * vocab_size // len(distinct)
+
+
+def measure_whole(inputs: Inputs, rounds: int) -> dict[str, Any]:
+    """Pairs and times of the whole loss on one device."""
+    hidden_ND, weight_VD = (x.detach().requires_grad_() for x in inputs[:2])
+    tokens, eps = hidden_ND.shape[0], shard_of(inputs).settings.filter_eps
+    pairs = count_pairs(inputs, eps)
+    runs = {
+        "gemm": lambda: hidden_ND.detach() @ weight_VD.detach().T,
+        "forward": lambda: linear_cross_entropy(hidden_ND, weight_VD, inputs.labels_N),
+        "both": lambda: torch.autograd.grad(
+            linear_cross_entropy(hidden_ND, weight_VD, inputs.labels_N), (hidden_ND, weight_VD)
+        ),
+    }
+    times = interleaved_ms(runs, rounds, hidden_ND.device.type)
+    return {
+        "num_tokens": tokens,
+        "vocab_size": weight_VD.shape[0],
+        "filter_eps": eps,
+        "large_pairs": pairs.large_T.sum().item(),
+        "expected_pairs": pairs.expected_T.sum().item(),
+        "expected_pairs_per_token": pairs.expected_T.sum().item() / tokens,
+        **{f"{name}_ms": ms for name, ms in times.items()},
+        "both_x": times["both"] / times["gemm"],
+    }
+
+
+def measure_shards(inputs: Inputs, world: int, rounds: int) -> dict[str, Any]:
+    """Times of each of ``world`` shards alone."""
+    shards = [shard_of(inputs, rank, world) for rank in range(world)]
+    summaries = [summarise(shard) for shard in shards]
+    normaliser = merge(summaries)
+    seed = torch.zeros(1, dtype=torch.int64, device=normaliser.max_N.device)
+    runs: dict[str, Any] = {}
+    for rank, (shard, summary) in enumerate(zip(shards, summaries, strict=True)):
+        runs[f"forward {rank}"] = lambda shard=shard: summarise(shard)
+        runs[f"backward {rank}"] = lambda shard=shard, summary=summary: differentiate(shard, summary, normaliser, seed)
+    times = interleaved_ms(runs, rounds, inputs.hidden_ND.device.type)
+    result: dict[str, Any] = {"world": world}
+    for stage in ("forward", "backward"):
+        ms = [times[f"{stage} {rank}"] for rank in range(world)]
+        result |= {f"{stage}_ms": ms, f"{stage}_max_ms": max(ms), f"{stage}_imbalance": imbalance(ms)}
+    both = [sum(pair) for pair in zip(result["forward_ms"], result["backward_ms"], strict=True)]
+    return {**result, "both_max_ms": max(both), "both_imbalance": imbalance(both)}
+
+
+def imbalance(loads: list[float]) -> float:
+    """Largest / mean."""
+    return max(loads) * len(loads) / sum(loads)
+
+
+def contiguous(load_T: np.ndarray, world: int) -> np.ndarray:
+    """The shard of each tile, in runs as even as tiles allow."""
+    return np.arange(len(load_T)) // -(-len(load_T) // world)
+
+
+def in_turn(load_T: np.ndarray, world: int) -> np.ndarray:
+    return np.arange(len(load_T)) % world
+
+
+def greedy(load_T: np.ndarray, world: int) -> np.ndarray:
+    """The heaviest tile first, each to the lightest shard that has room: all shards hold as many tiles."""
+    room = np.full(world, -(-len(load_T) // world))
+    load_W, shard_T = np.zeros(world), np.empty(len(load_T), dtype=np.int64)
+    for tile in np.argsort(-load_T, kind="stable"):
+        shard = np.where(room > 0, load_W, np.inf).argmin()
+        shard_T[tile] = shard
+        load_W[shard] += load_T[tile]
+        room[shard] -= 1
+    return shard_T
+
+
+def simulate_permutation(first_T: np.ndarray, second_T: np.ndarray, world: int) -> dict[str, Any]:
+    """Expected kept pairs per shard, and their imbalance, for ways to deal tiles; the loads of two halves of tokens."""
+    whole_T = first_T + second_T
+    ways = {
+        "contiguous": (contiguous(whole_T, world), whole_T),
+        "in turn": (in_turn(whole_T, world), whole_T),
+        "greedy": (greedy(whole_T, world), whole_T),
+        "greedy, held out": (greedy(first_T, world), second_T),
+    }
+    result = {}
+    for name, (shard_T, load_T) in ways.items():
+        pairs = np.bincount(shard_T, weights=load_T, minlength=world).tolist()
+        result[name] = {"expected_pairs": pairs, "imbalance": imbalance(pairs)}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=Path, required=True, help=".npy or .npz of token ids")
+    parser.add_argument("--series", nargs="+", choices=SERIES, default=list(SERIES))
+    parser.add_argument("--counts", nargs="+", type=int, default=[2048 << k for k in range(6)], help="N of the series")
+    parser.add_argument("--vocabularies", nargs="+", type=int, default=[32768 << k for k in range(4)])
+    parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--num-tokens", type=int, default=8192, help="N of the other two series")
+    parser.add_argument("--hidden", type=int, default=2304, help="hidden size")
+    parser.add_argument("--steps", type=int, default=400, help="training steps for the inputs; 0: at initialisation")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="folder for the JSON file")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command out")
+    arguments = parser.parse_args()
+    largest = max(arguments.vocabularies)
+    if largest % (TILE * max(arguments.worlds)):
+        parser.error(
+            f"the largest vocabulary must be a multiple of {TILE * max(arguments.worlds)}: whole tiles a shard"
+        )
+    phases = Phases()
+
+    def train(vocab_size: int, num_tokens: int) -> Inputs:
+        inputs = trained_inputs(
+            tokens_for(arguments.tokens, vocab_size),
+            num_tokens,
+            vocab_size,
+            arguments.hidden,
+            steps=arguments.steps,
+            dtype=dtype_on(arguments.device),
+            device=arguments.device,
+        )
+        torch.cuda.empty_cache()
+        phases.done(f"training at V = {vocab_size}: loss {inputs.loss:.3f}")
+        return inputs
+
+    most = max(*arguments.counts, arguments.num_tokens) if "tokens" in arguments.series else arguments.num_tokens
+    all_inputs = train(largest, most)
+    inputs = first_tokens(all_inputs, arguments.num_tokens)
+    report: dict[str, Any] = {
+        **environment(), "steps": arguments.steps, "hidden_size": arguments.hidden,
+        "model_loss": inputs.loss,
+    }  # fmt: skip
+
+    def write(series: str) -> None:
+        phases.done(f"series {series}")
+        if arguments.out:
+            path = result_path(arguments.out, "scaling", arguments.steps, f"{largest}x{arguments.hidden}")
+            path.write_text(json.dumps(report, indent=2) + "\n")
+
+    if "tokens" in arguments.series:
+        report["tokens"] = []
+        for count in arguments.counts:
+            report["tokens"].append(measure_whole(first_tokens(all_inputs, count), arguments.rounds))
+            print_row(report["tokens"][-1])
+        write("tokens")
+    del all_inputs
+    if "shards" in arguments.series:
+        half, eps = arguments.num_tokens // 2, shard_of(inputs).settings.filter_eps
+        halves = [
+            count_pairs(inputs, eps, rows).expected_T.cpu().numpy() for rows in (slice(None, half), slice(half, None))
+        ]
+        report["shards"] = []
+        for world in arguments.worlds:
+            row = measure_shards(inputs, world, arguments.rounds)
+            row["expected_pairs"] = simulate_permutation(*halves, world)
+            report["shards"].append({"num_tokens": arguments.num_tokens, "vocab_size": largest, **row})
+            print_shards(row)
+        write("shards")
+    if "vocabulary" in arguments.series:
+        report["vocabulary"] = []
+        for vocab_size in sorted(arguments.vocabularies, reverse=True):
+            if vocab_size != largest:
+                del inputs
+                inputs = train(vocab_size, arguments.num_tokens)
+            row = measure_whole(inputs, arguments.rounds)
+            report["vocabulary"].insert(0, {**row, "model_loss": inputs.loss})
+            print_row(row)
+        write("vocabulary")
+
+
+def first_tokens(inputs: Inputs, count: int) -> Inputs:
+    return inputs._replace(hidden_ND=inputs.hidden_ND[:count], labels_N=inputs.labels_N[:count])
+
+
+def print_row(row: dict[str, Any]) -> None:
+    pairs = f"{row['expected_pairs_per_token']:.2f} pairs a token ({row['large_pairs'] / row['num_tokens']:.2f} large)"
+    times = f"forward {row['forward_ms']:.2f} ms, both {row['both_ms']:.2f} ms = {row['both_x']:.2f}x"
+    print(f"N = {row['num_tokens']}, V = {row['vocab_size']}: {pairs}; {times}", flush=True)
+
+
+def print_shards(row: dict[str, Any]) -> None:
+    for stage in ("forward", "backward"):
+        shown = " ".join(f"{ms:.2f}" for ms in row[f"{stage}_ms"])
+        print(f"W = {row['world']}, {stage} ms: {shown}; max/mean {row[f'{stage}_imbalance']:.2f}")
+    print(f"W = {row['world']}, both: max {row['both_max_ms']:.2f} ms, max/mean {row['both_imbalance']:.2f}")
+    shown = ", ".join(f"{name} {way['imbalance']:.2f}" for name, way in row["expected_pairs"].items())
+    print(f"W = {row['world']}, max/mean of expected pairs: {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
