@@ -30,7 +30,7 @@ from torch import Tensor
 
 import cce_dist
 from cce_dist import linear_cross_entropy
-from cce_dist.kernels.problem import TILE
+from cce_dist.arguments import least_workspace_mb
 
 UNBIASED = "cce_dist unbiased"
 
@@ -145,10 +145,10 @@ def measure_accuracy(method: Method, inputs: Inputs, true: Reference) -> dict[st
 def least_workspace_peak_mb(inputs: Inputs) -> float:
     """Peak memory of cce_dist unbiased with the least ``workspace_mb`` that it takes: one tile of probabilities."""
     hidden_ND, weight_VD = (x.detach().requires_grad_() for x in inputs[:2])
-    least = -(-hidden_ND.shape[0] * TILE * hidden_ND.element_size() // (1 << 20))
+    least = least_workspace_mb(hidden_ND.shape[0], hidden_ND.element_size())
 
     def run() -> tuple[Tensor, ...]:
-        loss = linear_cross_entropy(hidden_ND, weight_VD, inputs.labels_N, workspace_mb=max(least, 1))
+        loss = linear_cross_entropy(hidden_ND, weight_VD, inputs.labels_N, workspace_mb=least)
         return torch.autograd.grad(loss, (hidden_ND, weight_VD))
 
     return peak_mb(run, hidden_ND.device.type)[1]

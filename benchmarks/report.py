@@ -1,6 +1,8 @@
-"""Draws the results of `benchmarks/loss.py`, time against error, and prints them as a Markdown table.
+"""Prints the results of a benchmark as Markdown tables, and draws those of loss.py and scaling.py.
 
 python benchmarks/report.py benchmarks/results/loss-*.json --plot benchmarks/results/loss.png
+python benchmarks/report.py benchmarks/results/scaling-*.json --plot benchmarks/results/scaling.png
+python benchmarks/report.py benchmarks/results/stages-*.json
 """
 
 import argparse
@@ -54,15 +56,92 @@ def plot(shapes: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+SCALING_HEADER = """\
+| N | V | kept pairs a token, expected | of these large | 1.00x | forward | forward + backward |
+|---|---|---|---|---|---|---|"""
+
+SHARDS_HEADER = """\
+| W | forward, slowest shard | max/mean | backward, slowest shard | max/mean | both max/mean \
+| pairs max/mean: contiguous | tiles in turn | greedy | greedy, other tokens |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def scaling_table(result: dict[str, Any]) -> str:
+    """The two series of `scaling.py` over tokens and vocabulary, and the one over shards."""
+    lines = [SCALING_HEADER]
+    for row in result.get("tokens", []) + result.get("vocabulary", []):
+        large = row["large_pairs"] / row["num_tokens"]
+        multiples = (f"{row[f'{name}_ms'] / row['gemm_ms']:.2f}x" for name in ("forward", "both"))
+        pairs = f"{row['expected_pairs_per_token']:.2f} | {large:.2f} | {row['gemm_ms']:.2f} ms"
+        lines.append(f"| {row['num_tokens']} | {row['vocab_size']} | {pairs} | {' | '.join(multiples)} |")
+    lines += ["", SHARDS_HEADER] if "shards" in result else []
+    for row in result.get("shards", []):
+        stages = (f"{row[f'{x}_max_ms']:.2f} ms | {row[f'{x}_imbalance']:.2f}" for x in ("forward", "backward"))
+        ways = (f"{way['imbalance']:.2f}" for way in row["expected_pairs"].values())
+        lines.append(f"| {row['world']} | {' | '.join(stages)} | {row['both_imbalance']:.2f} | {' | '.join(ways)} |")
+    return "\n".join(lines)
+
+
+def stages_table(result: dict[str, Any]) -> str:
+    """The share of GPU time of each stage, a line for each shape and mode."""
+    rows = [(shape, mode, row) for shape, of in result["stages"].items() for mode, row in of["modes"].items()]
+    names = list(dict.fromkeys(name for _, _, row in rows for name in row["stages"]))
+    lines = [f"| shape | mode | step | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
+    for shape, mode, row in rows:
+        shares = (f"{row['stages'][name]['share']:.1%}" if name in row["stages"] else "" for name in names)
+        lines.append(f"| {shape} | {mode} | {row['both_ms']:.2f} ms | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
+def plot_scaling(result: dict[str, Any], path: Path) -> None:
+    series = [name for name in ("tokens", "vocabulary", "shards") if name in result]
+    figure, axes = plt.subplots(1, len(series), figsize=(5 * len(series), 4.5), squeeze=False)
+    for ax, name in zip(axes[0], series, strict=True):
+        rows = result[name]
+        if name == "shards":
+            worlds = [row["world"] for row in rows]
+            for stage, color in (("forward", "C0"), ("backward", "C1")):
+                ax.plot(worlds, [row[f"{stage}_max_ms"] for row in rows], "o-", color=color, label=f"{stage}, slowest")
+                mean = [sum(row[f"{stage}_ms"]) / row["world"] for row in rows]
+                ax.plot(worlds, mean, "s--", color=color, label=f"{stage}, mean")
+            ax.set(xlabel="shards W, each run alone", ylabel="ms", title=f"N, V = {_size(rows[0])}")
+            ax.set_yscale("log")
+        else:
+            x = [row["num_tokens" if name == "tokens" else "vocab_size"] for row in rows]
+            ax.plot(x, [row["both_x"] for row in rows], "o-", label="forward + backward, in logits products")
+            ax.plot(x, [row["expected_pairs_per_token"] for row in rows], "s--", label="kept pairs a token")
+            ax.set(xlabel="tokens N" if name == "tokens" else "vocabulary V", ylim=(0, None))
+            fixed = f"V = {rows[0]['vocab_size']}" if name == "tokens" else f"N = {rows[0]['num_tokens']}"
+            ax.set_title(f"{fixed}, D = {result['hidden_size']}")
+        ax.set_xscale("log", base=2)
+        ax.grid(alpha=0.3, which="both")
+        ax.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def _size(row: dict[str, Any]) -> str:
+    return f"{row['num_tokens']}, {row['vocab_size']}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, help="JSON files of benchmarks/loss.py")
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of one of the benchmarks")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     arguments = parser.parse_args()
-    shapes = load(arguments.results)
-    print(table(shapes))
-    if arguments.plot:
-        plot(shapes, arguments.plot)
+    contents = [json.loads(path.read_text()) for path in arguments.results]
+    if all("shapes" in content for content in contents):
+        shapes = load(arguments.results)
+        print(table(shapes))
+        if arguments.plot:
+            plot(shapes, arguments.plot)
+    elif arguments.plot and (len(contents) > 1 or "stages" in contents[0]):
+        parser.error("--plot draws results of loss.py, or one result of scaling.py")
+    else:
+        for content in contents:
+            print((stages_table if "stages" in content else scaling_table)(content))
+        if arguments.plot:
+            plot_scaling(contents[0], arguments.plot)
 
 
 if __name__ == "__main__":

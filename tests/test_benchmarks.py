@@ -176,3 +176,13 @@ def test_the_commands_run_and_write_their_results(
     assert scaling["shards"][1]["backward_imbalance"] >= 1
     shares = stages["stages"]["512x300x16"]["modes"]["unbiased"]["stages"]
     assert sum(stage["share"] for stage in shares.values()) == pytest.approx(1)
+    pytest.importorskip("matplotlib").use("agg")
+    import report
+
+    sys.modules.pop("report")
+    lines = report.scaling_table(scaling).splitlines()
+    assert sum(line.startswith(("| 512 |", "| 1024 |")) for line in lines) == 4
+    assert [line[:5] for line in lines[-2:]] == ["| 1 |", "| 2 |"]
+    assert report.stages_table(stages).splitlines()[2].startswith("| 512x300x16 | unbiased | ")
+    report.plot_scaling(scaling, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
