@@ -1,7 +1,7 @@
 """An embedding whose table is a vocabulary shard: what tied input embeddings become.
 
 The ranks' ids are gathered, each rank looks up the rows that it holds, and a reduce-scatter brings every row home.
-Where all ranks bring the same ids (tensor parallelism), there is nothing to gather and an all-reduce does. No rank ever
+Among ranks that bring the same ids (tensor parallelism) there is nothing to gather and an all-reduce does. No rank ever
 holds the table or its gradient as a whole.
 
 Shapes: n ids of this rank, N ids of the token group, D hidden, V local rows.
@@ -102,9 +102,11 @@ class _Lookup(torch.autograd.Function):
             dist.all_reduce(rows_ND, group=shard.vocab_group)
             return rows_ND.view(*ids.shape, rows_ND.shape[1])
         own_nD = reduce_scatter_tokens(rows_ND, ids_n.shape[0], shard.token_group)
-        return own_nD.reshape(
-            *ids.shape, own_nD.shape[1]
-        ).clone()  # not a view of the padded tensor: FSDP hooks on the output
+        # Not a view of the padded tensor: FSDP hooks on the output.
+        embedded = own_nD.reshape(*ids.shape, own_nD.shape[1]).clone()
+        if shard.replica_group is not None:
+            dist.all_reduce(embedded, group=shard.replica_group)
+        return embedded
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]

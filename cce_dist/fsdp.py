@@ -5,14 +5,24 @@ sharded over FSDP's own mesh as FSDP shards them, but outside of FSDP's unshard 
 `clip_grad_norm_`, state dicts and checkpoints therefore see what they see with stock FSDP2. `shard_head` does this to a
 model on its way to `fully_shard`, `adopt` to one that a framework has sharded already.
 
-The gradient that FSDP would have reduced arrives complete: summed over the tokens of the shard's ranks by the loss,
-over the replicas of an HSDP mesh here, and divided by what FSDP divides by.
+Which ranks share a loss, on a mesh of replicas x shards x tensor parallelism, of which only shards is needed:
 
-Shapes: D hidden, V rows of the whole classifier, R local rows.
+- The rows are cut over tensor parallelism first, each part over the shards: the vocabulary group is shards x tp.
+- Every data-parallel rank brings its own tokens, the ranks of a tensor-parallel group the same ones. With
+  ``sequence_parallel`` each of those brings its slice of the sequence too. Context parallelism needs no word: its ranks
+  are among those that FSDP shards over, each with its own tokens. Where a sequence is split, shift the labels before
+  splitting it (``shift_labels`` of Hugging Face models), or each slice loses the label of its last token.
+- ``vocab_parallel_size`` makes the group smaller. The parameters stay where they are; each rank gathers the rows at its
+  place of the other vocabulary groups, and their gradients are reduce-scattered back.
+
+The gradient that FSDP would have reduced arrives complete: summed over the tokens of the vocabulary group by the loss,
+over the other vocabulary groups and the replicas of an HSDP mesh here, and divided by what FSDP divides by.
+
+Shapes: D hidden, V rows of the whole classifier, R local rows, S shards, T tensor-parallel ranks.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -20,21 +30,36 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
+from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.config import CCEConfig
 from cce_dist.embedding import check_embedding, make_vocab_parallel
-from cce_dist.fsdp_groups import check_torch, governing_group, release, reshard
+from cce_dist.fsdp_groups import (
+    check_torch,
+    fsdp_mesh,
+    governing_group,
+    holding_group,
+    parallel_hooks,
+    release,
+    reshard,
+)
 from cce_dist.lazy_logits import make_lazy
 from cce_dist.owner import divide_gradient, local_rows
-from cce_dist.shard import VocabShard, dtensor_runs, new_subgroup
+from cce_dist.shard import VocabShard, new_subgroup
+
+Run = tuple[int, int]
 
 
 def shard_head(
-    model: nn.Module, mesh: DeviceMesh, *, head: nn.Module | None = None, config: CCEConfig | None = None
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    tp: DeviceMesh | None = None,
+    sequence_parallel: bool = False,
+    head: nn.Module | None = None,
+    config: CCEConfig | None = None,
 ) -> None:
     """Makes the model's classifier a vocabulary shard, in place, beside the user's own `fully_shard` calls.
 
@@ -47,40 +72,64 @@ def shard_head(
     Args:
         model: to be, or being, sharded by `fully_shard` over this mesh.
         mesh: 1-D, or 2-D (replicas, shards) for HSDP; the one given to `fully_shard`.
+        tp: the 1-D mesh of the tensor parallelism of the model's body, of the same root as ``mesh``: the head's rows
+            are cut over it as well. Not needed for a head that `parallelize_module` has made column-parallel; the
+            hooks that it put on the head are taken off.
+        sequence_parallel: each rank of ``tp`` gives the head its own slice of the sequence, and the loss the labels of
+            that slice; the losses of ``tp`` then add up to the whole one. False: every one brings all tokens, and
+            hidden states that are DTensors, split along the sequence, are gathered. Not with tied embeddings.
         head: the classifier, an nn.Linear. None: ``model.get_output_embeddings()``, or else ``model.lm_head``.
-        config: settings of the loss; with ``enabled=False`` nothing is done.
+        config: settings of the loss; with ``enabled=False`` nothing is done. ``vocab_parallel_size`` counts the ranks
+            that share one copy of the rows: a multiple of tp's size, and a divisor of shards x tp.
 
     Raises:
         TypeError: no head was found, or it is no plain nn.Linear.
         ValueError: a mesh, a sharding or a use of the weight that is not supported.
-        RuntimeError: a torch whose FSDP2 this version does not know.
+        RuntimeError: a torch whose FSDP2 this version does not know, or ranks with unequal settings.
     """
     config = CCEConfig() if config is None else config
     if not config.enabled:
         return
     head = _find_head(model, head)
-    _check_mesh(mesh, config)
+    if mesh.ndim not in (1, 2):
+        raise ValueError(f"mesh must be 1-D, or 2-D (replicas, shards) for HSDP, got {mesh.ndim} dimensions.")
+    if tp is not None and tp.ndim != 1:
+        raise ValueError(f"tp must be a 1-D mesh, got {tp.ndim} dimensions; take one of them, as in mesh['tp'].")
+    _check_support(model, head, mesh, sequence_parallel)
     reshard(model)
-    if not isinstance(head.weight, DTensor):
-        _check_support(model, head, mesh)
-        _distribute(model, head, mesh)
+    group = holding_group(model, head)
+    if group is None:
+        tp = _parallel_mesh(head, mesh, tp)
+        _check_sizes(mesh, tp, sequence_parallel, config)
+        _distribute(model, head, mesh, tp)
     else:
-        if head.weight.device_mesh != mesh:
+        if fsdp_mesh(group) != mesh:
+            raise ValueError(f"the head is sharded over {fsdp_mesh(group)}, not over mesh, {mesh}. Pass that mesh.")
+        found = _tp_of(head, mesh)
+        if tp is not None and tp != found:
             raise ValueError(
-                f"the head is sharded over {head.weight.device_mesh}, not over mesh, {mesh}. Pass that mesh."
+                f"fully_shard has taken the head with {_described(head)}, which has no part over tp, {tp}. Call "
+                "shard_head before fully_shard takes the head."
             )
-        _take_from_fsdp(model, head, mesh)
-    _install(model, head, mesh, config)
+        _check_sizes(mesh, found, sequence_parallel, config)
+        release(model, head)
+    _install(model, head, mesh, sequence_parallel, config)
 
 
-def adopt(model: nn.Module, *, head: nn.Module | None = None, config: CCEConfig | None = None) -> None:
+def adopt(
+    model: nn.Module,
+    *,
+    sequence_parallel: bool = False,
+    head: nn.Module | None = None,
+    config: CCEConfig | None = None,
+) -> None:
     """`shard_head` for a model that a framework has sharded with FSDP2: accelerate, the HF Trainer, torchtitan.
 
     The head's parameters are taken out of whichever FSDP group holds them. The objects stay the same, so an optimizer
     built before works on. Best called before the first forward; never between a forward and its backward.
 
     Args:
-        model, head, config: as in `shard_head`.
+        model, sequence_parallel, head, config: as in `shard_head`. The meshes are found on the head.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `shard_head`.
@@ -95,31 +144,81 @@ def adopt(model: nn.Module, *, head: nn.Module | None = None, config: CCEConfig 
             "the head's weight is not sharded yet: call adopt after the framework has applied fully_shard "
             "(accelerate's prepare, the Trainer's on_train_begin), or call shard_head(model, mesh)."
         )
-    mesh = head.weight.device_mesh
-    _check_mesh(mesh, config)
-    _take_from_fsdp(model, head, mesh)
-    _install(model, head, mesh, config)
+    _check_support(model, head, _first_dimension(head.weight.device_mesh), sequence_parallel)
+    group = holding_group(model, head)
+    if group is None:
+        raise ValueError(
+            f"FSDP2 does not manage the head's weight, {_described(head)}. Call fully_shard on the model first, with "
+            "the head's parameters not in ignored_params, or call shard_head(model, mesh)."
+        )
+    mesh = fsdp_mesh(group)
+    _check_sizes(mesh, _tp_of(head, mesh), sequence_parallel, config)
+    release(model, head)
+    _install(model, head, mesh, sequence_parallel, config)
 
 
 class FSDPOwner:
-    """The owner of rows that are DTensors on FSDP's mesh, outside of FSDP's groups."""
+    """The owner of rows that are DTensors on FSDP's mesh, outside of FSDP's groups.
 
-    def __init__(self, model: nn.Module, head: nn.Linear, mesh: DeviceMesh) -> None:
+    Args:
+        fsdp_dimensions: of the weight's mesh, the first ones, 1 or 2 (HSDP); one of tensor parallelism may follow.
+        sequence_parallel, vocab_parallel_size: as in `shard_head`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: nn.Linear,
+        fsdp_dimensions: int,
+        sequence_parallel: bool = False,
+        vocab_parallel_size: int | None = None,
+    ) -> None:
         assert isinstance(head.weight, DTensor)
         self._model = model
         self._head = head
-        self._mesh = mesh
-        self._replica_group = mesh.get_group(0) if mesh.ndim == 2 else None
+        mesh = head.weight.device_mesh
+        self._device_type = mesh.device_type
+        place, groups = mesh.get_coordinate(), [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+        assert place is not None
+        ranks_ST = mesh.mesh
+        self._replica_group, self._tp_group = None, None
+        if fsdp_dimensions == 2:
+            ranks_ST, self._replica_group = ranks_ST[place[0]], groups[0]
+        if mesh.ndim > fsdp_dimensions:
+            self._tp_group = groups[-1]
+        self._shard_group = groups[fsdp_dimensions - 1]
+        shards = ranks_ST.shape[0]
+        ranks_ST = ranks_ST.reshape(shards, -1)
+        parts = ranks_ST.shape[1]
+        s, t = place[fsdp_dimensions - 1], place[-1] if self._tp_group is not None else 0
+        num_rows = head.weight.shape[0]
+        self._parts = _chunks((0, num_rows), parts)
+        self._shards = _chunks(self._parts[t], shards)
+        assert head.weight.to_local().shape[0] == _size(self._shards[s])
+
         # Groups of the loss's own: on FSDP's, its collectives would queue behind the all-gathers that FSDP prefetches.
-        fsdp_group = mesh.get_group(mesh.ndim - 1)
-        shard_group = new_subgroup(dist.get_process_group_ranks(fsdp_group), fsdp_group)
+        def group(ranks: Tensor) -> ProcessGroup:
+            return new_subgroup(ranks.flatten().tolist(), groups)
+
+        # Of the S shards, these have the same rows as this rank's vocabulary group, and those the same place in it.
+        d = shards if vocab_parallel_size is None else vocab_parallel_size // parts
+        together, alike = slice(s // d * d, s // d * d + d), slice(s % d, None, d)
+        self._held = self._shards[alike]
+        self._held_group = None if d == shards else group(ranks_ST[alike, t])
+        vocab_group = group(ranks_ST[together])
+        own_tokens = self._tp_group is None or sequence_parallel
+        token_group = vocab_group if own_tokens else group(ranks_ST[together, t])
+        # All ranks with tokens of their own: those of the mesh, but for other parts of tp that bring the same.
+        counted = mesh.mesh if own_tokens else mesh.mesh[..., t]
+        count_group = token_group if counted.numel() == dist.get_world_size(token_group) else group(counted)
+        self._token_copies = 1 if own_tokens else parts
         self.shard = VocabShard(
-            dtensor_runs(head.weight),
-            head.weight.shape[0],
-            vocab_group=shard_group,
-            token_group=shard_group,
-            count_group=shard_group if mesh.ndim == 1 else _new_group(mesh.mesh.flatten().tolist()),
-            grad_divisor=float(mesh.size()),
+            tuple(self._held),
+            num_rows,
+            vocab_group=vocab_group,
+            token_group=token_group,
+            count_group=count_group,
+            grad_divisor=float(mesh.size() // parts),
         )
 
     def local_weight(self) -> Tensor:
@@ -132,11 +231,20 @@ class FSDPOwner:
 
     def gathered_forward(self, hidden: Tensor) -> Tensor:
         """The head's forward where real logits [..., V] are wanted: the classifier is gathered in hidden's dtype."""
+        hidden = self.own_tokens(hidden)
         weight_VD, bias_V = (
             None if p is None else self._whole(p, hidden.dtype) for p in (self._head.weight, self._head.bias)
         )
         assert weight_VD is not None
         return F.linear(hidden, weight_VD, bias_V)
+
+    def own_tokens(self, hidden: Tensor) -> Tensor:
+        """Plain hidden states of the tokens that this rank brings, out of what a tensor-parallel body gives."""
+        if not isinstance(hidden, DTensor):
+            return hidden
+        if self._token_copies == 1 and self._tp_group is not None:  # sequence parallel
+            return hidden.to_local(grad_placements=hidden.placements)
+        return hidden.full_tensor()
 
     def compute_dtype(self) -> torch.dtype | None:
         """What FSDP's mixed-precision policy computes in; None: the parameters' own dtype."""
@@ -154,25 +262,22 @@ class FSDPOwner:
         return self.shard.grad_divisor if factor is None else factor
 
     def _local(self, parameter: Tensor) -> Tensor:
-        rows = local_rows(parameter).to(self._mesh.device_type)  # from the CPU, where FSDP offloads
-        if self._replica_group is not None:
-            rows = _SumOverReplicas.apply(rows, self._replica_group)
+        rows = self._stored(parameter)
+        if self._held_group is not None:
+            rows = _GatherRows.apply(rows, self._held_group, [_size(run) for run in self._held])
         return divide_gradient(rows, self._divisor())
 
     def _whole(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        assert isinstance(parameter, DTensor)
-        rows = local_rows(parameter).to(self._mesh.device_type, dtype)
-        sharded = DTensor.from_local(
-            rows,
-            self._mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-        # Each rank's gradient is of its own tokens: they are summed on the way back to the shards.
-        whole = sharded.full_tensor(grad_placements=[Partial()] * self._mesh.ndim)
-        return divide_gradient(whole, self._divisor())
+        rows = self._stored(parameter).to(dtype)
+        rows = _GatherRows.apply(rows, self._shard_group, [_size(run) for run in self._shards])
+        if self._tp_group is not None:
+            rows = _GatherRows.apply(rows, self._tp_group, [_size(run) for run in self._parts])
+        return divide_gradient(rows, self._divisor() * self._token_copies)
+
+    def _stored(self, parameter: Tensor) -> Tensor:
+        """The rows that FSDP stores on this rank, on the compute device: from the CPU, where FSDP offloads."""
+        rows = local_rows(parameter).to(self._device_type)
+        return rows if self._replica_group is None else _SumOverReplicas.apply(rows, self._replica_group)
 
 
 class _SumOverReplicas(torch.autograd.Function):
@@ -190,6 +295,38 @@ class _SumOverReplicas(torch.autograd.Function):
         return total, None
 
 
+class _GatherRows(torch.autograd.Function):
+    """The rows of all ranks of a group, ``sizes`` by rank; the gradient is summed and goes back to where they are."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: ProcessGroup, sizes: list[int]) -> Tensor:
+        ctx.group, ctx.sizes, ctx.num_rows = group, sizes, rows.shape[0]
+        most = max(sizes)
+        gathered = gather_tokens(rows, most, group)
+        if min(sizes) == most:
+            return gathered
+        return torch.cat([gathered[index * most :][:size] for index, size in enumerate(sizes)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        most = max(ctx.sizes)
+        padded = grad.contiguous()
+        if min(ctx.sizes) < most:
+            padded = grad.new_zeros(len(ctx.sizes) * most, *grad.shape[1:])
+            for index, part in enumerate(grad.split(ctx.sizes)):
+                padded[index * most :][: part.shape[0]] = part
+        return reduce_scatter_tokens(padded, ctx.num_rows, ctx.group), None, None
+
+
+class _OwnTokens(nn.Module):
+    """Goes before the class of a lazy head of a tensor-parallel body, whose hidden states may be DTensors."""
+
+    _cce_owner: ClassVar[FSDPOwner]
+
+    def __call__(self, input: Tensor) -> Any:
+        return super().__call__(self._cce_owner.own_tokens(input))
+
+
 def _find_head(model: nn.Module, head: nn.Module | None) -> nn.Linear:
     if head is None:
         getter = getattr(model, "get_output_embeddings", None)
@@ -205,7 +342,10 @@ def _find_head(model: nn.Module, head: nn.Module | None) -> nn.Linear:
             "hidden · weightᵀ + bias and nothing else."
         )
     if "forward" in vars(head):
-        raise ValueError("the head's forward is replaced already: shard_head or adopt was called on this model before.")
+        raise ValueError(
+            "the head's forward is replaced already: shard_head or adopt was called on this model before, or "
+            "transformers made the head tensor-parallel; leave it out of its plan, and pass tp to shard_head."
+        )
     others = sorted(set(dict(head.named_parameters())) - {"weight", "bias"})
     if others:
         raise ValueError(
@@ -216,19 +356,68 @@ def _find_head(model: nn.Module, head: nn.Module | None) -> nn.Linear:
     return head
 
 
-def _check_mesh(mesh: DeviceMesh, config: CCEConfig) -> None:
-    if mesh.ndim not in (1, 2):
-        raise ValueError(f"mesh must be 1-D, or 2-D (replicas, shards) for HSDP, got {mesh.ndim} dimensions.")
-    shards = mesh.size(mesh.ndim - 1)
-    if config.vocab_parallel_size not in (None, shards):
+def _chunks(run: Run, parts: int) -> list[Run]:
+    """A run of rows in parts as `torch.chunk` cuts it: the last ones may be short or empty."""
+    start, stop = run
+    size = -(-(stop - start) // parts)
+    return [(min(start + index * size, stop), min(start + (index + 1) * size, stop)) for index in range(parts)]
+
+
+def _size(run: Run) -> int:
+    return run[1] - run[0]
+
+
+def _described(head: nn.Linear) -> str:
+    assert isinstance(head.weight, DTensor)
+    mesh = head.weight.device_mesh
+    return f"{tuple(head.weight.placements)} on a mesh {mesh.mesh_dim_names or ''}{tuple(mesh.shape)}"
+
+
+def _first_dimension(mesh: DeviceMesh) -> DeviceMesh:
+    return mesh if mesh.ndim == 1 or mesh.mesh_dim_names is None else mesh[mesh.mesh_dim_names[0]]
+
+
+def _parallel_mesh(head: nn.Linear, mesh: DeviceMesh, tp: DeviceMesh | None) -> DeviceMesh | None:
+    """The tensor-parallel mesh of a head that FSDP has not taken."""
+    if not isinstance(head.weight, DTensor):
+        return tp
+    found = head.weight.device_mesh
+    if tuple(head.weight.placements) != (Shard(0),) or found == mesh or tp not in (None, found):
         raise ValueError(
-            f"vocab_parallel_size = {config.vocab_parallel_size} is not supported with FSDP2 yet: the vocabulary is "
-            f"sharded over the {shards} ranks that FSDP shards over. Leave it out."
+            f"the head's weight is {_described(head)}, neither sharded by fully_shard nor column-parallel over tp. "
+            "Leave the head out of the parallelize_module plan, and pass tp."
         )
+    return found
 
 
-def _placements(mesh: DeviceMesh) -> tuple[Placement, ...]:
-    return (Shard(0),) if mesh.ndim == 1 else (Replicate(), Shard(0))
+def _tp_of(head: nn.Linear, mesh: DeviceMesh) -> DeviceMesh | None:
+    """The tensor-parallel mesh of a head that FSDP has sharded over ``mesh``."""
+    assert isinstance(head.weight, DTensor)
+    whole, placements = head.weight.device_mesh, head.weight.placements
+    replicas, cut = placements[: mesh.ndim - 1], placements[mesh.ndim - 1 :]
+    if (
+        len(cut) not in (1, 2)
+        or not all(isinstance(placement, Replicate) for placement in replicas)
+        or any(getattr(placement, "dim", None) != 0 for placement in cut)
+    ):
+        raise ValueError(
+            f"the head's rows must be sharded over FSDP's mesh and, possibly, one dimension of tensor parallelism, got "
+            f"{_described(head)}. A head that tensor parallelism replicates, or cuts along another dimension, is not "
+            "supported: leave it out of the plan, and pass tp to shard_head."
+        )
+    return None if len(cut) == 1 else whole[whole.mesh_dim_names[-1]]  # type: ignore[index]
+
+
+def _check_sizes(mesh: DeviceMesh, tp: DeviceMesh | None, sequence_parallel: bool, config: CCEConfig) -> None:
+    if sequence_parallel and tp is None:
+        raise ValueError("sequence_parallel is about the ranks of a tensor-parallel mesh; pass tp, or leave it out.")
+    shards, parts = mesh.size(mesh.ndim - 1), 1 if tp is None else tp.size()
+    size = config.vocab_parallel_size
+    if size is not None and (size % parts or (shards * parts) % size):
+        raise ValueError(
+            f"vocab_parallel_size must be a multiple of the {parts} tensor-parallel ranks and divide the {shards} x "
+            f"{parts} ranks that the classifier's rows are sharded over, got {size}."
+        )
 
 
 def _holders(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
@@ -240,52 +429,66 @@ def _tied(model: nn.Module, head: nn.Linear) -> list[nn.Module]:
     return [module for module, _ in _holders(model, head.weight) if module is not head]
 
 
-def _check_support(model: nn.Module, head: nn.Linear, mesh: DeviceMesh) -> None:
+def _check_support(model: nn.Module, head: nn.Linear, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     for embedding in _tied(model, head):
         check_embedding(embedding)
+        if sequence_parallel:
+            raise ValueError("sequence_parallel needs an embedding that is not tied to the head; untie it.")
+        if parallel_hooks(embedding) or "forward" in vars(embedding):
+            raise ValueError("leave the embedding that is tied to the head out of the plan of tensor parallelism.")
     check_torch(mesh)
 
 
-def _distribute(model: nn.Module, head: nn.Linear, mesh: DeviceMesh) -> None:
+def _distribute(model: nn.Module, head: nn.Linear, mesh: DeviceMesh, tp: DeviceMesh | None) -> None:
     """Shards the head's parameters as FSDP would, and keeps a later `fully_shard` of the model away from them."""
     modules = [head, *_tied(model, head)]
     for parameter in list(head.parameters(recurse=False)):
-        sharded = nn.Parameter(_own_rows(parameter.detach(), mesh), requires_grad=parameter.requires_grad)
+        sharded = nn.Parameter(_own_rows(parameter.detach(), mesh, tp), requires_grad=parameter.requires_grad)
         for module, name in _holders(model, parameter):
             setattr(module, name, sharded)
     for module in modules:
         fully_shard(module, mesh=mesh, ignored_params=set(module.parameters()))
 
 
-def _own_rows(full: Tensor, mesh: DeviceMesh) -> DTensor:
+def _own_rows(parameter: Tensor, mesh: DeviceMesh, tp: DeviceMesh | None) -> DTensor:
     """A copy of this rank's rows: a view of them would keep the whole tensor alive."""
-    placements = _placements(mesh)
-    shape, offset = compute_local_shape_and_global_offset(full.shape, mesh, placements)
-    device = full.device if full.is_meta else torch.device(mesh.device_type)
-    rows = full[offset[0] : offset[0] + shape[0]].to(device, copy=True)
-    return DTensor.from_local(rows, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
+    part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if tp is not None and part is parameter:
+        start, stop = _chunks((0, len(parameter)), tp.size())[tp.get_local_rank()]
+        part = parameter[start:stop]
+    start, stop = _chunks((0, len(part)), mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
+    device = part.device if part.is_meta else torch.device(mesh.device_type)
+    # FSDP itself says on which mesh and how the DTensor lies, on a parameter without memory.
+    probe = nn.Module()
+    probe.like = nn.Parameter(_on_meta(parameter, tp))
+    fully_shard(probe, mesh=mesh)
+    assert isinstance(probe.like, DTensor)
+    return DTensor.from_local(
+        part[start:stop].to(device, copy=True),
+        probe.like.device_mesh,
+        probe.like.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
-def _take_from_fsdp(model: nn.Module, head: nn.Linear, mesh: DeviceMesh) -> None:
-    assert isinstance(head.weight, DTensor)
-    if tuple(head.weight.placements) != _placements(mesh):
-        raise ValueError(
-            f"the head's weight must be sharded as {_placements(mesh)}, got {tuple(head.weight.placements)} on a mesh "
-            f"{mesh.mesh_dim_names}. FSDP2 together with tensor parallelism of the head is not supported yet."
-        )
-    _check_support(model, head, mesh)
-    release(model, head)
+def _on_meta(parameter: Tensor, tp: DeviceMesh | None) -> Tensor:
+    whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    if tp is None:
+        return whole
+    start, stop = _chunks((0, len(whole)), tp.size())[tp.get_local_rank()]
+    return DTensor.from_local(
+        whole[start:stop], tp, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
-def _install(model: nn.Module, head: nn.Linear, mesh: DeviceMesh, config: CCEConfig) -> None:
-    owner = FSDPOwner(model, head, mesh)
+def _install(model: nn.Module, head: nn.Linear, mesh: DeviceMesh, sequence_parallel: bool, config: CCEConfig) -> None:
+    owner = FSDPOwner(model, head, mesh.ndim, sequence_parallel, config.vocab_parallel_size)
     for embedding in _tied(model, head):
         make_vocab_parallel(embedding, owner, owner.compute_dtype)  # type: ignore[arg-type]
+    for hooks, key in parallel_hooks(head):
+        del hooks[key]
     make_lazy(head, owner, config)
+    head.__class__ = type(type(head).__name__, (_OwnTokens, type(head)), {"_cce_owner": owner})
     head.forward = owner.gathered_forward  # type: ignore[assignment,method-assign]
-
-
-def _new_group(ranks: list[int]) -> ProcessGroup:
-    group = dist.new_group(ranks, use_local_synchronization=True, group_desc="cce_dist")
-    assert isinstance(group, ProcessGroup)
-    return group

@@ -1,5 +1,7 @@
 """FSDP2's private state, touched here and nowhere else. Known on torch 2.8 to 2.15; `check_torch` refuses others.
 
+The tests here have run on torch 2.13. That the same attributes are in the other versions is known from their source.
+
 FSDP2 keeps the parameters of a `fully_shard` call as FSDPParams in FSDPParamGroups, which it all-gathers before a
 module's forward and whose gradients it reduces after its backward.
 """
@@ -28,7 +30,9 @@ def check_torch(mesh: DeviceMesh) -> None:
         (fsdp_param,) = group.fsdp_params
         known = group.gradient_divide_factor == 3.0 and _holders(fsdp_param) == [probe] and callable(group.lazy_init)
         state = _state(probe)
-        known = known and state._is_root is None and hasattr(group.mp_policy, "param_dtype")
+        known = (
+            known and state._is_root is None and hasattr(group.mp_policy, "param_dtype") and fsdp_mesh(group) == mesh
+        )
         _drop(state, group)
         known = known and not param_groups(probe)
     except (AttributeError, TypeError, ValueError):
@@ -53,6 +57,18 @@ def param_groups(module: nn.Module) -> list[Any]:
 def governing_group(modules: Iterable[nn.Module]) -> Any | None:
     """The first FSDPParamGroup of these modules: it has the user's ``gradient_divide_factor`` and ``mp_policy``."""
     return next((group for module in modules for group in param_groups(module)), None)
+
+
+def holding_group(model: nn.Module, head: nn.Module) -> Any | None:
+    """The FSDPParamGroup that has parameters of the head; None where FSDP manages none."""
+    groups = (group for module in model.modules() for group in param_groups(module))
+    return next((group for group in groups if any(head in _holders(p) for p in group.fsdp_params)), None)
+
+
+def fsdp_mesh(group: Any) -> DeviceMesh:
+    """The mesh that `fully_shard` was given: without the dimension of tensor parallelism."""
+    mesh: DeviceMesh = group.mesh_info.mesh
+    return mesh
 
 
 def reshard(model: nn.Module) -> None:
@@ -89,6 +105,17 @@ def release(model: nn.Module, head: nn.Module) -> None:
             f"FSDP2 manages {released} of the {expected} parameters of the head. Call fully_shard on the model first, "
             "with the head's parameters trainable or frozen alike but not in ignored_params."
         )
+
+
+def parallel_hooks(module: nn.Module) -> list[tuple[dict[int, Any], int]]:
+    """The forward hooks that torch's `parallelize_module` put on a module: (where, key) each."""
+    places: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]  # type: ignore[list-item]
+    return [
+        (hooks, key)
+        for hooks in places
+        for key, hook in hooks.items()
+        if getattr(hook, "__qualname__", "").startswith("distribute_module.")
+    ]
 
 
 def _state(module: FSDPModule) -> Any:

@@ -6,7 +6,7 @@ group (`VocabShard.agree`), so that a disagreement is an error on every rank ins
 Shapes: N tokens, T tiles of consecutive local rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -313,24 +313,41 @@ def _host_group(group: ProcessGroup) -> ProcessGroup:
 
 
 def new_subgroup(
-    ranks: list[int], within: ProcessGroup, backend: str | None = None, timeout: timedelta | None = None
+    ranks: list[int],
+    within: ProcessGroup | Sequence[ProcessGroup],
+    backend: str | None = None,
+    timeout: timedelta | None = None,
 ) -> ProcessGroup:
     """A new group of some ranks of another one, made by the ranks of that one alone.
 
+    Args:
+        ranks: this rank's new group; the calls of its other ranks must name the same.
+        within: a group of ranks that all make this call; or several, such as the dimensions of a mesh, all ranks of
+            which make it.
+        backend, timeout: None: torch's default.
+
     Raises:
         RuntimeError: on every rank, where torch could not make it: it names such a group after the number of groups
-            that a rank is in, and ranks with different numbers would wait for each other.
+            that a rank is in, and ranks with different numbers would wait for each other. Or where ranks disagree on
+            who is in a group.
     """
-    numbers: list[Any] = [None] * dist.get_world_size(within)
-    dist.all_gather_object(numbers, len(dist.distributed_c10d._world.pg_names), group=within)
-    if len(set(numbers)) > 1:
+    said = [(dist.get_rank(), len(dist.distributed_c10d._world.pg_names), sorted(ranks))]
+    for group in [within] if isinstance(within, ProcessGroup) else within:
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, said, group=group)
+        said = [one for part in parts for one in part]
+    numbers = {rank: number for rank, number, _ in said}
+    if len(set(numbers.values())) > 1:
         raise RuntimeError(
-            f"ranks {_ranks(within)} are in {numbers} process groups; torch {torch.__version__} can make a new group "
-            "of them only where these numbers are equal. Make the loss's first call before groups that some ranks are "
-            'not in, or start with init_process_group("cpu:gloo,cuda:nccl"), which needs no further group.'
+            f"ranks {list(numbers)} are in {list(numbers.values())} process groups; torch {torch.__version__} can make "
+            "a new group of them only where these numbers are equal. Make the loss's first call before groups that "
+            'some ranks are not in, or start with init_process_group("cpu:gloo,cuda:nccl"), which needs fewer groups.'
         )
+    members = {rank: members for rank, _, members in said}
+    if any(members.get(other) != mine for mine in members.values() for other in mine):
+        raise RuntimeError(f"the ranks do not agree on who shares a group: {members}. Give every rank equal settings.")
     made = dist.new_group(
-        ranks, timeout=timeout, backend=backend, use_local_synchronization=True, group_desc="cce_dist"
+        sorted(ranks), timeout=timeout, backend=backend, use_local_synchronization=True, group_desc="cce_dist"
     )
     assert isinstance(made, ProcessGroup)
     return made

@@ -22,7 +22,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,13 +54,37 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
+class CausalBlock(Block):
+    """A block that looks back; with ``context`` each rank of that mesh has a slice of the sequence."""
+
+    context: DeviceMesh | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        self.key = nn.Linear(HIDDEN, HIDDEN, bias=False)  # its gradient would be rounding alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        query, key, value = self.query(y), self._whole(self.key(y)), self._whole(self.value(y))
+        own, every = query.shape[1], key.shape[1]
+        first = 0 if self.context is None else own * self.context.get_local_rank()
+        seen = torch.arange(first, first + own)[:, None] >= torch.arange(every)
+        return super().forward(x + F.scaled_dot_product_attention(query, key, value, attn_mask=seen))
+
+    def _whole(self, x: Tensor) -> Tensor:
+        if self.context is None:
+            return x
+        return DTensor.from_local(x, self.context, [Shard(1)]).full_tensor(grad_placements=[Partial()])
+
+
 class PlainLM(nn.Module):
     """A language model that knows nothing of any framework; its embedding has a padding token."""
 
-    def __init__(self, vocab: int, tied: bool, input_vocab: int = 11) -> None:
+    def __init__(self, vocab: int, tied: bool, input_vocab: int = 11, block: type[Block] = Block) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab if tied else input_vocab, HIDDEN, padding_idx=2)
-        self.layers = nn.ModuleList([Block(), Block()])
+        self.layers = nn.ModuleList([block(), block()])
         self.norm = nn.LayerNorm(HIDDEN)
         self.lm_head = nn.Linear(HIDDEN, vocab, bias=not tied)
         if tied:
@@ -79,6 +110,17 @@ class Case:
     losses_per_backward: int = 1
     divide_factor: float | None = None
     offload: bool = False
+    fused: bool = False
+    vocab_parallel: int | None = None
+    tp: int = 1
+    head_in_plan: bool = False
+    sequence: str = ""
+    """With tp: "gathered" or "own", by who gathers a sequence that the body splits; "": all ranks have all of it."""
+    cp: int = 1
+
+    @property
+    def config(self) -> CCEConfig:
+        return EXACT.model_copy(update={"vocab_parallel_size": self.vocab_parallel})
 
     def __str__(self) -> str:
         changed = {k: v for k, v in vars(self).items() if v != getattr(Case, k)}
@@ -97,7 +139,7 @@ def _build(case: Case) -> nn.Module:
         from transformers import GemmaConfig, GemmaForCausalLM
 
         return GemmaForCausalLM(GemmaConfig(**sizes, **heads, head_dim=8, pad_token_id=0))
-    return PlainLM(case.vocab, case.tied, case.input_vocab)
+    return PlainLM(case.vocab, case.tied, case.input_vocab, CausalBlock if case.cp > 1 else Block)
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
@@ -111,7 +153,7 @@ def _norm(model: nn.Module) -> nn.Module:
 def _batch(case: Case, step: int, micro: int, rank: int) -> tuple[Tensor, Tensor]:
     """Another length on every rank, and another share of ignored labels."""
     generator = torch.Generator().manual_seed(1000 * step + 100 * micro + rank)
-    shape = (2, 4 + (rank + step) % 3)
+    shape = (2, (4 + (rank + step) % 3) * (2 if case.sequence or case.cp > 1 else 1))
     ids = torch.randint(min(case.vocab, case.input_vocab), shape, generator=generator)
     labels = torch.randint(case.vocab, shape, generator=generator)
     labels[torch.rand(shape, generator=generator) < 0.2 * rank] = -100
@@ -119,24 +161,34 @@ def _batch(case: Case, step: int, micro: int, rank: int) -> tuple[Tensor, Tensor
     return ids, labels
 
 
-def _loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+def _loss(model: nn.Module, case: Case, ids: Tensor, labels: Tensor) -> Tensor:
     if not isinstance(model, PlainLM):
         return model(input_ids=ids, labels=labels, shift_labels=labels).loss
+    valid = (labels != -100).sum()
+    if dist.is_initialized() and case.cp > 1:
+        ids, labels = _slice(ids, case.cp), _slice(labels, case.cp)
+    if dist.is_initialized() and case.sequence == "own":
+        labels = _slice(labels, case.tp)
     logits = model(ids)
-    return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum") / valid
+
+
+def _slice(x: Tensor, parts: int) -> Tensor:
+    """This rank's part of the sequence."""
+    return x.chunk(parts, dim=1)[dist.get_rank() % parts]
 
 
 def _losses(model: nn.Module, case: Case, step: int, micro: int, rank: int) -> Tensor:
     """The loss of a micro-batch; of two forwards with other data, weighted, where a case has two losses."""
-    total = _loss(model, *_batch(case, step, micro, rank))
+    total = _loss(model, case, *_batch(case, step, micro, rank))
     for extra in range(1, case.losses_per_backward):
-        total = total + 0.5 * _loss(model, *_batch(case, step, 50 + micro, rank + extra))
+        total = total + 0.5 * _loss(model, case, *_batch(case, step, 50 + micro, rank + extra))
     return total / case.micro_batches
 
 
 @dataclass
 class Record:
-    losses: list[list[float]]  # by step, by rank
+    losses: list[list[float]]  # by step, by rank with data of its own
     norms: list[float]
     weights: dict[str, Tensor]
 
@@ -150,14 +202,15 @@ def _finish_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 
 def _train_plain(case: Case, world: int) -> Record:
     model = _build(case)
+    readers = world // (case.tp * case.cp)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     record = Record([], [], {})
     for step in range(STEPS):
-        losses = [0.0] * world
+        losses = [0.0] * readers
         for micro in range(case.micro_batches):
-            for rank in range(world):
+            for rank in range(readers):
                 loss = _losses(model, case, step, micro, rank)
-                (loss / (case.divide_factor or world)).backward()
+                (loss / (case.divide_factor or readers)).backward()
                 losses[rank] += float(loss.detach())
         record.losses.append(losses)
         record.norms.append(_finish_step(model, optimizer))
@@ -166,20 +219,65 @@ def _train_plain(case: Case, world: int) -> Record:
 
 
 def _mesh(case: Case) -> DeviceMesh:
-    names = ("replicate", "shard") if len(case.mesh) == 2 else ("shard",)
-    return init_device_mesh("cpu", case.mesh or (dist.get_world_size(),), mesh_dim_names=names)
+    """FSDP's and, in a case with tp, beside it tensor parallelism's."""
+    ranks = case.mesh or (dist.get_world_size() // case.tp,)
+    names = ("replicate", "shard") if len(ranks) == 2 else ("shard",)
+    if case.tp > 1:
+        return init_device_mesh("cpu", (*ranks, case.tp), mesh_dim_names=(*names, "tp"))
+    return init_device_mesh("cpu", ranks, mesh_dim_names=names)
 
 
-def _shard(model: nn.Module, case: Case, mesh: DeviceMesh, config: CCEConfig = EXACT, **settings: Any) -> None:
-    """The user's fully_shard calls, and ours where ``case.entry`` puts it."""
+def _parallelize(model: PlainLM, case: Case, tp: DeviceMesh) -> None:
+    """Tensor parallelism of the body, the embedding and norms included: all parameters are on one mesh then."""
+
+    def replicate(module: nn.Module) -> None:
+        distribute_module(
+            module,
+            tp,
+            None,
+            lambda _, args, mesh: (DTensor.from_local(args[0], mesh, [Replicate()], run_check=False),),
+            lambda _, output, mesh: output.to_local(),
+        )
+
+    split = Shard(1) if case.sequence else Replicate()
+    plan: dict[str, ParallelStyle] = {
+        "layers.*.up": ColwiseParallel(input_layouts=split),
+        "layers.*.down": RowwiseParallel(output_layouts=split),
+    }
+    if case.sequence:
+        plan |= {"embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=split)}
+        plan |= {"layers.*.norm": SequenceParallel(use_local_output=False), "norm": SequenceParallel()}
+    if case.head_in_plan:
+        plan["lm_head"] = ColwiseParallel(input_layouts=split, output_layouts=Replicate())
+    parallelize_module(model, tp, plan)
+    if not case.sequence:
+        for module in [model.norm, *(layer.norm for layer in model.layers), *([] if case.tied else [model.embed])]:
+            replicate(module)  # type: ignore[arg-type]
+
+
+def _shard(model: nn.Module, case: Case, mesh: DeviceMesh, config: CCEConfig | None = None, **settings: Any) -> None:
+    """The user's parallelize_module and fully_shard calls, and ours where ``case.entry`` puts it."""
+    ours: dict[str, Any] = {"config": case.config if config is None else config}
+    if case.sequence == "own":
+        ours["sequence_parallel"] = True
+    tp: dict[str, Any] = {}
+    if case.tp > 1:
+        assert isinstance(model, PlainLM) and mesh.mesh_dim_names is not None
+        tp = {} if case.head_in_plan else {"tp": mesh["tp"]}
+        _parallelize(model, case, mesh["tp"])
+        mesh = mesh[mesh.mesh_dim_names[:-1]]
+    if case.cp > 1:
+        every = init_device_mesh("cpu", (mesh.size() // case.cp, case.cp), mesh_dim_names=("dp", "cp"))
+        for layer in _layers(model):
+            layer.context = every["cp"]  # type: ignore[assignment]
     if case.offload:
         settings["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     if case.entry == "before":
-        shard_head(model, mesh, config=config)
+        shard_head(model, mesh, **tp, **ours)
     for layer in _layers(model):
         fully_shard(layer, mesh=mesh, **settings)
     if case.entry == "between":
-        shard_head(model, mesh, config=config)
+        shard_head(model, mesh, **tp, **ours)
     if case.entry == "adopt, own group":
         fully_shard(model.lm_head, mesh=mesh, **settings)
     if case.entry == "adopt, norm and head":  # as accelerate does, which has the root reshard too
@@ -189,9 +287,9 @@ def _shard(model: nn.Module, case: Case, mesh: DeviceMesh, config: CCEConfig = E
         fully_shard([model.get_input_embeddings(), _norm(model), model.lm_head], mesh=mesh, **settings)  # type: ignore[operator,list-item]
     fully_shard(model, mesh=mesh, **settings)
     if case.entry == "after":
-        shard_head(model, mesh, config=config)
+        shard_head(model, mesh, **ours)
     if case.entry.startswith("adopt"):
-        adopt(model, config=config)
+        adopt(model, **ours)
     if case.divide_factor is not None:
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -200,9 +298,9 @@ def _shard(model: nn.Module, case: Case, mesh: DeviceMesh, config: CCEConfig = E
 
 
 def _train_sharded(case: Case) -> Record:
-    model, rank = _build(case), dist.get_rank()
+    model, rank = _build(case), dist.get_rank() // (case.tp * case.cp)
     _shard(model, case, _mesh(case))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=case.fused, foreach=not case.fused)
     record = Record([], [], {})
     for step in range(STEPS):
         own = 0.0
@@ -211,14 +309,24 @@ def _train_sharded(case: Case) -> Record:
                 assert isinstance(model, FSDPModule)
                 model.set_requires_gradient_sync(micro == case.micro_batches - 1)
             loss = _losses(model, case, step, micro, rank)
-            loss.backward()
+            (loss * case.cp).backward()  # FSDP's average is over the slices too
             own += float(loss.detach())
-        losses: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(losses, own)
-        record.losses.append(losses)
+        record.losses.append(_by_reader(own, case))
         record.norms.append(_finish_step(model, optimizer))
     record.weights = _full_weights(model)
     return record
+
+
+def _by_reader(own: float, case: Case) -> list[float]:
+    """The losses of all ranks: slices of a sequence add up, and ranks that have all of it say the same."""
+    losses: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(losses, own)
+    parts = case.tp * case.cp
+    grouped = [losses[first : first + parts] for first in range(0, len(losses), parts)]
+    if case.sequence == "own" or case.cp > 1:
+        return [sum(group) for group in grouped]
+    assert all(loss == group[0] for group in grouped for loss in group)
+    return [group[0] for group in grouped]
 
 
 def _full_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -236,6 +344,13 @@ def _assert_equal(actual: Record, expected: Record) -> None:
 
 
 FAST = [
+    (4, Case(tp=2, divide_factor=1.0)),
+    (4, Case(tp=2, tied=True, vocab=5, micro_batches=2)),
+    (4, Case(tp=2, entry="adopt", head_in_plan=True, sequence="gathered")),
+    (4, Case(tp=2, sequence="own", micro_batches=2, sync_every_micro_batch=False)),
+    (4, Case(vocab_parallel=2, losses_per_backward=2)),
+    (4, Case(model="gemma", tied=True, entry="adopt", vocab_parallel=2, micro_batches=2)),
+    (4, Case(cp=2)),
     (2, Case(model="llama")),
     (4, Case(entry="after", micro_batches=2, sync_every_micro_batch=False)),
     (4, Case(model="llama", mesh=(2, 2), entry="adopt, norm and head", micro_batches=2)),
@@ -245,6 +360,25 @@ FAST = [
     (2, Case(entry="adopt, norm and head", losses_per_backward=2)),
 ]
 FULL = [
+    (2, Case(tp=2)),  # one shard
+    (4, Case(tp=4, vocab=5)),
+    (4, Case(tp=2, mesh=(2, 1), entry="before")),  # replicas of one shard
+    (4, Case(tp=2, mesh=(1, 2), entry="adopt", head_in_plan=True)),
+    (4, Case(tp=2, entry="after", head_in_plan=True, losses_per_backward=2)),
+    (4, Case(tp=2, entry="between", head_in_plan=True, vocab_parallel=2)),
+    (4, Case(tp=2, vocab_parallel=2, tied=True, micro_batches=2, sync_every_micro_batch=False)),
+    (4, Case(tp=2, sequence="own", vocab_parallel=2, entry="adopt", head_in_plan=True)),
+    (4, Case(tp=2, sequence="gathered", fused=True)),
+    (4, Case(vocab_parallel=1, vocab=5)),
+    (2, Case(vocab_parallel=1, tied=True)),
+    (4, Case(vocab_parallel=2, vocab=5, divide_factor=1.0)),
+    (4, Case(mesh=(2, 2), vocab_parallel=1, micro_batches=2, sync_every_micro_batch=False)),
+    (4, Case(mesh=(1, 4), vocab_parallel=2, tied=True, entry="after")),
+    (4, Case(vocab_parallel=2, offload=True, entry="adopt, own group")),
+    (4, Case(cp=4, tied=True, micro_batches=2)),
+    (4, Case(cp=2, mesh=(2, 2), entry="adopt", vocab_parallel=1)),
+    (2, Case(fused=True)),
+    (4, Case(fused=True, mesh=(2, 2), entry="adopt", micro_batches=2, sync_every_micro_batch=False)),
     (4, Case(vocab=5)),  # 2, 2, 1 and 0 rows
     (2, Case(vocab=5, entry="adopt", micro_batches=2, sync_every_micro_batch=False)),
     (4, Case(mesh=(2, 2), micro_batches=2, sync_every_micro_batch=False, losses_per_backward=2)),
@@ -320,12 +454,12 @@ def _evaluate(case: Case) -> dict[str, Any]:
     tokens = model.generate(prompt, max_new_tokens=4, do_sample=False, synced_gpus=True)  # type: ignore[operator]
     expected_tokens = plain.generate(prompt, max_new_tokens=4, do_sample=False)  # type: ignore[operator]
     model.train()
-    loss = _loss(model, ids, labels)
+    loss = _loss(model, case, ids, labels)
     loss.backward()
     return {
         "logits": float((logits - expected).norm() / expected.norm()),
         "tokens": torch.equal(tokens, expected_tokens),
-        "loss": abs(float(loss) / float(_loss(plain, ids, labels)) - 1),
+        "loss": abs(float(loss) / float(_loss(plain, case, ids, labels)) - 1),
     }
 
 
@@ -394,9 +528,7 @@ def _adopted_late(case: Case) -> Record:
             adopt(model, config=EXACT)
         loss = _losses(model, case, step, 0, rank)
         loss.backward()
-        losses: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(losses, float(loss.detach()))
-        record.losses.append(losses)
+        record.losses.append(_by_reader(float(loss.detach()), case))
         record.norms.append(_finish_step(model, optimizer))
     record.weights = _full_weights(model)
     return record
@@ -565,7 +697,7 @@ def _refusals() -> list[str]:
         lambda: shard_head(nn.Sequential(nn.Linear(2, 2)), mesh),
         lambda: shard_head(plain(lm_head=ScaledLinear(HIDDEN, 11)), mesh),
         lambda: shard_head(plain(), mesh, head=nn.Linear(HIDDEN, 11)),
-        lambda: shard_head(plain(), mesh, config=CCEConfig(vocab_parallel_size=1)),
+        lambda: shard_head(plain(), mesh, config=CCEConfig(vocab_parallel_size=3)),
         lambda: adopt(plain()),
         twice,
         shared_with_a_linear,
