@@ -490,5 +490,7 @@ def _install(model: nn.Module, head: nn.Linear, mesh: DeviceMesh, sequence_paral
     for hooks, key in parallel_hooks(head):
         del hooks[key]
     make_lazy(head, owner, config)
-    head.__class__ = type(type(head).__name__, (_OwnTokens, type(head)), {"_cce_owner": owner})
+    assert isinstance(head.weight, DTensor)
+    if head.weight.device_mesh.ndim > mesh.ndim:
+        head.__class__ = type(type(head).__name__, (_OwnTokens, type(head)), {"_cce_owner": owner})
     head.forward = owner.gathered_forward  # type: ignore[assignment,method-assign]
