@@ -36,12 +36,11 @@ FORWARD = {
 BACKWARD = {
     "pair_stages": (2, 3, 4),
     "weight_block_k": (32, 64, 128),
-    "weight_block_d": (64, 128, 256),
+    "weight_block_d": (64, 128),
     "weight_blocks": (1, 2, 4),
     "pair_block_d": (32, 64, 128),
     "pair_rows": (64, 128),
     "pair_programs": (1, 2),
-    "pair_warps": (4, 8),
 }
 HIDDEN_CLASSES = ((None, 1024), (1024, 3072), (3072, None))
 FASTER_BY = 0.99
