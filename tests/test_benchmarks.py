@@ -104,6 +104,23 @@ def test_a_tuned_row_replaces_the_row_of_its_class(benchmarks: Any) -> None:
     assert set(parameters) <= set(Tuning._fields)
 
 
+def test_the_tuned_rows_are_written_to_the_table(
+    benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels themselves would take minutes in the interpreter: a stage without parameters stands for them."""
+    np.save(tmp_path / "ids.npy", np.arange(2000) % 200)
+    table = tmp_path / "tuning.json"
+    tuning.save([Row("H", None, None, None, Tuning())], table)
+    stage = benchmarks.tune.Stage("none", {}, lambda: (torch.ones(1),), 1e-5)
+    monkeypatch.setattr(benchmarks.tune, "stages", lambda shard: [stage])
+    options = f"--tokens {tmp_path / 'ids.npy'} --shapes 512x300x16 --steps 0 --device cpu --write --table {table}"
+    monkeypatch.setattr(sys, "argv", ["tune", *options.split()])
+    benchmarks.tune.main()
+    rows = tuning.load(table)
+    assert [row.gpu for row in rows] == ["H", "interpreter"]
+    assert rows[1] == Row("interpreter", 4, None, 1024, tuning.tuning_for(torch.empty(1, 16)))
+
+
 def test_a_shape_is_a_name_or_three_numbers(benchmarks: Any) -> None:
     assert benchmarks.loss.shape_of("gemma") == (8192, 262144, 2304)
     assert benchmarks.loss.shape_of("512x1000x64") == (512, 1000, 64)
