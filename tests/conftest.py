@@ -1,5 +1,6 @@
 """What all tests share: the environment, and the pool of ranks."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -14,11 +15,36 @@ sys.path.insert(0, str(Path(__file__).parent))
 # Before anything imports triton. With a GPU the kernels are compiled; without one they are interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch.use_deterministic_algorithms asks for it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 torch.set_num_threads(1)
 
 from ranks import RankPool  # noqa: E402
+
+# Files that need an optional framework to be imported are left out where it is not installed.
+_NEEDS = {
+    "test_deepspeed_checkpoints.py": ("deepspeed", "transformers"),
+    "test_deepspeed_engine.py": ("deepspeed", "transformers"),
+    "test_report.py": ("matplotlib", "rich", "transformers"),
+    "test_train.py": ("transformers", "yaml"),
+    "test_transformers_patch.py": ("transformers",),
+}
+_ABSENT = {file: [name for name in names if importlib.util.find_spec(name) is None] for file, names in _NEEDS.items()}
+collect_ignore = [file for file, names in _ABSENT.items() if names]
+
+
+def pytest_report_header() -> list[str]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU; Triton's kernels are interpreted"
+    left_out = [f"left out: {file}, without {' and '.join(_ABSENT[file])}" for file in collect_ignore]
+    return [f"device: {device}; torch {torch.__version__}", *left_out]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,10 @@ Shapes: N tokens (the valid ones first), D hidden, V local rows, T tiles.
 
 import math
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from reference import DEVICE
 from torch import Tensor
 
 from cce_dist.kernels.problem import Filter, Logits, Normaliser, Upstream, Wanted
@@ -52,15 +53,34 @@ def make_logits(
     target_N[num_valid:] = -1
     order_N = torch.randperm(rows, generator=draw)
     return Logits(
-        hidden_ND.to(dtype),
-        weight_VD.to(dtype),
-        bias_V,
-        target_N.to(torch.int32),
-        order_N.to(torch.int32),
-        torch.arange(0, vocab, 256, dtype=torch.int32),
-        torch.tensor([num_valid], dtype=torch.int32),
+        hidden_ND.to(DEVICE, dtype),
+        weight_VD.to(DEVICE, dtype),
+        None if bias_V is None else bias_V.to(DEVICE),
+        target_N.to(DEVICE, torch.int32),
+        order_N.to(DEVICE, torch.int32),
+        torch.arange(0, vocab, 256, dtype=torch.int32, device=DEVICE),
+        torch.tensor([num_valid], dtype=torch.int32, device=DEVICE),
         spread / math.sqrt(hidden_size),
         softcap,
+    )
+
+
+def make_clear_logits(rows: int, vocab: int, hidden_size: int, eps: float, **options: Any) -> Logits:
+    """As `make_logits`, of tokens none of whose pairs lies so near a threshold that rounding would decide.
+
+    The thresholds are ``eps`` and, for one uniform number of 0.3, 0.3 eps. Summaries are known to 2^-10 of their
+    distance from the first tile's, which is below 2^4.
+    """
+    logits = make_logits(3 * rows, vocab, hidden_size, **options)
+    chance_NT = dense(logits).mass_NT / eps
+    near_NT = (chance_NT.log().abs() < 0.03) | ((chance_NT / 0.3).log().abs() < 0.03)
+    clear_N = (~near_NT.any(1)).nonzero()[:rows, 0]
+    assert clear_N.shape[0] == rows
+    return logits._replace(
+        hidden_ND=logits.hidden_ND[clear_N],
+        target_N=logits.target_N[clear_N],
+        token_N=logits.token_N[clear_N],
+        n_valid=torch.full_like(logits.n_valid, rows),
     )
 
 
@@ -72,8 +92,8 @@ def make_upstream(logits: Logits, seed: int = 1) -> Upstream:
     a_N = b_N + 0.5 * torch.randn(rows, generator=draw)
     a_N[num_valid:], b_N[num_valid:] = 0, 0
     scale = torch.exp2(torch.ceil(torch.log2(torch.maximum(a_N.abs().amax(), b_N.abs().amax()))))
-    a_N, b_N = (x.to(logits.accumulator) for x in (a_N / scale, b_N / scale))
-    return Upstream(a_N, b_N, scale.to(logits.accumulator))
+    a_N, b_N, scale = (x.to(DEVICE, logits.accumulator) for x in (a_N / scale, b_N / scale, scale))
+    return Upstream(a_N, b_N, scale)
 
 
 def dense(logits: Logits) -> Dense:
@@ -93,7 +113,7 @@ def dense(logits: Logits) -> Dense:
 
 def padded_lse(logits: Logits, d: Dense) -> Tensor:
     """lse_N in the accumulator's dtype with the rows that are not valid."""
-    lse_N = torch.zeros(logits.hidden_ND.shape[0], dtype=logits.accumulator)
+    lse_N = torch.zeros(logits.hidden_ND.shape[0], dtype=logits.accumulator, device=DEVICE)
     lse_N[: d.lse_N.shape[0]] = d.lse_N
     return lse_N
 
@@ -109,7 +129,7 @@ def normaliser(backend: ModuleType, logits: Logits, d: Dense) -> Normaliser:
 
 def is_large(logits: Logits, d: Dense, eps: float) -> Tensor:
     """[N, T]: pairs above eps, and the targets'."""
-    tiles_T = torch.arange(logits.num_tiles)
+    tiles_T = torch.arange(logits.num_tiles, device=DEVICE)
     target_N = logits.target_N[: d.lse_N.shape[0], None]
     return (d.mass_NT > eps) | ((target_N >= 0) & (target_N // logits.tile == tiles_T))
 
@@ -127,15 +147,15 @@ def pair_weights(logits: Logits, d: Dense, filter_: Filter) -> Tensor:
 def profiles(logits: Logits, d: Dense, eps: float) -> Tensor:
     """π_V: within each tile Σ_i p_ij f'_ij / Σ_i mass over the sampled rows whose pair is not large."""
     num_valid = d.lse_N.shape[0]
-    sample = torch.tensor([k * num_valid // SAMPLED_ROWS for k in range(SAMPLED_ROWS)])
+    sample = torch.tensor([k * num_valid // SAMPLED_ROWS for k in range(SAMPLED_ROWS)], device=DEVICE)
     large_NT = is_large(logits, d, eps)
     pi = []
-    for tile, columns in enumerate(torch.arange(d.z_NV.shape[1]).split(logits.tile)):
+    for tile, columns in enumerate(torch.arange(d.z_NV.shape[1], device=DEVICE).split(logits.tile)):
         rows = sample[~large_NT[sample, tile]]
         p = d.softmax_NV[rows][:, columns]
         mass = p.sum()
         mean = (p * d.slope_NV[rows][:, columns]).sum(0) / mass
-        pi.append(mean if mass > 0 else torch.full((len(columns),), 1 / len(columns), dtype=torch.float64))
+        pi.append(mean if mass > 0 else torch.full_like(mean, 1 / len(columns)))
     return torch.cat(pi)
 
 
@@ -143,7 +163,7 @@ def gradients(logits: Logits, d: Dense, upstream: Upstream, filter_: Filter) -> 
     """(dE, dC, dbias) of the valid rows with the pair weights and the tail of ``filter_``, in fp64."""
     num_valid, vocab = d.softmax_NV.shape
     a_N, b_N = upstream.softmax_N[:num_valid].double(), upstream.target_N[:num_valid].double()
-    target_NV = logits.target_N[:num_valid, None] == torch.arange(vocab)
+    target_NV = logits.target_N[:num_valid, None] == torch.arange(vocab, device=DEVICE)
     p_NV = (a_N[:, None] * d.softmax_NV - b_N[:, None] * target_NV) * d.slope_NV
     if filter_.mode != "exact":
         weight_NT = pair_weights(logits, d, filter_)

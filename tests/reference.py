@@ -9,6 +9,8 @@ cce_dist in this process (tests/sharded.py does it on ranks). All give an `Outco
 at that dtype, plus rounding. Upstream gradients are such that a token's gradient is of order 1, whatever the reduction:
 absolute tolerances, of which there are none, would let a gradient of zeros pass.
 
+Values are drawn on the CPU, so that they are the same on every machine, and moved to `DEVICE`; outcomes stay there.
+
 Shapes: n tokens of a part, N of all parts, D hidden, V classifier rows with padding.
 """
 
@@ -17,10 +19,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from cce_dist import linear_cross_entropy
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where the tests of one process run."""
+
+GPU_BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+TRITON_DTYPES = [torch.float32, torch.float16, GPU_BF16]
+"""What the triton backend is tested with: the products of the interpreter are wrong in bf16."""
 
 # Half a unit in the last place; fp64 also pays for being compared with itself.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -53,6 +63,17 @@ class Problem:
     def dtype(self) -> torch.dtype:
         return self.hidden[0].dtype
 
+    def to(self, device: str) -> "Problem":
+        return replace(
+            self,
+            hidden=tuple(x.to(device) for x in self.hidden),
+            labels=tuple(x.to(device) for x in self.labels),
+            weight=self.weight.to(device),
+            bias=None if self.bias is None else self.bias.to(device),
+            upstream=tuple(x.to(device) for x in self.upstream),
+            lse_upstream=tuple(x.to(device) for x in self.lse_upstream),
+        )
+
 
 class Outcome(NamedTuple):
     """Entry r of ``loss``, ``lse`` and ``dhidden`` is of part r; ``dweight`` and ``dbias`` come in blocks of rows."""
@@ -62,6 +83,9 @@ class Outcome(NamedTuple):
     dhidden: tuple[Tensor, ...]
     dweight: tuple[Tensor, ...]
     dbias: tuple[Tensor, ...]
+
+    def to(self, device: str) -> "Outcome":
+        return Outcome(*(tuple(x.to(device) for x in field) for field in self))
 
 
 def make_problem(
@@ -76,6 +100,7 @@ def make_problem(
     spread: float = 2.0,
     lse_gradient: bool = False,
     seed: int = 0,
+    device: str = DEVICE,
     **options: Any,
 ) -> Problem:
     """Random tokens in parts of ``shapes``; ``spread`` is the standard deviation of the logits."""
@@ -90,7 +115,7 @@ def make_problem(
         is_ignored = torch.rand(shape, generator=draw) < ignored
         labels.append(torch.where(is_ignored, options.get("ignore_index", -100), ids))
     problem = Problem(hidden, tuple(labels), weight, bias_V, vocab_size, options)
-    return with_upstream(problem, draw, lse_gradient)
+    return with_upstream(problem, draw, lse_gradient).to(device)
 
 
 def with_upstream(problem: Problem, draw: torch.Generator, lse_gradient: bool) -> Problem:
@@ -264,6 +289,21 @@ def assert_rounding_only(got: Outcome, problem: Problem) -> None:
             allowed = 1.5 * float((q.double() - t).norm()) + float(sizes[name].sum())
             error = float((g.double() - t).norm())
             assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, of {float(t.norm()):.2e}"
+
+
+def assert_repeats(got: Tensor, expected: Tensor) -> None:
+    """The same gradient computed again: bitwise, but on a GPU up to the order of the sparse backward's atomic sums.
+
+    That is a few fp32 roundings, of which some move a 16-bit result to the next number.
+    """
+    assert got.dtype == expected.dtype
+    error = relative_error(got, expected)
+    assert error <= (0 if DEVICE == "cpu" else 1e-6 + torch.finfo(got.dtype).eps / 8), f"differs by {error:.1e}"
+
+
+def generator_state() -> Tensor:
+    """Of the default generator of `DEVICE`."""
+    return torch.get_rng_state() if DEVICE == "cpu" else torch.cuda.get_rng_state()
 
 
 def assert_weights_close(

@@ -4,22 +4,32 @@ Layouts of W ranks, all with one vocabulary group:
 - "replicated": every rank brings part 0 (tensor parallelism).
 - "sharded": rank r brings part r (data, sequence or context parallelism).
 - "grid": 4 ranks as 2 (tokens) x 2 (same tokens), as FSDP x TP; rank r brings part r // 2.
+
+Ranks compute on the CPU, but where there is a GPU and the backend is "triton" all on that GPU; gloo moves both.
+Problems and outcomes are on the CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from ranks import RankPool
-from reference import Outcome, Problem, assert_within, grad_of, leaf, objective, plain_outcome
+from reference import DEVICE, Outcome, Problem, assert_within, grad_of, leaf, make_problem, objective, plain_outcome
 from torch import Tensor
 
 from cce_dist import VocabShard, linear_cross_entropy
 
 Layout = Literal["replicated", "sharded", "grid"]
 Runs = Sequence[tuple[tuple[int, int], ...]]
+
+make_rank_problem = partial(make_problem, device="cpu")
+
+
+def device_of(settings: Mapping[str, Any]) -> str:
+    return DEVICE if settings.get("backend") == "triton" else "cpu"
 
 
 def part_of(rank: int, layout: Layout) -> int:
@@ -46,6 +56,7 @@ def local_rows(x: Tensor, shard: VocabShard) -> Tensor:
 
 def rank_outcome(problem: Problem, layout: Layout, runs: Runs | None, settings: dict[str, Any]) -> Outcome:
     """On a rank: its own loss, lse, dhidden, and the gradient of its own rows."""
+    problem = problem.to(device_of(settings))
     part = part_of(dist.get_rank(), layout)
     shard = make_shard(problem, layout, runs)
     hidden, weight = leaf(problem.hidden[part]), leaf(local_rows(problem.weight, shard))
@@ -61,7 +72,7 @@ def rank_outcome(problem: Problem, layout: Layout, runs: Runs | None, settings: 
     )
     objective([loss], [lse], only(problem, part)).backward()
     dbias = () if bias is None else (grad_of(bias),)
-    return Outcome((loss.detach(),), (lse.detach(),), (grad_of(hidden),), (grad_of(weight),), dbias)
+    return Outcome((loss.detach(),), (lse.detach(),), (grad_of(hidden),), (grad_of(weight),), dbias).to("cpu")
 
 
 def only(problem: Problem, part: int) -> Problem:

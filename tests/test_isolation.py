@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from reference import DEVICE, generator_state
 
 from cce_dist import VocabShard, linear_cross_entropy
 
@@ -12,9 +13,9 @@ every_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 def problem(tokens: int = 8, vocab: int = 600, width: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, width, generator=generator).requires_grad_()
-    weight = torch.randn(vocab, width, generator=generator).requires_grad_()
-    return hidden, weight, torch.randint(0, vocab, (tokens,), generator=generator)
+    hidden = torch.randn(tokens, width, generator=generator).to(DEVICE).requires_grad_()
+    weight = torch.randn(vocab, width, generator=generator).to(DEVICE).requires_grad_()
+    return hidden, weight, torch.randint(0, vocab, (tokens,), generator=generator).to(DEVICE)
 
 
 @every_backend
@@ -34,7 +35,7 @@ def test_a_nan_token_leaves_the_others_hidden_gradients_alone(gradient: str, bac
 def test_an_infinite_upstream_gradient_stays_with_its_token(backend: str) -> None:
     hidden, weight, labels = problem()
     loss = linear_cross_entropy(hidden, weight, labels, gradient="exact", reduction="none", backend=backend)
-    upstream = torch.ones(8)
+    upstream = torch.ones(8, device=DEVICE)
     upstream[5] = torch.inf
     (grad,) = torch.autograd.grad(loss, hidden, upstream)
     assert grad.isfinite().all(1).tolist() == [row != 5 for row in range(8)]
@@ -43,7 +44,7 @@ def test_an_infinite_upstream_gradient_stays_with_its_token(backend: str) -> Non
 @every_backend
 def test_rows_that_a_bias_of_minus_infinity_rules_out_do_not_hide_very_negative_logits(backend: str) -> None:
     hidden, weight, labels = problem()
-    bias = torch.full((600,), -200.0)
+    bias = torch.full((600,), -200.0, device=DEVICE)
     bias[256:512] = -torch.inf
     labels = labels % 256
     loss = linear_cross_entropy(hidden, weight, labels, bias=bias, gradient="exact", backend=backend)
@@ -53,12 +54,12 @@ def test_rows_that_a_bias_of_minus_infinity_rules_out_do_not_hide_very_negative_
 
 def test_evaluation_draws_no_random_number_and_a_training_step_does() -> None:
     hidden, weight, labels = problem()
-    before = torch.get_rng_state()
+    before = generator_state()
     with torch.no_grad():
         linear_cross_entropy(hidden, weight, labels)
-    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(before, generator_state())
     linear_cross_entropy(hidden, weight, labels)
-    assert not torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(before, generator_state())
 
 
 def test_labels_of_eight_bits_shift_like_those_of_64() -> None:

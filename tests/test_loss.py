@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import (
+    DEVICE,
+    TRITON_DTYPES,
     Problem,
     assert_no_worse,
     assert_rounding_only,
@@ -72,7 +74,7 @@ def test_torch_backend_matches_full_logits(options: dict[str, Any], dtype: torch
     assert_no_worse(cce_outcome(problem, backend="torch", gradient="exact"), problem)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_triton_backend_matches_full_logits(options: dict[str, Any], dtype: torch.dtype) -> None:
     problem = make_problem(((2, 11),), 300, dtype=dtype, **options)
@@ -86,10 +88,21 @@ def test_modes_without_small_pairs_are_exact(mode: tuple[str, dict[str, Any]], d
     assert_no_worse(cce_outcome(problem, backend="torch", **mode[1]), problem)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("mode", [*EXACT_WAYS.items(), *TINY_EPS.items()], ids=lambda mode: mode[0])
 def test_triton_modes_without_small_pairs_are_exact(mode: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
     problem = make_problem(((2, 11),), 300, dtype=dtype, **ALL)
+    assert_no_worse(cce_outcome(problem, backend="triton", **mode[1]), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", [*EXACT_WAYS.items(), *TINY_EPS.items()], ids=lambda mode: mode[0])
+def test_several_blocks_of_everything_match_full_logits(
+    mode: tuple[str, dict[str, Any]], dtype: torch.dtype, dim: int
+) -> None:
+    problem = make_problem(((513,),), 5000, dim, dtype=dtype, bias=True, reduction="none", lse_gradient=True)
     assert_no_worse(cce_outcome(problem, backend="triton", **mode[1]), problem)
 
 
@@ -137,8 +150,9 @@ def sharp_problem(**options: Any) -> Problem:
     """Peaked logits over 5 tiles, whose rows share a direction: some tiles are negligible to some tokens."""
     problem = make_problem(((40,),), 5 * 256 - 30, spread=3.0, reduction="none", **options)
     draw = torch.Generator().manual_seed(5)
-    centre = torch.randn(5, problem.weight.shape[1], generator=draw).repeat_interleave(256, 0)[: problem.vocab_size]
-    return replace(problem, weight=problem.weight * 0.3 + centre * 0.6)
+    centre = torch.randn(5, problem.weight.shape[1], generator=draw).to(DEVICE)
+    rows = centre.repeat_interleave(256, 0)[: problem.vocab_size]
+    return replace(problem, weight=problem.weight * 0.3 + rows * 0.6)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -290,7 +304,9 @@ def test_any_shape_matches_full_logits_more(data: st.DataObject) -> None:
 
 
 @pytest.mark.full
-@settings(derandomize=True, deadline=None, max_examples=60, database=None)
+@pytest.mark.timeout(600)
+# On a GPU most shapes have kernels compiled for them, which takes seconds.
+@settings(derandomize=True, deadline=None, max_examples=60 if DEVICE == "cpu" else 15, database=None)
 @given(st.data())
 def test_any_shape_matches_full_logits_in_triton(data: st.DataObject) -> None:
     check_any_shape(data, backend="triton", largest_vocab=600, largest_axis=40)
@@ -298,7 +314,9 @@ def test_any_shape_matches_full_logits_in_triton(data: st.DataObject) -> None:
 
 def check_any_shape(data: st.DataObject, backend: str, largest_vocab: int, largest_axis: int) -> None:
     shape = data.draw(st.lists(st.integers(1, largest_axis), min_size=1, max_size=2), "shape")
-    dtype = data.draw(st.sampled_from([torch.float32, torch.float16]), "dtype")
+    dtype = data.draw(
+        st.sampled_from([torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]), "dtype"
+    )
     mode = data.draw(st.sampled_from(["exact", "unbiased", "filtered"]), "mode")
     problem = make_problem(
         (tuple(shape),),

@@ -12,18 +12,29 @@ import torch
 import torch.distributed as dist
 from ranks import RankPool
 from reference import (
+    DEVICE,
+    TRITON_DTYPES,
     Outcome,
     Problem,
     assert_within,
     cce_outcome,
     grad_of,
     leaf,
-    make_problem,
     objective,
     plain_outcome,
     relative_error,
 )
-from sharded import Layout, Runs, assert_ranks_no_worse, make_shard, on_ranks, part_of, sharded_outcome
+from sharded import (
+    Layout,
+    Runs,
+    assert_ranks_no_worse,
+    device_of,
+    make_rank_problem,
+    make_shard,
+    on_ranks,
+    part_of,
+    sharded_outcome,
+)
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -46,17 +57,17 @@ def parts(world: int, layout: Layout, shapes: tuple[tuple[int, ...], ...] = UNEV
 @every_layout
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_ranks_agree_with_full_logits(ranks: RankPool, world: int, layout: Layout) -> None:
-    problem = make_problem(parts(world, layout), VOCAB, bias=True, lse_gradient=True)
+    problem = make_rank_problem(parts(world, layout), VOCAB, bias=True, lse_gradient=True)
     assert_ranks_no_worse(ranks, world, problem, layout, gradient="exact")
 
 
 @every_layout
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_ranks_agree_with_full_logits_in_triton(
     ranks: RankPool, world: int, layout: Layout, dtype: torch.dtype
 ) -> None:
-    problem = make_problem(parts(world, layout), 300, 16, dtype=dtype, bias=True, lse_gradient=True)
+    problem = make_rank_problem(parts(world, layout), 300, 16, dtype=dtype, bias=True, lse_gradient=True)
     assert_ranks_no_worse(ranks, world, problem, layout, gradient="exact", backend="triton")
 
 
@@ -75,21 +86,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_option_on_ranks(ranks: RankPool, options: dict[str, Any], layout: Layout) -> None:
     world = 4 if layout == "grid" else 3
-    problem = make_problem(parts(world, layout), VOCAB, **options)
+    problem = make_rank_problem(parts(world, layout), VOCAB, **options)
     assert_ranks_no_worse(ranks, world, problem, layout, gradient="exact")
 
 
 @every_layout
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_shift_stays_inside_a_rank(ranks: RankPool, reduction: str, layout: Layout) -> None:
-    problem = make_problem(parts(2, layout, ((2, 9), (1, 5))), VOCAB, shift=2, reduction=reduction, lse_gradient=True)
+    problem = make_rank_problem(
+        parts(2, layout, ((2, 9), (1, 5))), VOCAB, shift=2, reduction=reduction, lse_gradient=True
+    )
     assert_ranks_no_worse(ranks, 2, problem, layout, gradient="exact")
 
 
 @every_layout
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_every_dtype_on_ranks(ranks: RankPool, dtype: torch.dtype, layout: Layout) -> None:
-    problem = make_problem(parts(3, layout), VOCAB, dtype=dtype, bias=True, lse_gradient=True)
+    problem = make_rank_problem(parts(3, layout), VOCAB, dtype=dtype, bias=True, lse_gradient=True)
     assert_ranks_no_worse(ranks, 3, problem, layout, gradient="exact")
 
 
@@ -97,7 +110,7 @@ def test_every_dtype_on_ranks(ranks: RankPool, dtype: torch.dtype, layout: Layou
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("gradient", ["unbiased", "filtered"])
 def test_modes_with_eps_0_are_exact_on_ranks(ranks: RankPool, gradient: str, world: int, layout: Layout) -> None:
-    problem = make_problem(parts(world, layout), VOCAB, lse_gradient=True)
+    problem = make_rank_problem(parts(world, layout), VOCAB, lse_gradient=True)
     assert_ranks_no_worse(ranks, world, problem, layout, gradient=gradient, filter_eps=0)
 
 
@@ -119,7 +132,7 @@ def test_sharding_does_not_change_what_is_kept_or_drawn(
     """Draws are keyed by the global token and the global tile: with shards of whole tiles one process does the same."""
     settings = {"gradient": "filtered", "filter_eps": 2.0**-4, "backend": backend, **mode}
     shapes = parts(world, layout, ((8,),) * 4)
-    problem = make_problem(shapes, 4 * 256, 16, spread=6.0, reduction="sum", seed=3)
+    problem = make_rank_problem(shapes, 4 * 256, 16, spread=6.0, reduction="sum", seed=3)
     single = replace(
         problem,
         hidden=(torch.cat(problem.hidden),),
@@ -127,7 +140,7 @@ def test_sharding_does_not_change_what_is_kept_or_drawn(
         upstream=(torch.cat([u.expand(8) for u in problem.upstream]),),
         options={"reduction": "none"},
     )
-    alone = cce_outcome(single, **settings)
+    alone = cce_outcome(single.to(device_of(settings)), **settings).to("cpu")
     exact = plain_outcome(single)
     assert relative_error(alone.dhidden[0], exact.dhidden[0]) > 1e-3, "something must be filtered"
     split = alone._replace(loss=alone.loss[0].split(8), lse=alone.lse[0].split(8), dhidden=alone.dhidden[0].split(8))
@@ -140,7 +153,7 @@ def test_sharding_does_not_change_what_is_kept_or_drawn(
 
 @every_layout
 def test_ranks_with_different_generators_get_one_gradient(ranks: RankPool, layout: Layout) -> None:
-    problem = make_problem(parts(2, layout), 4 * 256, 16, spread=6.0)
+    problem = make_rank_problem(parts(2, layout), 4 * 256, 16, spread=6.0)
     equal, finite = zip(*ranks.run(2, _unseeded, problem, layout), strict=True)
     assert all(finite)
     assert layout == "sharded" or all(equal)
@@ -177,7 +190,7 @@ RUNS: dict[str, Runs] = {
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 def test_any_runs_that_tile_the_vocabulary(ranks: RankPool, runs: Runs, layout: Layout) -> None:
     world = len(runs)
-    problem = make_problem(parts(world, layout), VOCAB, bias=True, lse_gradient=True)
+    problem = make_rank_problem(parts(world, layout), VOCAB, bias=True, lse_gradient=True)
     assert_ranks_no_worse(ranks, world, problem, layout, runs, gradient="exact")
 
 
@@ -185,7 +198,7 @@ def test_any_runs_that_tile_the_vocabulary(ranks: RankPool, runs: Runs, layout: 
 @pytest.mark.parametrize("vocab", [1, 3, 5])
 def test_fewer_rows_than_an_even_split_needs(ranks: RankPool, vocab: int, layout: Layout) -> None:
     """As torch.chunk: five rows on four ranks are 2, 2, 1, 0."""
-    problem = make_problem(parts(4, layout), vocab, lse_gradient=vocab > 1)
+    problem = make_rank_problem(parts(4, layout), vocab, lse_gradient=vocab > 1)
     got = assert_ranks_no_worse(ranks, 4, problem, layout, gradient="exact")
     assert got.dweight[3].shape[0] == 0
 
@@ -194,7 +207,7 @@ def test_fewer_rows_than_an_even_split_needs(ranks: RankPool, vocab: int, layout
 def test_padding_rows_between_the_runs_of_ranks(ranks: RankPool, layout: Layout) -> None:
     """Rank 0 holds the last real rows and some padding, rank 1 only padding besides its own rows."""
     runs: Runs = [((200, 320),), ((0, 200), (320, 333))]
-    problem = make_problem(parts(2, layout), 310, padding_rows=23, bias=True)
+    problem = make_rank_problem(parts(2, layout), 310, padding_rows=23, bias=True)
     got = assert_ranks_no_worse(ranks, 2, problem, layout, runs, gradient="exact")
     assert not got.dweight[0][110:].any()
     assert not got.dweight[1][200:].any()
@@ -206,36 +219,36 @@ def test_padding_rows_between_the_runs_of_ranks(ranks: RankPool, layout: Layout)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("counts", [(0, 7, 3), (7, 0, 0), (1, 40, 2)])
 def test_ranks_bring_any_number_of_tokens(ranks: RankPool, counts: tuple[int, ...], reduction: str) -> None:
-    problem = make_problem(tuple((n,) for n in counts), VOCAB, reduction=reduction, ignored=0.1, lse_gradient=True)
+    problem = make_rank_problem(tuple((n,) for n in counts), VOCAB, reduction=reduction, ignored=0.1, lse_gradient=True)
     assert_ranks_no_worse(ranks, 3, problem, "sharded", gradient="exact")
 
 
 @pytest.mark.parametrize("max_tokens", [21, 64])
 def test_max_tokens_may_exceed_what_ranks_bring(ranks: RankPool, max_tokens: int) -> None:
-    problem = make_problem(UNEVEN, VOCAB, lse_gradient=True)
+    problem = make_rank_problem(UNEVEN, VOCAB, lse_gradient=True)
     assert_ranks_no_worse(ranks, 4, problem, "sharded", gradient="exact", max_tokens=max_tokens)
 
 
 def test_tokens_of_more_than_one_axis(ranks: RankPool) -> None:
-    problem = make_problem(((2, 3, 4), (5, 1, 2)), VOCAB, reduction="none", lse_gradient=True)
+    problem = make_rank_problem(((2, 3, 4), (5, 1, 2)), VOCAB, reduction="none", lse_gradient=True)
     assert_ranks_no_worse(ranks, 2, problem, "sharded", gradient="exact")
 
 
 def test_uneven_valid_tokens_on_a_grid(ranks: RankPool) -> None:
-    problem = make_problem(((13,), (6,)), VOCAB, bias=True, lse_gradient=True, ignored=0.0)
+    problem = make_rank_problem(((13,), (6,)), VOCAB, bias=True, lse_gradient=True, ignored=0.0)
     labels = (torch.where(torch.arange(13) % 3 == 0, problem.labels[0], -100), problem.labels[1])
     assert_ranks_no_worse(ranks, 4, replace(problem, labels=labels), "grid", gradient="exact")
 
 
 def test_a_grid_in_triton(ranks: RankPool) -> None:
-    problem = make_problem(((13,), (6,)), 300, 16, bias=True, lse_gradient=True)
+    problem = make_rank_problem(((13,), (6,)), 300, 16, bias=True, lse_gradient=True)
     assert_ranks_no_worse(ranks, 4, problem, "grid", gradient="exact", backend="triton")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_upstream_gradient_of_each_rank_counts(ranks: RankPool, reduction: str) -> None:
     """Only rank 1's loss is differentiated: of a sum its own tokens alone, of a mean everyone's."""
-    problem = make_problem(UNEVEN[:3], VOCAB, reduction=reduction, ignored=0.0)
+    problem = make_rank_problem(UNEVEN[:3], VOCAB, reduction=reduction, ignored=0.0)
     zero = torch.zeros(())
     problem = replace(problem, upstream=(zero, problem.upstream[1], zero))
     got = assert_ranks_no_worse(ranks, 3, problem, "sharded", gradient="exact")
@@ -245,7 +258,7 @@ def test_the_upstream_gradient_of_each_rank_counts(ranks: RankPool, reduction: s
 
 def test_the_gradient_of_a_mean_is_world_times_that_of_one_process(ranks: RankPool) -> None:
     """Which the averaging of a data-parallel framework divides back."""
-    problem = make_problem(UNEVEN[:3], VOCAB)
+    problem = make_rank_problem(UNEVEN[:3], VOCAB)
     problem = replace(problem, upstream=(torch.ones(()),) * 3)
     whole = replace(
         problem,
@@ -274,7 +287,7 @@ def _two_replicas_of_the_classifier(problem: Problem) -> Outcome:
 
 def test_a_count_group_larger_than_the_token_group(ranks: RankPool) -> None:
     """Gradients of the two replicas add up to that of Σ_r u_r·L_r over all four ranks."""
-    problem = make_problem(UNEVEN, VOCAB)
+    problem = make_rank_problem(UNEVEN, VOCAB)
     by_rank = ranks.run(4, _two_replicas_of_the_classifier, problem)
     truth, plain = plain_outcome(problem, torch.float64), plain_outcome(problem)
     replicas = [torch.cat([by_rank[first].dweight[0], by_rank[first + 1].dweight[0]]) for first in (0, 2)]
@@ -303,7 +316,7 @@ def _reduced_in(problem: Problem, layout: Layout, dtype: torch.dtype | None) -> 
 
 @every_layout
 def test_reduce_dtype_rounds_only_the_reduction_and_the_loss_never_divides(ranks: RankPool, layout: Layout) -> None:
-    problem = make_problem(parts(2, layout), VOCAB)
+    problem = make_rank_problem(parts(2, layout), VOCAB)
     expected = sharded_outcome(ranks, 2, problem, layout, gradient="exact")
     full = [torch.cat([e.flatten(), c.flatten()]) for e, c in zip(expected.dhidden, expected.dweight, strict=True)]
     for rank, got in enumerate(ranks.run(2, _reduced_in, problem, layout, None)):
@@ -346,7 +359,7 @@ def _dtensor(problem: Problem, explicit: bool) -> tuple[Any, ...]:
 def test_a_dtensor_classifier_brings_its_rows_and_group(
     ranks: RankPool, world: int, vocab: int, explicit: bool
 ) -> None:
-    problem = make_problem(((13,),), vocab, bias=True, reduction="none", lse_gradient=True)
+    problem = make_rank_problem(((13,),), vocab, bias=True, reduction="none", lse_gradient=True)
     truth, plain = plain_outcome(problem, torch.float64), plain_outcome(problem)
     for loss, lse, dhidden, dweight, dbias, kinds in ranks.run(world, _dtensor, problem, explicit):
         assert kinds == [True, True]
@@ -386,7 +399,7 @@ def _mesh_as_group(problem: Problem) -> tuple[Any, ...]:
 
 def test_a_mesh_dimension_is_taken_for_a_group(ranks: RankPool) -> None:
     """Data parallel x tensor parallel: the vocabulary over "tp", tokens different over "dp", the mean over "dp"."""
-    problem = make_problem(((13,), (6,)), VOCAB)
+    problem = make_rank_problem(((13,), (6,)), VOCAB)
     truth, plain = plain_outcome(problem, torch.float64), plain_outcome(problem)
     by_rank = ranks.run(4, _mesh_as_group, problem)
     assert all("1-D DeviceMesh" in refused for *_, refused in by_rank)
@@ -448,7 +461,8 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "ignore_index": ({"ignore_index": -1}, "ignore_index must be equal"),
     "reduction": ({"reduction": "sum"}, "reduction must be equal"),
     "bias": ({"bias": True}, "bias must be equal"),
-    "backend": ({"backend": "triton"}, "backend must be equal"),
+    # With a GPU the kernels are compiled, and refuse the rank's CPU tensors.
+    "backend": ({"backend": "triton"}, "backend must be equal" if DEVICE == "cpu" else "needs CUDA tensors"),
     "num_valid_tokens": ({"num_valid_tokens": 3}, "reduction must be equal"),
     "hidden without gradient": ({"grad": False}, "gradient must be equal"),
     "rows": ({"extra_rows": 1}, r"rank 1: weight must hold"),

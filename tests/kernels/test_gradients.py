@@ -5,8 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from dense import EVERYTHING, dense, gradients, make_logits, make_upstream, normaliser, pair_weights
-from reference import relative_error
+from dense import (
+    EVERYTHING,
+    dense,
+    gradients,
+    make_clear_logits,
+    make_logits,
+    make_upstream,
+    normaliser,
+    pair_weights,
+)
+from reference import DEVICE, GPU_BF16, relative_error
 
 from cce_dist.kernels import pipeline, reference
 from cce_dist.kernels.problem import Filter, Logits, Wanted
@@ -59,16 +68,34 @@ def test_gradients_follow_the_formula(case: dict[str, Any], filter_: Filter, bac
         assert relative_error(got.bias_V, expected[2]) < 3e-6
 
 
+# In 16 bits weights 1/q and the tail come from summaries in fp16: an error of 2^-11 of their logarithm. P and R are
+# rounded too.
+HALF_BOUNDS = {torch.float16: 4e-3, torch.bfloat16: 1.2e-2}
+
+
 @every_backend
-@pytest.mark.parametrize("mode", ["filtered", "unbiased"])
-def test_half_precision_follows_the_formula_to_its_rounding(mode: str, backend: ModuleType) -> None:
-    logits = make_logits(dtype=torch.float16, softcap=6.0)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float16, GPU_BF16], ids=str)
+def test_half_precision_follows_the_formula_to_its_rounding(dtype: torch.dtype, mode: str, backend: ModuleType) -> None:
+    logits = make_logits(dtype=dtype, softcap=6.0)
     filter_ = MODES[mode]
     expected = gradients(logits, dense(logits), make_upstream(logits), filter_)
     got = differentiate(backend, logits, filter_)
     for x, y in zip(got, expected, strict=True):
-        # Weights 1/q and the tail come from summaries in fp16 too: an error of 2^-11 of their logarithm.
-        assert relative_error(x, y) < 4e-3
+        assert relative_error(x, y) < HALF_BOUNDS[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden_size", [64, 256])
+@pytest.mark.parametrize("filter_", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_BOUNDS], ids=str)
+def test_several_blocks_of_everything_follow_the_formula(dtype: torch.dtype, filter_: Filter, hidden_size: int) -> None:
+    """Rows, tiles and D of more than one block of any tuning, the last ones partly filled."""
+    logits = make_clear_logits(513, 5000, hidden_size, EPS, dtype=dtype)
+    expected = gradients(logits, dense(logits), make_upstream(logits), filter_)
+    got = differentiate(pipeline, logits, filter_)
+    for x, y in zip(got, expected, strict=True):
+        assert relative_error(x, y) < (3e-6 if dtype == torch.float32 else HALF_BOUNDS[dtype])
 
 
 def test_the_problem_has_pairs_of_every_kind() -> None:
@@ -84,7 +111,7 @@ def test_the_problem_has_pairs_of_every_kind() -> None:
 @every_backend
 def test_backends_make_the_same_draws(backend: ModuleType) -> None:
     logits = make_logits(rows=40)
-    seed = torch.tensor([0x1234_5678_9ABC_DEF0])
+    seed = torch.tensor([0x1234_5678_9ABC_DEF0], device=DEVICE)
     filter_ = Filter("unbiased", EPS, seed=seed)
     one, other = (differentiate(b, logits, filter_) for b in (reference, backend))
     for x, y in zip(one, other, strict=True):

@@ -1,15 +1,20 @@
-"""Unbiasedness without luck: with one number u for all draws, the mean over u = (k + ½)/K is exact up to O(1/K).
+"""Unbiasedness, without luck and with independent draws.
+
+Without luck: with one number u for all draws, the mean over u = (k + ½)/K is exact up to O(1/K).
 
 A pair of mass s below eps is drawn for ⌊K·s/eps⌉ of the K numbers, so that the mean of its weight is off by at most
 eps/(2·K·s). That bounds the error of the mean gradient by eps/(2K) per small pair, times how far the pair's own mean
 classifier row is from the tail's. An estimator with any bias does not keep to it as K grows.
 """
 
+import math
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 from dense import EVERYTHING, Dense, dense, gradients, is_large, make_logits, make_upstream, normaliser, profiles
+from reference import DEVICE, TRITON_DTYPES, cce_outcome, make_problem, plain_outcome
 from torch import Tensor
 
 from cce_dist.kernels import pipeline, reference
@@ -27,7 +32,7 @@ def error_bound(logits: Logits, d: Dense, upstream: Upstream, count: int) -> tup
     each = EPS / (2 * count) * float(upstream.scale) * logits.logit_scale
     hidden_norm_N = logits.hidden_ND[: d.lse_N.shape[0]].double().norm(dim=1)
     dhidden_N, dweight_V = torch.zeros_like(d.lse_N), []
-    for tile, columns in enumerate(torch.arange(off_NV.shape[1]).split(256)):
+    for tile, columns in enumerate(torch.arange(off_NV.shape[1], device=DEVICE).split(256)):
         use_N = small_NT[:, tile] * a_N * each
         dhidden_N += use_N * (off_NV[:, columns] @ logits.weight_VD[columns].double()).norm(dim=1)
         dweight_V.append(((use_N * hidden_norm_N)[:, None] * off_NV[:, columns].abs()).sum(0))
@@ -59,7 +64,7 @@ def test_the_mean_over_draws_is_the_exact_gradient_in_triton() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_the_mean_over_many_draws_is_the_exact_gradient_in_triton(dtype: torch.dtype) -> None:
     check(pipeline, make_logits(dtype=dtype, softcap=6.0, shared=0.4), counts=(1, 16))
 
@@ -67,8 +72,9 @@ def test_the_mean_over_many_draws_is_the_exact_gradient_in_triton(dtype: torch.d
 def check(backend: ModuleType, logits: Logits, counts: tuple[int, ...]) -> None:
     d, upstream = dense(logits), make_upstream(logits)
     exact = gradients(logits, d, upstream, Filter("exact"))
-    # fp16: what P and R are rounded to, relative to the gradient.
-    rounding = {torch.float64: 1e-6, torch.float32: 3e-6, torch.float16: 2e-3}[logits.hidden_ND.dtype]
+    # In 16 bits: what P and R are rounded to, relative to the gradient.
+    rounding = {torch.float64: 1e-6, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+    rounding = rounding[logits.hidden_ND.dtype]
     errors = []
     for count in counts:
         mean = mean_gradient(backend, logits, d, upstream, count)
@@ -79,3 +85,45 @@ def check(backend: ModuleType, logits: Logits, counts: tuple[int, ...]) -> None:
         errors.append(float((mean[0][: exact[0].shape[0]] - exact[0]).norm() / exact[0].norm()))
     assert errors[0] > 0.02, "a single draw must be off, or nothing was drawn"
     assert errors[-1] < 4 * errors[0] / counts[-1] + rounding
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("torch", torch.float32),
+        *(pytest.param("triton", d, marks=pytest.mark.gpu) for d in (torch.float32, torch.bfloat16)),
+    ],
+    ids=str,
+)
+def test_over_64_seeds_the_mean_gradient_is_off_by_its_standard_error(backend: str, dtype: torch.dtype) -> None:
+    """Of each element z = (mean over seeds − exact) / (standard deviation / √64), which has mean 0 and variance 1.
+
+    Every pair is drawn with a chance of at least 0.1, so that 64 seeds show each one. Draws of different tokens are
+    independent, and so are those of different tiles: rows of dE, and dC's tiles, are independent samples of mean z and
+    of mean z², and the standard error of the average over them is known from their scatter. 4 of it are allowed. z² is
+    expected to be 63/61 (Student's t of 63 degrees of freedom) for normal sums; sums of a few draws of low chance are
+    not quite normal, and 16-bit results are rounded: 5 % more are allowed.
+    """
+    eps, count = 0.09, 64
+    problem = make_problem(((64,),), 20 * 256 - 30, 32, dtype=dtype, spread=1.0, ignored=0.0, reduction="none", seed=4)
+    draw = torch.Generator().manual_seed(4)
+    centre_TD = (0.4 / math.sqrt(32)) * torch.randn(20, 32, generator=draw).to(DEVICE)
+    weight = (problem.weight.float() + centre_TD.repeat_interleave(256, 0)[: 20 * 256 - 30]).to(dtype).float()
+    problem = replace(problem, weight=weight)  # dC returns in fp32
+    softmax_NV = (problem.hidden[0].float() @ weight.T).softmax(1)
+    mass_NT = torch.stack([part.sum(1) for part in softmax_NV.split(256, 1)], 1)
+    assert mass_NT.amin() > 0.1 * eps
+    assert (mass_NT < eps).float().mean() > 0.8
+
+    exact = plain_outcome(problem, torch.float64)
+    runs = [cce_outcome(problem, backend=backend, filter_eps=eps, seed=seed) for seed in range(count)]
+    for name, sample_size in (("dhidden", 1), ("dweight", 256)):
+        gradients = torch.stack([getattr(run, name)[0].double() for run in runs])
+        z = (gradients.mean(0) - getattr(exact, name)[0]) / (gradients.std(0) / math.sqrt(count))
+        samples = z.split(sample_size)
+        means, squares = (torch.stack([(x**power).mean() for x in samples]) for power in (1, 2))
+        error = 4 / math.sqrt(len(samples))
+        assert abs(means.mean()) < error * means.std()
+        assert means.std() < 1, "or the bound would be no bound"
+        assert abs(squares.mean() - 63 / 61) < error * squares.std() + 0.05
+        assert 0.8 < squares.mean().sqrt() < 1.2
