@@ -45,7 +45,7 @@ def train(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("cce-dist train", description="Train a causal language model.")
     parser.add_argument("--config", required=True, type=Path, help="YAML; the keys are in cce_dist/train/settings.py")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
 
     from cce_dist.train.loop import run
     from cce_dist.train.settings import load

@@ -112,15 +112,15 @@ def test_the_json_sections_are_valid() -> None:
         CCEConfig.from_mapping(json.loads(block)["cce_dist"], "README")
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "launch/README.md"])
 def test_the_paths_that_a_document_names_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     paths = {
-        *re.findall(r"\]\(([\w./-]+)\)", text),
-        *re.findall(r"\b(?:launch|configs|cce_dist|tests)/[\w./-]+\w", text),
+        *((ROOT / document).parent / link for link in re.findall(r"\]\(([\w./-]+)\)", text)),
+        *(ROOT / path for path in re.findall(r"\b(?:launch|configs|cce_dist|tests)/[\w./-]+\w", text)),
     }
     assert paths
-    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+    assert [str(path) for path in sorted(paths) if not path.exists()] == []
 
 
 def test_the_measured_figures_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:

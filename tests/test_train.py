@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from ranks import RankPool
+from runs import ENGINES, RENDEZVOUS, ROOT, SMALL, TINY, losses, overrides, train
 
 from cce_dist import linear_cross_entropy
 from cce_dist.cli import main
@@ -23,46 +24,9 @@ from cce_dist.train.head_memory import HeadMemory
 from cce_dist.train.metrics import read
 from cce_dist.train.settings import DataSettings, Settings
 
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "configs/train/tiny-cpu.yaml"
-SMALL = {
-    "model.config": "{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, "
-    "num_attention_heads: 2, attention_dropout: 0.1}",
-    "data.vocab_size": "301",
-    "data.sequence_length": "16",
-    "data.max_bytes": "60000",
-    "batch.micro": "2",
-    "cce.gradient": "exact",
-    "eval_batches": "2",
-    "steps": "4",
-}
-RENDEZVOUS = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-ENGINES = {
-    "fsdp2": {"engine": "fsdp2", "deepspeed": "null"},
-    "deepspeed": {"engine": "deepspeed", "deepspeed": str(ROOT / "configs/deepspeed/zero3.json")},
-}
-
-
-def overrides(output: Path, **changes: str) -> list[str]:
-    values = {"output": str(output), "data.cache": str(output.parent / "data"), **SMALL, **changes}
-    return [f"{key}={value}" for key, value in values.items()]
-
-
-def _train(words: list[str]) -> bool:
-    """A case of the rank pool."""
-    from cce_dist.train.loop import run
-
-    loaded = settings.load(TINY, words)
-    done = run(loaded)
-    if loaded.engine == "deepspeed":
-        import deepspeed.comm
-
-        deepspeed.comm.destroy_process_group()  # DeepSpeed's own: it keeps groups of a case for the next one otherwise
-    return done
-
 
 def _train_and_interrupt(words: list[str], rows: int) -> bool:
-    """As `_train`; rank 1 alone gets a SIGINT once ``rows`` steps are logged."""
+    """As `train`; rank 1 alone gets a SIGINT once ``rows`` steps are logged."""
     metrics = Path(next(word.removeprefix("output=") for word in words if word.startswith("output="))) / "metrics.jsonl"
 
     def interrupt() -> None:
@@ -72,11 +36,7 @@ def _train_and_interrupt(words: list[str], rows: int) -> bool:
 
     if dist.get_rank() == 1:
         threading.Thread(target=interrupt, daemon=True).start()
-    return _train(words)
-
-
-def losses(output: Path) -> list[float]:
-    return [row["loss"] for row in read(output / "metrics.jsonl")]
+    return train(words)
 
 
 class TestSettings:
@@ -192,47 +152,47 @@ class TestRuns:
     def test_the_sharded_head_trains_like_the_plain_one(self, ranks: RankPool, tmp_path: Path, engine: str) -> None:
         for head in ("plain", "cce"):
             words = overrides(tmp_path / head, **ENGINES[engine], head=head, **{"batch.accumulation": "2"})
-            assert ranks.run(2, _train, words, timeout=120) == [True, True]
+            assert ranks.run(2, train, words, timeout=120) == [True, True]
         assert losses(tmp_path / "cce") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
         assert main(["compare", str(tmp_path / "plain"), str(tmp_path / "cce")]) == 0
 
     @pytest.mark.full
     def test_two_ranks_train_like_one_process(self, ranks: RankPool, tmp_path: Path) -> None:
         none = {"engine": "none", "deepspeed": "null", "model.config.attention_dropout": "0", "batch.accumulation": "2"}
-        assert ranks.run(1, _train, overrides(tmp_path / "one", **none), timeout=120) == [True]
+        assert ranks.run(1, train, overrides(tmp_path / "one", **none), timeout=120) == [True]
         two = {**none, "engine": "fsdp2", "batch.accumulation": "1"}
-        ranks.run(2, _train, overrides(tmp_path / "two", **two), timeout=120)
+        ranks.run(2, train, overrides(tmp_path / "two", **two), timeout=120)
         assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
     @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("deepspeed", marks=pytest.mark.full)])
     def test_an_interrupted_run_resumes_to_the_same_end(self, ranks: RankPool, tmp_path: Path, engine: str) -> None:
         """Dropout and sampled gradients make it depend on the random generators too."""
         changes = {**ENGINES[engine], "cce.gradient": "unbiased", "steps": "6"}
-        ranks.run(2, _train, overrides(tmp_path / "whole", **changes), timeout=120)
+        ranks.run(2, train, overrides(tmp_path / "whole", **changes), timeout=120)
         words = overrides(tmp_path / "parts", **changes)
         assert ranks.run(2, _train_and_interrupt, words, 2, timeout=120) == [False, False]
         stopped = len(losses(tmp_path / "parts"))
         assert 2 <= stopped < 6
-        assert ranks.run(2, _train, [*words, "checkpoint.resume=true"], timeout=120) == [True, True]
+        assert ranks.run(2, train, [*words, "checkpoint.resume=true"], timeout=120) == [True, True]
         assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
     def test_an_output_with_checkpoints_is_not_overwritten_unasked(self, ranks: RankPool, tmp_path: Path) -> None:
         words = overrides(tmp_path / "run", **ENGINES["fsdp2"], steps="1")
-        ranks.run(2, _train, words, timeout=120)
+        ranks.run(2, train, words, timeout=120)
         with pytest.raises(ValueError, match="set checkpoint.resume=true to go on from step-00000001"):
-            ranks.run(2, _train, words, timeout=120)
+            ranks.run(2, train, words, timeout=120)
         with pytest.raises(ValueError, match="its seed is 0, this run's is 1"):
-            ranks.run(2, _train, [*words, "checkpoint.resume=true", "seed=1"], timeout=120)
+            ranks.run(2, train, [*words, "checkpoint.resume=true", "seed=1"], timeout=120)
 
     @pytest.mark.full
     def test_old_checkpoints_go_and_unfinished_ones_are_not_resumed_from(self, ranks: RankPool, tmp_path: Path) -> None:
         changes = {**ENGINES["fsdp2"], "checkpoint.every": "1", "checkpoint.keep": "2"}
         words = overrides(tmp_path / "run", **changes)
-        ranks.run(2, _train, words, timeout=120)
+        ranks.run(2, train, words, timeout=120)
         folder = tmp_path / "run/checkpoints"
         assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000004"]
         (folder / "step-00000009.unfinished").mkdir()
-        ranks.run(2, _train, [*words, "steps=5", "checkpoint.resume=true"], timeout=120)
+        ranks.run(2, train, [*words, "steps=5", "checkpoint.resume=true"], timeout=120)
         assert [row["step"] for row in read(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4, 5]
 
     @pytest.mark.full
@@ -250,7 +210,7 @@ class TestRuns:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         assert process.wait(60) != 0
         taken = read(metrics)[-1]["step"]
-        assert (tmp_path / f"run/checkpoints/step-{taken:08d}/trainer.json").exists()
+        assert (tmp_path / f"run/checkpoints/step-{taken:08d}/manifest.json").exists()
         again = [*run, *words, f"steps={taken + 1}", "checkpoint.resume=true"]
         subprocess.run(again, cwd=ROOT, check=True, timeout=120)
         assert read(metrics)[-1]["step"] == taken + 1
@@ -267,7 +227,7 @@ class TestRuns:
         )
         words = overrides(tmp_path / "run", **ENGINES["fsdp2"], **{"model.path": str(tmp_path / "model")})
         words = [word for word in words if not word.startswith("model.config")] + ["model.config=null"]
-        assert ranks.run(2, _train, words, timeout=120) == [True, True]
+        assert ranks.run(2, train, words, timeout=120) == [True, True]
         assert (tmp_path / "data/tokenizer.json").read_text() == (tmp_path / "model/tokenizer.json").read_text()
 
 

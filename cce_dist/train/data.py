@@ -1,7 +1,7 @@
 """Text to batches: which text, its tokenizer, its tokens on disk, and the order in which they are trained on.
 
-The order is a function of the seed and of the number of windows consumed alone, so a checkpoint holds no more than that
-number, and a run goes on with another number of ranks where it was.
+The order is a function of the tokens, the seed and the number of windows consumed alone, so a checkpoint holds no more
+than these, and a run goes on with another number of ranks where it was.
 
 Shapes: B sequences of a micro-batch, L tokens of a sequence.
 """
@@ -43,7 +43,6 @@ class Corpus:
     def __init__(self, folder: Path, settings: DataSettings, seed: int) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
         self.vocab_size: int = manifest["vocab_size"]
-        self.fingerprint: str = manifest["fingerprint"]
         self._end_id: int = manifest["end_id"]
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self._length = settings.sequence_length
@@ -51,6 +50,9 @@ class Corpus:
         windows = (len(self._tokens) - 1) // self._length
         self.eval_windows = max(int(windows * settings.eval_share), 1)
         self.train_windows = windows - self.eval_windows
+        facts = [manifest["tokens"], self._length, self.train_windows]
+        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        """Of what the order means: the tokens and how they are cut into windows. With the seed it fixes every batch."""
         if self.train_windows < 1:
             raise ValueError(
                 f"the text has {len(self._tokens)} tokens: too few for one window of {self._length} to "
@@ -111,10 +113,18 @@ def prepare(folder: Path, settings: DataSettings) -> None:
             f"the tokenizer has no token {settings.end_of_text!r}; name its end-of-text token in data.end_of_text."
         )
     ids = [[*encoding.ids, end_id] for encoding in tokenizer.encode_batch(documents, add_special_tokens=False)]
-    np.save(folder / "tokens.npy", np.concatenate([np.asarray(document, dtype=np.uint32) for document in ids]))
+    tokens = np.concatenate([np.asarray(document, dtype=np.uint32) for document in ids])
+    np.save(folder / "tokens.npy", tokens)
     written = manifest.with_suffix(".tmp")
     written.write_text(
-        json.dumps({"fingerprint": fingerprint, "vocab_size": tokenizer.get_vocab_size(), "end_id": end_id})
+        json.dumps(
+            {
+                "fingerprint": fingerprint,
+                "tokens": hashlib.sha256(tokens.tobytes()).hexdigest(),
+                "vocab_size": tokenizer.get_vocab_size(),
+                "end_id": end_id,
+            }
+        )
     )
     written.replace(manifest)  # last and at once: a manifest means that the rest is complete
 
@@ -139,6 +149,7 @@ def _walk(root: Path, settings: DataSettings) -> Iterator[Path]:
 def _fingerprint(files: list[Path], settings: DataSettings) -> str:
     """Of everything that the tokens depend on; files by their name, size and time."""
     facts = [
+        "tokens",  # what the manifest holds beside the sizes
         settings.model_dump_json(include={"text", "tokenizer", "vocab_size", "end_of_text"}),
         *(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files),
     ]

@@ -4,7 +4,8 @@ Both kinds average gradients over the ranks, so the loop hands them losses that 
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,11 +76,13 @@ class TorchEngine:
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def save(self, folder: Path) -> None:
-        dcp.save(self._state(), checkpoint_id=folder)
+        with _plain_errors(folder):
+            dcp.save(self._state(), checkpoint_id=folder)
 
     def load(self, folder: Path) -> None:
         state = self._state()
-        dcp.load(state, checkpoint_id=folder)
+        with _plain_errors(folder):
+            dcp.load(state, checkpoint_id=folder)
         set_state_dict(
             self.model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
@@ -87,6 +90,16 @@ class TorchEngine:
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self._optimizer)
         return {"model": model, "optimizer": optimizer}
+
+
+@contextmanager
+def _plain_errors(folder: Path) -> Iterator[None]:
+    """DCP gathers the errors of all ranks in one that is no `Exception`, whose text is all their tracebacks."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        failures = "; ".join(f"rank {rank}: {fault[0]!r}" for rank, fault in sorted(error.failures.items())[:4])
+        raise RuntimeError(f"{folder}: {failures}") from error
 
 
 class DeepSpeedEngine:
@@ -122,7 +135,9 @@ class DeepSpeedEngine:
         self._engine.save_checkpoint(str(folder), tag="deepspeed")
 
     def load(self, folder: Path) -> None:
-        self._engine.load_checkpoint(str(folder), tag="deepspeed")
+        path, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed")
+        if path is None:  # DeepSpeed says no more than that
+            raise ValueError(f"DeepSpeed finds no checkpoint of its own in {folder}.")
 
 
 def _single_process(model: PreTrainedModel, settings: Settings, place: Place) -> None:

@@ -3,11 +3,15 @@
 import json
 import logging
 import math
+import os
 import signal
+import socket
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,17 +48,21 @@ def run(settings: Settings) -> bool:
 
     Raises:
         ValueError: settings, text, model or checkpoint that do not fit each other.
+        RuntimeError: of torch, where another rank is gone or was silent for ``settings.timeout`` seconds; what it means
+            is said on stderr.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls what torch has renamed, at every step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    with _interruption() as interrupted, process_group() as place:
+    waiting = process_group(timedelta(seconds=settings.timeout))
+    with _interruption() as interrupted, waiting as place, _lost_ranks_explained(settings, place):
         corpus = _corpus(settings, place)
         network = model.build(settings.model, corpus.vocab_size, settings.seed)
         this = _Run(settings, place, corpus, network, engines.build(network, settings, place))
         torch.manual_seed(settings.seed + place.rank)
         progress = _start(this)
         events = settings.output / "tensorboard" if settings.tensorboard else None
+        _mention_restarts(settings, progress, place)
         with Metrics(settings.output / "metrics.jsonl", progress.step, settings.steps, place, events) as metrics:
             _announce(this, metrics)
             return _train(this, progress, metrics, interrupted)
@@ -159,6 +167,14 @@ def _corpus(settings: Settings, place: Place) -> Corpus:
     dist.broadcast_object_list(fault)
     if fault[0] is not None:
         raise ValueError(fault[0])
+    blind: list[str | None] = [None] * place.world
+    dist.all_gather_object(blind, None if (folder / "manifest.json").exists() else socket.gethostname())
+    hosts = sorted({host for host in blind if host is not None})
+    if hosts:
+        raise ValueError(
+            f"{folder.resolve()} was written by rank 0 and is not there on {', '.join(hosts)}: output and data.cache "
+            "must be on a file system that all nodes see."
+        )
     return Corpus(folder, text, settings.seed)
 
 
@@ -197,6 +213,38 @@ def _save(this: _Run, progress: Progress) -> str:
 
 def _checkpoints(this: _Run) -> Path:
     return this.settings.output / "checkpoints"
+
+
+def _mention_restarts(settings: Settings, progress: Progress, place: Place) -> None:
+    """What a log should say where a launcher may start the ranks again."""
+    if place.rank:
+        return
+    if progress.step:
+        print(f"going on from the checkpoint of step {progress.step}", flush=True)
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and settings.checkpoint.every is None:
+        print(
+            "checkpoint.every is not set: a restart by torchrun would begin where this process began", file=sys.stderr
+        )
+
+
+@contextmanager
+def _lost_ranks_explained(settings: Settings, place: Place) -> Iterator[None]:
+    """Says on stderr what gloo's and NCCL's errors mean: which rank has lost the others, and where to look."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        who = f"cce-dist train: rank {place.rank} of {place.world} on {socket.gethostname()}"
+        if "timed out" in text or "timeout" in text:
+            print(
+                f"{who} heard nothing from another rank for {settings.timeout:g} s (timeout={settings.timeout:g}): the "
+                "network is cut, or a rank hangs. The ranks that do not say this, or say it last, are where to look.",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif "connection closed by peer" in text or "connection reset by peer" in text:
+            print(f"{who} lost another rank, which has ended: its own error says why.", file=sys.stderr, flush=True)
+        raise
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 
 class Place(NamedTuple):
@@ -18,30 +20,56 @@ class Place(NamedTuple):
 
 
 @contextmanager
-def process_group() -> Iterator[Place]:
+def process_group(timeout: timedelta) -> Iterator[Place]:
     """The default process group, from the launcher's environment, or of this process alone.
 
     NCCL where each local rank has a GPU of its own, with gloo beside it for CPU tensors; gloo on shared GPUs; gloo on
     the CPU. A group that exists already is used and left alone.
+
+    Args:
+        timeout: how long a rank waits for the others, in this group and in those that are made within; also by
+            DeepSpeed and DeviceMesh, which name none.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed wants it in the environment
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # LOCAL_SIZE is the name that the DeepSpeed launcher gives it.
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the GPU
     ours = not dist.is_initialized()
-    if ours:
-        backend = "cpu:gloo,cuda:nccl" if gpus >= local_world else "gloo"
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    with _default_timeout(timeout):
+        if ours:
+            backend = "cpu:gloo,cuda:nccl" if gpus >= local_world else "gloo"
+            if "WORLD_SIZE" in os.environ:
+                dist.init_process_group(backend, timeout=timeout)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield Place(dist.get_rank(), dist.get_world_size(), device)
+            if ours:
+                dist.barrier()  # gloo aborts where a rank leaves while another is still sending
+        finally:
+            if ours:
+                dist.destroy_process_group()
+
+
+@contextmanager
+def _default_timeout(timeout: timedelta) -> Iterator[None]:
+    """torch's default for groups made within, which it keeps in two module variables.
+
+    Raises:
+        RuntimeError: this version of torch does not read them.
+    """
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(c10d, name, None) for name in names}
     try:
-        yield Place(dist.get_rank(), dist.get_world_size(), device)
-        if ours:
-            dist.barrier()  # gloo aborts where a rank leaves while another is still sending
+        for name in names:
+            setattr(c10d, name, timeout)
+        if {c10d._get_default_timeout(c10d.Backend(backend)) for backend in ("gloo", "nccl")} != {timeout}:
+            raise RuntimeError(f"torch {torch.__version__} keeps the default timeout of process groups elsewhere.")
+        yield
     finally:
-        if ours:
-            dist.destroy_process_group()
+        for name, value in before.items():
+            setattr(c10d, name, value)

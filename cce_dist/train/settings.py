@@ -99,6 +99,9 @@ class Settings(_Section):
     batch: BatchSettings = BatchSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    timeout: float = Field(default=1800, gt=0)
+    """Seconds that a rank waits for the others before it ends with an error: more than preparing the text takes, which
+    rank 0 does for all, and more than writing a checkpoint takes."""
     log_every: int = Field(default=1, ge=1)
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between two evaluations; None: only at the end."""
