@@ -12,6 +12,7 @@ _USAGE = """usage: cce-dist [--version] COMMAND ...
 commands:
   train --config FILE [key=value ...]   train a causal language model; under torchrun: torchrun ... -m cce_dist.train
   compare RUN RUN [...]                 compare output folders: sharded heads with the plain one of the same engine
+  doctor [--config FILE]                check every rank before a run; under torchrun: torchrun ... -m cce_dist.doctor
   plan --vocab V --hidden D --tokens N --gpus W [...]    bytes and milliseconds of the head, before a run
   report RUN [...]                      draw loss, speed and memory of output folders: report.png and report.html
 """
@@ -22,7 +23,7 @@ _OPTIONAL = {"accelerate", "matplotlib", "numpy", "rich", "tokenizers", "transfo
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "compare": compare, "plan": plan, "report": report}
+    commands = {"train": train, "compare": compare, "doctor": doctor, "plan": plan, "report": report}
     if arguments and arguments[0] in commands:
         try:
             return commands[arguments[0]](arguments[1:])
@@ -72,6 +73,13 @@ def compare(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"cce-dist compare: {error}", file=sys.stderr)
         return 2
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """``doctor``: 0 when nothing is wrong on any rank, 1 for any fault, 2 for wrong arguments."""
+    from cce_dist.doctor import main
+
+    return main(arguments)
 
 
 def plan(arguments: Sequence[str]) -> int:

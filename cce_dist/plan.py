@@ -501,8 +501,8 @@ def _reasons(job: Job, found: Sequence[Setting], best: Setting | None, memory: f
         if job.gpus > 1:
             size = int(best.name.split()[1])
             yield (
-                f'  DeepSpeed ZeRO-3: "cce_dist": {{"vocab_parallel_size": {size}}}. FSDP2: the ranks of the mesh\'s '
-                "last dimension share the rows."
+                f'  Set it with "cce_dist": {{"vocab_parallel_size": {size}}} in DeepSpeed\'s JSON (ZeRO-3), or with '
+                f"CCEConfig(vocab_parallel_size={size}) for FSDP2."
             )
 
 

@@ -19,29 +19,38 @@ class Place(NamedTuple):
     device: torch.device
 
 
-@contextmanager
-def process_group(timeout: timedelta) -> Iterator[Place]:
-    """The default process group, from the launcher's environment, or of this process alone.
+def local_device() -> tuple[torch.device, str]:
+    """This process's device, made the current one, and the backend of its groups, from the launcher's environment.
 
     NCCL where each local rank has a GPU of its own, with gloo beside it for CPU tensors; gloo on shared GPUs; gloo on
-    the CPU. A group that exists already is used and left alone.
-
-    Args:
-        timeout: how long a rank waits for the others, in this group and in those that are made within; also by
-            DeepSpeed and DeviceMesh, which name none.
+    the CPU.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed wants it in the environment
     # LOCAL_SIZE is the name that the DeepSpeed launcher gives it.
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     gpus = torch.cuda.device_count()
-    device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
-    if gpus:
-        torch.cuda.set_device(device)
-        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the GPU
+    if not gpus:
+        return torch.device("cpu"), "gloo"
+    device = torch.device("cuda", local_rank % gpus)
+    torch.cuda.set_device(device)
+    os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the GPU
+    return device, "cpu:gloo,cuda:nccl" if gpus >= local_world else "gloo"
+
+
+@contextmanager
+def process_group(timeout: timedelta) -> Iterator[Place]:
+    """The default process group, from the launcher's environment, or of this process alone.
+
+    Its backend is that of `local_device`. A group that exists already is used and left alone.
+
+    Args:
+        timeout: how long a rank waits for the others, in this group and in those that are made within; also by
+            DeepSpeed and DeviceMesh, which name none.
+    """
+    device, backend = local_device()
     ours = not dist.is_initialized()
     with _default_timeout(timeout):
         if ours:
-            backend = "cpu:gloo,cuda:nccl" if gpus >= local_world else "gloo"
             if "WORLD_SIZE" in os.environ:
                 dist.init_process_group(backend, timeout=timeout)
             else:

@@ -1,0 +1,256 @@
+"""The doctor: healthy ranks pass, and every kind of sick one is named, with an end in time on all ranks."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPool, _free_port
+
+from cce_dist import doctor
+from cce_dist.cli import main
+
+ROOT = Path(__file__).parent.parent
+ZERO3 = ROOT / "configs/deepspeed/zero3.json"
+CPU = torch.device("cpu")
+
+
+def _patch(**names: Any) -> Any:
+    """Replaces names of the doctor's module within a with-block."""
+    patch = pytest.MonkeyPatch()
+    for name, value in names.items():
+        patch.setattr(doctor, name, value)
+    return patch
+
+
+def _scaled_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
+    from cce_dist import linear_cross_entropy
+
+    return linear_cross_entropy(*args, **kwargs) * 1.01
+
+
+_versions = doctor.versions
+_SICK: dict[str, Any] = {
+    "nothing": {},
+    "version": {"versions": lambda: {**_versions(), "torch": "2.0.0"}},
+    "result": {"linear_cross_entropy": _scaled_loss},
+    "raises": {"loss_errors": lambda *_: torch.zeros(2) @ torch.zeros(3)},
+}
+
+
+def _visit(port: int, configs: list[Path | None], sickness: str) -> tuple[int, str]:
+    """A case of the pool: the doctor on every rank; the last has the sickness. (exit code, what was printed)"""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.barrier()
+    dist.destroy_process_group()  # the doctor makes its own
+    patch = _patch(**(_SICK[sickness] if rank == world - 1 else {}))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            code = doctor.on_rank(rank, world, "127.0.0.1", port, False, configs[rank], 40.0)
+        finally:
+            patch.undo()
+    return code, said.getvalue()
+
+
+def visit(ranks: RankPool, world: int, configs: list[Path | None], sickness: str = "nothing") -> str:
+    """What rank 0 printed; all ranks end alike, and the others print nothing."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    (code, said), *others = ranks.run(world, _visit, server.port, configs, sickness, timeout=120)
+    assert others == [(code, "")] * (world - 1)
+    assert (code == 0) == (f"No faults on {world} rank(s)." in said)
+    assert code in (0, 1)
+    return said
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+class TestRanks:
+    def test_healthy_ranks_pass_every_check(self, ranks: RankPool) -> None:
+        said = visit(ranks, 2, [None, None])
+        for check in ("ranks", "versions", "device", "groups", "all-reduce", "GEMM", "loss"):
+            assert f"\n {check} " in said
+        assert "FAULT" not in said
+        assert f"torch {torch.__version__}" in said
+        assert "4 cases over 1 group(s) of 2" in said
+
+    def test_a_rank_with_other_versions_is_named_before_any_group_is_made(self, ranks: RankPool) -> None:
+        said = visit(ranks, 3, [None] * 3, "version")
+        others = f"the others have {torch.__version__}"
+        assert f"FAULT versions: torch: rank 2: 2.0.0, where {others}; install the same" in said
+        assert "all-reduce" not in said
+
+    def test_a_rank_whose_loss_is_wrong_is_named_with_what_differs(self, ranks: RankPool) -> None:
+        said = visit(ranks, 2, [None, None], "result")
+        assert "FAULT loss: rank 1: (same tokens, float32, exact) differs from fp64 logits: loss by 0.01" in said
+        assert "rank 0: (same tokens, float32, exact) differs from fp64 logits: loss" not in said
+
+    def test_an_exception_is_the_report_of_its_rank(self, ranks: RankPool) -> None:
+        said = visit(ranks, 1, [None], "raises")
+        assert "FAULT loss: rank 0: RuntimeError at test_doctor.py" in said
+
+    @pytest.mark.full
+    def test_the_groups_are_those_of_the_config(self, ranks: RankPool, tmp_path: Path) -> None:
+        config = tmp_path / "ds.json"
+        section = {"vocab_parallel_size": 2}
+        config.write_text(json.dumps({"zero_optimization": {"stage": 3}, "cce_dist": section}))
+        said = flat(visit(ranks, 4, [config] * 4))
+        assert "4 cases over 2 group(s) of 2" in said
+        assert "WARNING config: ranks 0-3: stock deepspeed.initialize ignores the section" in said
+
+    def test_a_bad_config_is_a_fault_on_the_ranks_that_read_it(self, ranks: RankPool, tmp_path: Path) -> None:
+        good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+        good.write_text('{"cce_dist": {}}')
+        bad.write_text('{"cce_dist": {"gradiant": "exact"}}')
+        said = visit(ranks, 2, [good, bad])
+        assert "FAULT config: rank 1: the section" in said
+        assert "gradiant: unknown key" in said
+        assert "checksums of different files" in said
+
+
+class TestConfig:
+    def check(self, tmp_path: Path, content: Any, world: int = 4) -> doctor.Checked:
+        file = tmp_path / "ds.json"
+        file.write_text(json.dumps(content))
+        return doctor.check_config(file, world, CPU)
+
+    def test_the_shipped_files_have_no_fault(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(ROOT)
+        for file in [*ROOT.glob("configs/deepspeed/*.json"), *ROOT.glob("configs/train/*.yaml")]:
+            assert doctor.check_config(file, 2, CPU).faults == []
+
+    def test_a_section_that_stock_deepspeed_would_ignore_is_said_with_the_remedy(self) -> None:
+        (warning,) = doctor.check_config(ZERO3, 2, CPU).warnings
+        assert "without a word" in warning
+        assert "cce_dist.deepspeed.install()" in warning
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            ({"cce-dist": {}}, 'has no section "cce_dist", but "cce-dist", which nothing reads'),
+            ({"cce_dist": {"vocab_parallel_size": 3}}, "3 does not divide the 4 ranks"),
+            ({"cce_dist": {"gradient": "best"}}, "gradient = 'best'"),
+            ({"cce_dist": {}, "zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights"),
+            ([], "holds a list, not a JSON object"),
+            (
+                {"train_batch_size": 9, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1},
+                "2 x gradient_accumulation_steps 1 x 4 ranks = 8",
+            ),
+        ],
+    )  # fmt: skip
+    def test_what_is_wrong_in_a_deepspeed_json_is_named(self, tmp_path: Path, content: Any, said: str) -> None:
+        (fault,) = self.check(tmp_path, content).faults
+        assert said in fault
+
+    def test_without_a_section_the_stock_head_is_no_fault(self, tmp_path: Path) -> None:
+        checked = self.check(tmp_path, {"zero_optimization": {"stage": 3}})
+        assert (checked.faults, checked.warnings) == ([], [])
+        assert "the stock head" in checked.summary
+
+    def test_what_is_wrong_in_the_trainers_yaml_is_named(self, tmp_path: Path) -> None:
+        file = tmp_path / "run.yaml"
+        model = "output: out\nmodel: {config: {model_type: llama}}\n"
+        file.write_text(f"{model}engine: none\nstepz: 3\n")
+        assert "stepz: unknown key" in doctor.check_config(file, 2, CPU).faults[0]
+        file.write_text(f"{model}engine: none\n")
+        assert "engine: none is for a single process, got 2 ranks" in doctor.check_config(file, 2, CPU).faults[0]
+        assert doctor.check_config(file, 1, CPU).faults == []
+        file.write_text(f"{model}engine: fsdp2\ncce: {{vocab_parallel_size: 3}}\n")
+        assert "does not divide the 4 ranks" in doctor.check_config(file, 4, CPU).faults[0]
+
+    def test_a_file_that_is_not_there_is_named(self) -> None:
+        assert doctor.check_config(Path("/nowhere.yaml"), 2, CPU).faults == [
+            "cannot read /nowhere.yaml: No such file or directory."
+        ]
+
+
+_SICK_GROUPS = """
+import os, signal, sys, time
+from cce_dist import doctor
+
+stock = doctor._groups
+
+def sick(*args):
+    if os.environ["RANK"] == "1":
+        {what}
+    return stock(*args)
+
+doctor._groups, doctor._GRACE = sick, 2.0
+if __name__ == "__main__":
+    sys.exit(doctor.main(["--seconds", "{seconds}"]))
+"""
+_DIES, _HANGS = "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(1000)"
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT), **more}
+
+
+class TestProcesses:
+    @pytest.mark.parametrize("what", [_DIES, pytest.param(_HANGS, marks=pytest.mark.full)])
+    def test_a_rank_that_dies_or_hangs_is_named_and_no_rank_waits_for_it(self, what: str) -> None:
+        code = _SICK_GROUPS.format(what=what, seconds=12)
+        port = _free_port()
+        started = time.monotonic()
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                env=_environment(RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for r in range(2)
+        ]
+        try:
+            said, _ = (process.communicate(timeout=120)[0] for process in processes)
+        finally:
+            for process in processes:
+                process.kill()
+        assert time.monotonic() - started < 110
+        assert [process.returncode for process in processes] == [1, -9 if what == _DIES else 1]
+        assert "FAULT groups: rank" in said
+        if what == _DIES:
+            assert "rank 1: no answer. The process died, hangs, or cannot reach rank 0" in said
+        else:
+            assert "ranks 0-1: was not done in 12 s" in said
+
+    @pytest.mark.full
+    def test_under_torchrun_a_dead_rank_ends_the_visit_with_a_table(self, tmp_path: Path) -> None:
+        script = tmp_path / "sick.py"
+        script.write_text(_SICK_GROUPS.format(what=_DIES, seconds=40))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+        where = ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(script)]
+        done = subprocess.run([*torchrun, *where], env=_environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode != 0
+        assert "rank 1: no answer" in done.stdout
+        assert "FAULT groups" in done.stdout
+
+    @pytest.mark.full
+    def test_the_command_alone_starts_two_ranks_on_a_cpu(self) -> None:
+        command = [sys.executable, "-m", "cce_dist.cli", "doctor", "--config", str(ZERO3)]
+        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "No faults on 2 rank(s)." in done.stdout
+        bad = [sys.executable, "-m", "cce_dist.cli", "doctor", "--config", "/nowhere.json"]
+        done = subprocess.run(bad, env=_environment(), capture_output=True, text=True, timeout=240)
+        assert done.returncode == 1
+        assert "FAULT config: ranks 0-1: cannot read /nowhere.json" in done.stdout
+
+    def test_half_an_environment_of_a_launcher_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        assert main(["doctor"]) == 2
+        assert "not all of WORLD_SIZE, MASTER_ADDR and MASTER_PORT" in capsys.readouterr().err
