@@ -41,6 +41,7 @@ class Case:
     evaluates: bool = False
     checkpoints: bool = False  # recomputes activations, the reentrant way
     zero_init: bool = False
+    groups: bool = False  # the optimizer is the client's, with weight decay on matrices only
     sequence_parallel: int = 1
     tensor_parallel: int = 1
     mpu: bool = False  # tensor parallelism of the classifier alone, by an mpu; else AutoTP's, of the whole model
@@ -132,6 +133,7 @@ def fresh_deepspeed() -> None:
     deepspeed.zero.Init.param_id = 0
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     deepspeed.utils.groups._release_process_group_references()
+    deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 
 def make_engine(case: Case) -> Any:
@@ -153,8 +155,19 @@ def make_engine(case: Case) -> Any:
         for name, parameter in model.named_parameters():
             with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
                 parameter.data.copy_(plain[name])
+    if case.groups:
+        optimizer = make_optimizer(case, model)
+        return cce_deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)[0]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return cce_deepspeed.initialize(model=model, model_parameters=trained, config=config, mpu=mpu)[0]
+
+
+def make_optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not case.groups:
+        return torch.optim.AdamW(trained, **ADAMW)
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
+    return torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], **ADAMW)
 
 
 def weights_of(engine: Any) -> dict[str, Tensor]:
@@ -208,7 +221,7 @@ def train_plain(case: Case, world: int) -> dict[str, Any]:
     """The same steps in one process: the mean of the ranks' losses, so of their gradients."""
     model = make_model(case)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, **ADAMW)
+    optimizer = make_optimizer(case, model)
     losses, norms, evaluated = [], [], []
     for micro_step in range(STEPS * ACCUMULATION):
         batches = [make_batch(case, micro_step, rank) for rank in range(world)]

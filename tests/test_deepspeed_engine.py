@@ -1,6 +1,7 @@
 """DeepSpeed: training through the engine equals one process training the plain model, and gathers no classifier."""
 
 import argparse
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -233,16 +234,45 @@ def test_without_the_section_it_is_stock_deepspeed(section: dict[str, Any] | Non
 
 @pytest.mark.usefixtures("alone")
 def test_install_makes_deepspeed_itself_honour_the_section() -> None:
-    stock = deepspeed.initialize
+    before = deepspeed.initialize
+    assert not cce_deepspeed.installed()
     cce_deepspeed.install()
     try:
         cce_deepspeed.install()
+        assert cce_deepspeed.installed()
         model = make_model(Case())
         engine = deepspeed.initialize(model=model, config=make_config(Case(stage=0)))[0]
         assert _is_active(engine)
     finally:
         cce_deepspeed.uninstall()
-    assert deepspeed.initialize is stock
+    assert deepspeed.initialize is before and not cce_deepspeed.installed()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_section_that_deepspeed_ignores_is_a_warning(tmp_path: Path) -> None:
+    for source in _sources(make_config(Case(stage=0)), tmp_path):
+        model = make_model(Case())
+        with pytest.warns(UserWarning, match=r'section "cce_dist" .* no effect.*install\(\)'):
+            engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), **source)[0]
+        assert not _is_active(engine)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("section", [None, {"enabled": False}])
+@pytest.mark.filterwarnings("error:.*no effect")
+def test_stock_deepspeed_without_the_section_does_not_warn(section: dict[str, Any] | None) -> None:
+    model, config = make_model(Case()), make_config(Case(stage=0, section=section))
+    assert not _is_active(deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0])
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_newer_deepspeed_is_a_warning_and_an_older_one_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed, "__version__", "99.1")
+    with pytest.warns(UserWarning, match=r"99.1 is newer than .*pip install deepspeed=="):
+        assert _is_active(make_engine(Case(stage=0)))
+    monkeypatch.setattr(deepspeed, "__version__", "0.14.4")
+    with pytest.raises(RuntimeError, match=r"0.14.4 is older than .*pip install deepspeed=="):
+        make_engine(Case(stage=0))
 
 
 def test_an_unknown_key_of_the_section_names_the_known_ones(tmp_path: Path) -> None:
@@ -286,23 +316,59 @@ def test_a_model_without_a_classifier_is_refused() -> None:
         cce_deepspeed.initialize(model=nn.Linear(2, 2), config=make_config(Case()))
 
 
-def _changed_internals() -> str:
+def _changed_internals(owner: str, name: str, value: Any, case: Case) -> str:
     fresh_deepspeed()
-    stock = deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3
-    partition_grads = stock.partition_grads
-    stock.partition_grads = lambda self: []
+    module, _, holder_name = owner.rpartition(".")
+    holder = getattr(importlib.import_module(module), holder_name)
+    stock = getattr(holder, name)
+    if value is None:
+        delattr(holder, name)
+    else:
+        setattr(holder, name, value)
     try:
-        make_engine(Case())
+        make_engine(case)
     except RuntimeError as error:
         return str(error)
     finally:
-        stock.partition_grads = partition_grads
+        setattr(holder, name, stock)
     return ""
 
 
-def test_changed_deepspeed_internals_are_found_at_start(ranks: RankPool) -> None:
-    for text in ranks.run(2, _changed_internals):
-        assert "partition_grads" in text and deepspeed.__version__ in text and "pip install" in text
+def _partition_grads_without_arguments(self: Any) -> list[Any]:
+    return []
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "case"),
+    [
+        pytest.param(
+            "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3",
+            "partition_grads",
+            _partition_grads_without_arguments,
+            Case(),
+            id="stage 3",
+        ),
+        pytest.param(
+            "deepspeed.runtime.engine.DeepSpeedEngine",
+            "clip_fp32_gradients",
+            None,
+            Case(stage=0, section={"vocab_parallel_size": 2}),
+            id="stage 0, sharded",
+        ),
+        pytest.param(
+            "deepspeed.utils.groups",
+            "_clone_world_group",
+            None,
+            Case(stage=1, section={"vocab_parallel_size": 2}),
+            id="stage 1, sharded",
+        ),
+    ],
+)
+def test_changed_deepspeed_internals_are_found_at_start(
+    ranks: RankPool, owner: str, name: str, value: Any, case: Case
+) -> None:
+    for text in ranks.run(2, _changed_internals, owner, name, value, case, timeout=200):
+        assert name in text and deepspeed.__version__ in text and "pip install" in text
 
 
 def _train_from_file(path: str) -> float:

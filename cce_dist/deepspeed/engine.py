@@ -16,7 +16,7 @@ from torch import nn
 
 from cce_dist.config import CCEConfig
 from cce_dist.deepspeed import experts, tensor_parallel
-from cce_dist.deepspeed.guard import autotp_size, check_version, check_zero3, refuse_untested
+from cce_dist.deepspeed.guard import autotp_size, check_autotp, check_version, check_zero3, refuse_untested
 from cce_dist.deepspeed.sharded import CutRows, ShardedRows
 from cce_dist.deepspeed.zero3 import ZeRO3Owner, vocab_group_size
 from cce_dist.lazy_logits import make_eager, make_lazy
@@ -174,9 +174,10 @@ def _attach(engine: Any, cut: CutRows | None, settings: CCEConfig) -> None:
     head = _output_layer(model)
     rows: ShardedRows | None = cut
     if tensor_parallel.tensor_parallel_size(engine.mpu) > 1:
-        rows = cut or tensor_parallel.rows_of(head, engine.mpu)
         if engine.autotp_size() > 1:
+            check_autotp(model, head)
             tensor_parallel.take_loss_back(model)
+        rows = cut or tensor_parallel.rows_of(head, engine.mpu)
     elif cut is not None:
         experts.finish(engine, cut)
     owner: ShardOwner
@@ -215,7 +216,9 @@ def _refuse_compile(*args: Any, **kwargs: Any) -> None:
 def _describe(engine: Any, owner: ShardOwner, settings: CCEConfig) -> str:
     shard = owner.shard
     group = 1 if shard.vocab_group is None else shard.vocab_group.size()
+    tensor = tensor_parallel.tensor_parallel_size(engine.mpu)
     return (
-        f"cce_dist is active: ZeRO stage {engine.zero_optimization_stage()}, gradient={settings.gradient}, "
+        f"cce_dist is active: ZeRO stage {engine.zero_optimization_stage()}, "
+        f"{f'tensor parallelism over {tensor}, ' if tensor > 1 else ''}gradient={settings.gradient}, "
         f"{shard.vocab_size} vocabulary rows over {group} rank(s), {shard.num_rows} of them on rank 0"
     )

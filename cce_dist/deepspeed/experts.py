@@ -18,6 +18,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from cce_dist.deepspeed.guard import check_expert_groups, check_experts
 from cce_dist.deepspeed.sharded import CutRows, shard_classifier
 
 
@@ -43,6 +44,7 @@ def shard_as_expert(engine: Any, model: nn.Module, head: nn.Linear, size: int) -
     Raises:
         ValueError: ``size`` does not divide the ranks, and what `shard_classifier` raises.
     """
+    check_experts(engine)
     world = dist.get_world_size()
     if world % size:
         raise ValueError(f"cce_dist.vocab_parallel_size must divide the {world} data-parallel ranks, got {size}.")
@@ -84,6 +86,7 @@ def finish(engine: Any, owner: CutRows) -> None:
     """What remains once the engine is made: reduction, norm and checkpoints.
 
     Raises:
+        RuntimeError: DeepSpeed's optimizer has not taken the shard for what it is.
         NotImplementedError: the engine wraps the optimizer in one that treats shards in another way.
     """
     if engine.zero_optimization():
@@ -93,6 +96,8 @@ def finish(engine: Any, owner: CutRows) -> None:
                 f"{type(engine.optimizer).__name__}. For bf16 take stage 2, or "
                 '"data_types": {"grad_accum_dtype": "bf16"}.'
             )
+        replicas = dist.get_world_size() // dist.get_world_size(owner.shard.vocab_group)
+        check_expert_groups(engine.optimizer, owner.head.weight, replicas)
         engine.has_moe_layers = False  # save and load are those of a plain model, whose state dict has all rows
         _check_checkpoints(engine.optimizer)
         return

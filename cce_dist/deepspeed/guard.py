@@ -6,8 +6,11 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.module_inject.layers import VocabParallelLinear
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 from packaging.version import Version
 from torch import nn
@@ -141,18 +144,12 @@ def check_zero3(optimizer: Any, weight: Any) -> None:
     Raises:
         RuntimeError: names what is missing, the version and the remedy.
     """
-    missing = [
-        f"optimizer.{name}"
-        for name in (
-            "partition_grads", "zero_grad", "fp16_groups", "micro_step_id", "sequence_parallel_size", "reduce_scatter",
-            "contiguous_gradients", "reduce_and_partition_stream",
-        )
-        if not hasattr(optimizer, name)
-    ] + [
-        f"parameter.{name}"
-        for name in ("ds_id", "ds_shape", "ds_numel", "ds_tensor", "ds_process_group")
-        if not hasattr(weight, name)
-    ]  # fmt: skip
+    ours = (
+        "partition_grads zero_grad fp16_groups micro_step_id sequence_parallel_size reduce_scatter "
+        "contiguous_gradients reduce_and_partition_stream"
+    )
+    theirs = "ds_id ds_shape ds_numel ds_tensor ds_process_group"
+    missing = _absent({"optimizer": (optimizer, ours), "parameter": (weight, theirs)})
     if not missing:
         try:
             optimizer.partition_grads([], [])
@@ -161,6 +158,65 @@ def check_zero3(optimizer: Any, weight: Any) -> None:
         world = torch.distributed.get_world_size(weight.ds_process_group)
         if weight.ds_tensor.shape != (-(-weight.ds_numel // world),):
             missing.append("parameter.ds_tensor with ceil(numel / ranks) elements")
+    _raise_if(missing)
+
+
+def check_experts(engine: Any) -> None:
+    """The same for what `experts` touches, before a classifier is cut.
+
+    Raises:
+        RuntimeError: names what is missing, the version and the remedy.
+    """
+    holders = {
+        "engine": (
+            engine,
+            "has_moe_layers client_optimizer zero_optimization buffered_allreduce_fallback clip_fp32_gradients "
+            "gradient_clipping _global_grad_norm",
+        ),
+        "groups": (groups, "_create_expert_and_data_parallel _get_expert_parallel_group _clone_world_group"),
+        "DeepSpeedZeroOptimizer": (DeepSpeedZeroOptimizer, "load_state_dict is_moe_group"),
+    }
+    _raise_if(_absent(holders))
+
+
+def check_expert_groups(optimizer: Any, weight: Any, replicas: int) -> None:
+    """Checks that the ZeRO optimizer of stage 1 or 2 reduces a shard over its replicas alone.
+
+    Raises:
+        RuntimeError: names what is missing, the version and the remedy.
+    """
+    names = "bit16_groups real_dp_process_group partition_count single_partition_of_fp32_groups groups_padding"
+    missing = _absent({"optimizer": (optimizer, names + " dp_process_group")})
+    if not missing:
+        at = [i for i, group in enumerate(optimizer.bit16_groups) if any(p is weight for p in group)]
+        sizes = [(optimizer.partition_count[i], optimizer.real_dp_process_group[i].size()) for i in at]
+        if weight.requires_grad and sizes != [(replicas, replicas)]:
+            missing.append(f"a parameter group of the shard over its {replicas} replicas")
+    _raise_if(missing)
+
+
+def check_autotp(model: nn.Module, head: Any) -> None:
+    """The same for what `tensor_parallel` touches after AutoTP has replaced the head.
+
+    Raises:
+        RuntimeError: names what is missing, the version and the remedy.
+    """
+    missing = _absent({"model": (model, "loss_function _deepspeed_original_loss_function"), "head": (head, "weight")})
+    if not isinstance(head, VocabParallelLinear) or not is_model_parallel_parameter(head.weight):
+        missing.append("AutoTP's VocabParallelLinear as the classifier, its weight marked tensor_model_parallel")
+    _raise_if(missing)
+
+
+def _absent(holders: Mapping[str, tuple[Any, str]]) -> list[str]:
+    return [
+        f"{owner}.{name}"
+        for owner, (holder, names) in holders.items()
+        for name in names.split()
+        if not hasattr(holder, name)
+    ]
+
+
+def _raise_if(missing: list[str]) -> None:
     if missing:
         raise RuntimeError(
             f"DeepSpeed {deepspeed.__version__} lacks what cce_dist needs: {', '.join(missing)}. {_REMEDY}"
