@@ -293,7 +293,8 @@ class LazyLogits:
         """Which of the call's tokens these are [X], counted through."""
         source = self._source
         number_X1 = torch.arange(source.hidden_XD[..., 0].numel(), device=source.hidden_XD.device)
-        form = LogitForm(number_X1.view(*source.hidden_XD.shape[:-1], 1), source.head.out_features, source.dtype)
+        rows = source.binding.owner.shard.vocab_size
+        form = LogitForm(number_X1.view(*source.hidden_XD.shape[:-1], 1), rows, source.dtype)
         for call in self._calls:
             form = record(form, call) or form
         return form.hidden_XD[..., 0]

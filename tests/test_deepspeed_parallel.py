@@ -131,6 +131,28 @@ def test_tensor_parallelism_trains_as_in_one_process_at_every_stage(
 
 @pytest.mark.full
 @pytest.mark.parametrize(
+    ("world", "case"),
+    [
+        pytest.param(4, _sharded(1, tensor_parallel=2, vocab_size=101), id="copies of the rows, AutoTP"),
+        pytest.param(2, Case(tensor_parallel=2, zero_init=True), id="zero.Init, AutoTP"),
+        pytest.param(
+            2,
+            Case(
+                tensor_parallel=2,
+                tied=True,
+                zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+                config={"zero_force_ds_cpu_optimizer": False},
+            ),
+            id="optimizer and parameters on the host, AutoTP",
+        ),
+    ],
+)
+def test_what_goes_with_tensor_parallelism_at_stage_3(ranks: RankPool, world: int, case: Case) -> None:
+    assert_trains_as_one_process(ranks, world, case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
     "case",
     [
         pytest.param(_sharded(2, stage=2, config={"bf16": {"enabled": True}}), id="bf16, stage 2"),
