@@ -43,7 +43,8 @@ class CCECallback(TrainerCallback):
                 f'settings of cce_dist stand in CCECallback(...) and in the section "{SECTION}" of the DeepSpeed '
                 "config: leave one of them out."
             )
-        config.setdefault(SECTION, self._config.model_dump())
+        # No defaults: backend="auto" would be among them, which accelerate takes for a blank of its own.
+        config.setdefault(SECTION, self._config.model_dump(exclude_defaults=True))
         install()
 
     def on_train_begin(

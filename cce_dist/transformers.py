@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cce_dist import lazy_logits
 from cce_dist.config import CCEConfig
 from cce_dist.fsdp import adopt
-from cce_dist.lazy_logits import make_eager, make_lazy
+from cce_dist.lazy_logits import is_lazy, make_eager, make_lazy
 from cce_dist.owner import ModuleOwner
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,9 +61,12 @@ def unpatch(model: Model) -> Model:
     """Undoes `patch`.
 
     Raises:
-        ValueError: the model is not patched, or its output layer is a shard of FSDP2's or DeepSpeed's.
+        ValueError: the model is not patched, or its output layer is a shard on FSDP2's mesh.
     """
-    make_eager(output_layer(model))
+    head = output_layer(model)
+    if is_lazy(head) and "forward" in vars(head):
+        raise ValueError("an output layer that FSDP2 has sharded cannot be unpatched: build the model anew.")
+    make_eager(head)
     return model
 
 

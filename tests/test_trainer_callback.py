@@ -1,0 +1,196 @@
+"""One line makes the Hugging Face Trainer train with cce_dist: it logs what it logs for the stock model."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from ranks import RankPool
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+from cce_dist import CCEConfig
+from cce_dist.lazy_logits import is_lazy
+from cce_dist.trainer_callback import CCECallback
+from cce_dist.transformers import output_layer, patch
+
+EXACT = CCEConfig(gradient="exact", materialize="raise")
+Log = list[tuple[float, float]]
+
+
+def _data() -> list[dict[str, torch.Tensor]]:
+    """Ragged labels: with -100 at their start, and a different number of them on each rank and micro-step."""
+    rows = [{key: x[i % 2].clone() for key, x in architectures.batch().items()} for i in range(16)]
+    for i, row in enumerate(rows):
+        row["labels"][: i % 7] = -100
+    return rows
+
+
+def _arguments(folder: str, **settings: Any) -> TrainingArguments:
+    return TrainingArguments(
+        folder, max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=1,
+        learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, **settings,
+    )  # fmt: skip
+
+
+def _logged(trainer: Trainer) -> Log:
+    """(loss, gradient norm) of each optimizer step."""
+    trainer.train()
+    return [(row["loss"], float(row["grad_norm"])) for row in trainer.state.log_history if "loss" in row]
+
+
+def _forget_accelerate() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
+
+
+def _ddp(folder: str, ours: bool, **settings: Any) -> Log:
+    callbacks = [CCECallback(EXACT)] if ours else []
+    model = architectures.build("qwen3")
+    trainer = Trainer(model, _arguments(folder, **settings), train_dataset=_data(), callbacks=callbacks)
+    assert trainer.args.world_size == 2
+    log = _logged(trainer)
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    assert is_lazy(output_layer(model)) == ours
+    return log
+
+
+def _native_fsdp2(folder: str, ours: bool) -> Log:
+    """The model shards itself while it is loaded."""
+    from transformers.distributed import DistributedConfig
+
+    callbacks = [CCECallback(EXACT)] if ours else []
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", distributed_config=DistributedConfig(fsdp_size=2))
+    trainer = Trainer(model.train(), _arguments(folder), train_dataset=_data(), callbacks=callbacks)
+    return _sharded_log(trainer, ours)
+
+
+def _fsdp2_plugin(model: PreTrainedModel) -> Accelerator:
+    """Accelerate turns FSDP on for accelerators other than the CPU only; beyond that switch its code is the same."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[type(model.model.layers[0]).__name__],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
+def _accelerates_fsdp2(folder: str, ours: bool, name: str) -> Log:
+    """The optimizer is there before the model is sharded, as the Trainer has it."""
+    callbacks = [CCECallback(EXACT)] if ours else []
+    model, arguments = architectures.build(name), _arguments(folder)
+    assert arguments.device.type == "cpu"  # asking for it resets accelerate
+    _fsdp2_plugin(model)
+    trainer = Trainer(model, arguments, train_dataset=_data(), callbacks=callbacks)
+    assert trainer.accelerator.is_fsdp2
+    return _sharded_log(trainer, ours)
+
+
+def _sharded_log(trainer: Trainer, ours: bool) -> Log:
+    log = _logged(trainer)
+    head = output_layer(trainer.model)
+    assert isinstance(head.weight, DTensor)
+    assert is_lazy(head) == ours
+    return log
+
+
+def _without_a_trainer(folder: str, ours: bool, fsdp2: bool) -> Log:
+    """A loop of one's own around accelerate."""
+    model = architectures.build("qwen3")
+    accelerator = _fsdp2_plugin(model) if fsdp2 else Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if ours:
+        patch(model, EXACT)
+    log = []
+    for row in _data()[dist.get_rank() : 6 : 2]:
+        loss = model(**{key: x[None] for key, x in row.items()}).loss
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        log.append((loss.item(), float(norm)))
+    return log
+
+
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "DDP": (_ddp, {"average_tokens_across_devices": True}),
+    "DDP, tokens counted on each rank": (_ddp, {"average_tokens_across_devices": False}),
+    "FSDP2 of transformers": (_native_fsdp2, {}),
+    "FSDP2 of accelerate": (_accelerates_fsdp2, {"name": "qwen3"}),
+    "FSDP2 of accelerate, tied": (_accelerates_fsdp2, {"name": "llama_tied"}),
+    "a loop of one's own, DDP": (_without_a_trainer, {"fsdp2": False}),
+    "a loop of one's own, FSDP2": (_without_a_trainer, {"fsdp2": True}),
+}
+
+
+def _logs(folder: str) -> dict[str, tuple[Log, Log]]:
+    """(stock, ours) of every case."""
+    logs = {}
+    for name, (case, settings) in CASES.items():
+        pair = []
+        for ours in (False, True):
+            _forget_accelerate()
+            pair.append(case(folder, ours, **settings))
+        logs[name] = (pair[0], pair[1])
+    return logs
+
+
+@pytest.mark.full
+def test_two_ranks_log_what_they_log_for_stock(ranks: RankPool, tmp_path: Path) -> None:
+    architectures.build("qwen3").save_pretrained(tmp_path / "model")
+    try:
+        by_rank = ranks.run(2, _logs, str(tmp_path), timeout=240)
+    finally:
+        ranks.close()  # accelerate keeps state in the process
+    for logs in by_rank:
+        for name, (stock, ours) in logs.items():
+            assert len(stock) == len(ours) == 3
+            for x, y in zip(ours, stock, strict=True):
+                assert x == pytest.approx(y, rel=1e-5), name
+    stock_logs = {name: stock for name, (stock, _) in by_rank[0].items()}
+    assert stock_logs["DDP"] != stock_logs["DDP, tokens counted on each rank"]
+
+
+def test_one_process_trains_patched_and_a_second_run_goes_on(tmp_path: Path) -> None:
+    model = architectures.build("llama")
+    callback = CCECallback(gradient="exact", materialize="raise")
+    trainer = Trainer(model, _arguments(str(tmp_path)), train_dataset=_data(), callbacks=[callback])
+    assert not is_lazy(model.lm_head)
+    log = _logged(trainer)
+    assert is_lazy(model.lm_head)
+    stock = Trainer(architectures.build("llama"), _arguments(str(tmp_path)), train_dataset=_data())
+    for x, y in zip(log, _logged(stock), strict=True):
+        assert x == pytest.approx(y, rel=1e-5)
+    assert _logged(trainer)[0][0] < log[0][0]
+
+
+def test_bad_settings_are_refused_where_they_are_given() -> None:
+    with pytest.raises(ValueError, match="gradiant: unknown key"):
+        CCECallback(gradiant="exact")
+    with pytest.raises(ValueError, match="not both"):
+        CCECallback(EXACT, gradient="exact")
+
+
+def test_trainers_that_go_past_the_output_layer_are_refused(tmp_path: Path) -> None:
+    model, arguments = architectures.build("llama"), _arguments(str(tmp_path))
+    several_gpus, chunked = copy.copy(arguments), copy.copy(arguments)
+    several_gpus._n_gpu = 2
+    chunked.loss_type = "chunked_nll"
+    for given, text in ((several_gpus, "DataParallel"), (chunked, 'loss_type="nll"')):
+        with pytest.raises(ValueError, match=text):
+            CCECallback().on_train_begin(given, None, None, model=model)
