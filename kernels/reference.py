@@ -45,7 +45,7 @@ def differentiate(
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     dtype, scale = logits.accumulator, upstream.scale * logits.logit_scale
     dhidden_ND = torch.zeros_like(hidden_ND, dtype=dtype)
-    dweight_VD = torch.zeros_like(weight_VD, dtype=dtype)
+    dweight_VD = torch.zeros_like(weight_VD, dtype=dtype) if wanted.weight else None
     dbias_V = torch.zeros(weight_VD.shape[0], dtype=dtype, device=hidden_ND.device)
     for n, v, t in _chunks(logits, wanted.workspace_bytes):
         z_nv, slope_nv = _logits(logits, n, v)
@@ -59,13 +59,14 @@ def differentiate(
             p_nv = torch.where(weight_nv == 0, 0.0, p_nv * weight_nv)
         p_nv = torch.where(_valid(logits, n)[:, None], p_nv, 0.0)
         dhidden_ND[n] += p_nv @ weight_VD[v].to(dtype)
-        dweight_VD[v] += p_nv.T @ hidden_ND[n].to(dtype)
+        if dweight_VD is not None:
+            dweight_VD[v] += p_nv.T @ hidden_ND[n].to(dtype)
         dbias_V[v] += p_nv.sum(0)
     if tiles is not None and hidden_ND.shape[0] and (filter_.tail or filter_.mode == "unbiased"):
         _add_tail(logits, tiles, normaliser.lse_N, upstream, filter_, dhidden_ND, dweight_VD, dbias_V)
     return Gradients(
         dhidden_ND.mul_(scale) if wanted.hidden else None,
-        dweight_VD.mul_(scale).to(wanted.weight_dtype) if wanted.weight else None,
+        None if dweight_VD is None else dweight_VD.mul_(scale).to(wanted.weight_dtype),
         dbias_V.mul_(scale) if wanted.bias else None,
     )
 
@@ -95,7 +96,7 @@ def _add_tail(
     upstream: Upstream,
     filter_: Filter,
     dhidden_ND: Tensor,
-    dweight_VD: Tensor,
+    dweight_VD: Tensor | None,
     dbias_V: Tensor,
 ) -> None:
     """Adds R c̃ to dE, π RᵀE to dC and π R to dbias; R_ti = a_i·mass_ti·(1 − k_ti), c̃_t = Σ π_j c_j over tile t."""
@@ -110,7 +111,8 @@ def _add_tail(
         pi_v = tile_profile(logits, lse_N, large_N, v)
         weight_vD = logits.weight_VD[v].to(pi_v.dtype)
         dhidden_ND += torch.outer(tail_N, pi_v @ weight_vD)
-        dweight_VD[v] += torch.outer(pi_v, tail_N @ logits.hidden_ND.to(tail_N.dtype))
+        if dweight_VD is not None:
+            dweight_VD[v] += torch.outer(pi_v, tail_N @ logits.hidden_ND.to(tail_N.dtype))
         dbias_V[v] += pi_v * tail_N.sum()
 
 

@@ -16,6 +16,7 @@ from ranks import RankPool
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import HfDeepSpeedConfig
 
 from cce_dist import CCEConfig
 from cce_dist.lazy_logits import is_lazy
@@ -37,7 +38,7 @@ def _data() -> list[dict[str, torch.Tensor]]:
 def _arguments(folder: str, **settings: Any) -> TrainingArguments:
     return TrainingArguments(
         folder, max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=1,
-        learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, **settings,
+        learning_rate=1e-2, report_to=[], save_strategy="no", disable_tqdm=True, **{"use_cpu": True, **settings},
     )  # fmt: skip
 
 
@@ -127,6 +128,26 @@ def _without_a_trainer(folder: str, ours: bool, fsdp2: bool) -> Log:
     return log
 
 
+def _zero3(folder: str, ours: bool, section: dict[str, Any] | None) -> Log:
+    """DeepSpeed's config has the settings, or the callback has."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for a minute
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+        "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True,
+    }  # fmt: skip
+    if ours and section is not None:
+        config["cce_dist"] = section
+    callbacks = [CCECallback() if section is not None else CCECallback(EXACT)] if ours else []
+    model = architectures.build("qwen3")
+    arguments = _arguments(folder, deepspeed=config, use_cpu=False)
+    trainer = Trainer(model, arguments, train_dataset=_data(), callbacks=callbacks)
+    log = _logged(trainer)
+    assert is_lazy(output_layer(model)) == ours
+    return log
+
+
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "DDP": (_ddp, {"average_tokens_across_devices": True}),
     "DDP, tokens counted on each rank": (_ddp, {"average_tokens_across_devices": False}),
@@ -135,6 +156,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "FSDP2 of accelerate, tied": (_accelerates_fsdp2, {"name": "llama_tied"}),
     "a loop of one's own, DDP": (_without_a_trainer, {"fsdp2": False}),
     "a loop of one's own, FSDP2": (_without_a_trainer, {"fsdp2": True}),
+    "ZeRO-3, settings in the section": (_zero3, {"section": {"gradient": "exact", "materialize": "raise"}}),
+    "ZeRO-3, settings in the callback": (_zero3, {"section": None}),
 }
 
 
@@ -184,6 +207,13 @@ def test_bad_settings_are_refused_where_they_are_given() -> None:
         CCECallback(gradiant="exact")
     with pytest.raises(ValueError, match="not both"):
         CCECallback(EXACT, gradient="exact")
+
+
+def test_settings_in_two_places_are_refused(tmp_path: Path) -> None:
+    arguments = _arguments(str(tmp_path))
+    arguments.hf_deepspeed_config = HfDeepSpeedConfig({"cce_dist": {"gradient": "exact"}})
+    with pytest.raises(ValueError, match="leave one of them out"):
+        CCECallback(tail=False).on_init_end(arguments, None, None)
 
 
 def test_trainers_that_go_past_the_output_layer_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from ranks import RankPool
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from cce_dist import CCEConfig, VocabShard
 from cce_dist.lazy_logits import LazyLogits, MaterializedLogitsWarning, is_lazy, make_lazy
@@ -276,33 +276,3 @@ def _ddp_gradients(patched: str) -> dict[str, Tensor]:
 def test_under_ddp_gradients_equal_stock(ranks: RankPool, patched: str) -> None:
     for got, stock in zip(ranks.run(2, _ddp_gradients, patched), ranks.run(2, _ddp_gradients, "never"), strict=True):
         _assert_close(got, stock)
-
-
-def _trainer_log(folder: str, patched: bool) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each optimizer step of a run with ragged labels and gradient accumulation."""
-    model = architectures.build("qwen3")
-    if patched:
-        patch(model, EXACT)
-    data = [{key: x[i % 2].clone() for key, x in architectures.batch().items()} for i in range(16)]
-    for i, row in enumerate(data):
-        row["labels"][: i % 7] = -100
-    arguments = TrainingArguments(
-        folder, max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=1,
-        learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=data)
-    assert trainer.args.world_size == 2
-    trainer.train()
-    return [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
-
-
-@pytest.mark.full
-def test_the_trainer_on_two_ranks_logs_what_it_logs_for_stock(ranks: RankPool, tmp_path: Path) -> None:
-    try:
-        stock = ranks.run(2, _trainer_log, str(tmp_path), False, timeout=120)[0]
-        patched = ranks.run(2, _trainer_log, str(tmp_path), True, timeout=120)[0]
-    finally:
-        ranks.close()  # accelerate keeps state in the process
-    assert len(stock) == 3
-    for x, y in zip(patched, stock, strict=True):
-        assert x == pytest.approx(y, rel=1e-5)

@@ -1,0 +1,125 @@
+"""PEFT: adapters in the body train as they do in the stock model; one on the output layer is honoured or refused."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from cce_dist import CCEConfig
+from cce_dist.lazy_logits import LazyLogits, MaterializedLogitsWarning, is_lazy
+from cce_dist.transformers import output_layer, patch, unpatch
+
+peft = pytest.importorskip("peft")
+EXACT = CCEConfig(gradient="exact", materialize="raise")
+BODY = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+SAVED = {**BODY, "modules_to_save": ["lm_head"]}
+ON_HEAD = {**BODY, "target_modules": ["q_proj", "lm_head"]}
+
+
+def _adapted(model: PreTrainedModel, settings: dict[str, Any]) -> Any:
+    torch.manual_seed(2)
+    return peft.get_peft_model(model, peft.LoraConfig(**settings)).train()
+
+
+def _step(model: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
+    model.zero_grad()
+    outputs = model(**architectures.batch())
+    outputs.loss.backward()
+    return (
+        outputs.loss.detach(),
+        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+        outputs,
+    )
+
+
+def _assert_equal_to_stock(got: Any, wanted: Any) -> None:
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-6, atol=0)
+    assert got[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        assert (got[1][name] - gradient).norm() <= 5e-5 * gradient.norm(), name
+
+
+def _before(name: str, settings: dict[str, Any]) -> Any:
+    return _adapted(patch(architectures.build(name), EXACT), settings)
+
+
+def _after(name: str, settings: dict[str, Any]) -> Any:
+    return patch(_adapted(architectures.build(name), settings), EXACT)
+
+
+@pytest.mark.parametrize("order", [_before, _after])
+@pytest.mark.parametrize("settings", [BODY, SAVED], ids=["body", "a copy of the output layer"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma2"])
+def test_adapters_train_as_in_the_stock_model(order: Callable[..., Any], settings: dict[str, Any], name: str) -> None:
+    wanted = _step(_adapted(architectures.build(name), settings))
+    got = _step(order(name, settings))
+    assert isinstance(got[2].logits, LazyLogits)
+    _assert_equal_to_stock(got, wanted)
+    assert any("lora_A" in key for key in wanted[1])
+    assert any("lm_head" in key for key in wanted[1]) == (settings is SAVED)
+
+
+def test_an_adapter_put_on_a_patched_output_layer_is_honoured_and_reported() -> None:
+    wanted = _step(_adapted(architectures.build("llama"), ON_HEAD))
+    model = _adapted(patch(architectures.build("llama"), gradient="exact"), ON_HEAD)
+    with pytest.warns(MaterializedLogitsWarning, match="peft"):
+        got = _step(model)
+    _assert_equal_to_stock(got, wanted)
+    assert any("lm_head.lora_A" in key for key in got[1])
+    with pytest.raises(RuntimeError, match="materialize='raise'"):
+        _step(_before("llama", ON_HEAD))
+
+
+def test_an_output_layer_that_has_an_adapter_is_refused() -> None:
+    with pytest.raises(TypeError, match="Adapters on the output layer"):
+        _after("llama", ON_HEAD)
+
+
+def test_copies_of_the_output_layer_are_refused_while_none_is_active() -> None:
+    model = _adapted(architectures.build("llama"), SAVED)
+    model.add_adapter("other", peft.LoraConfig(**BODY))
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="set_adapter"):
+        patch(model)
+
+
+def test_a_merged_adapter_and_an_unpatched_model_are_plain_models() -> None:
+    model = _after("llama", BODY)
+    wanted = copy.deepcopy(unpatch(model)).merge_and_unload()
+    assert not is_lazy(output_layer(wanted))
+    patch(model, EXACT)
+    losses = [m(**architectures.batch()).loss.detach() for m in (model, wanted)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+
+
+class _Shapes(TorchDispatchMode):
+    """Notes the shape of every floating-point tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point() and function is torch.ops.aten.mm.default:
+            self.seen.add(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_frozen_output_layer_gets_no_gradient_and_none_is_computed(backend: str) -> None:
+    made = {}
+    for settings in (BODY, SAVED):
+        model = patch(_adapted(architectures.build("llama"), settings), gradient="exact", backend=backend)
+        loss = model(**architectures.batch()).loss
+        with _Shapes() as shapes:
+            loss.backward()
+        made[settings is SAVED] = (architectures.VOCAB, 32) in shapes.seen
+        assert (output_layer(model).weight.grad is not None) == (settings is SAVED)
+    assert made == {False: False, True: True}
