@@ -139,7 +139,7 @@ def calibrate(files: Sequence[Path], gpu: str) -> Calibration:
             shapes = content["shapes"]
         except (OSError, ValueError, LookupError, AttributeError, TypeError) as fault:
             raise ValueError(f"{file} is not a result of benchmarks/loss.py: {fault!r}.") from None
-        if key is not None:
+        if key is not None and content.get("steps") != 0:  # 0: inputs of an untrained model, flat softmaxes
             by_gpu.setdefault(key, {}).update(shapes)  # of a shape that several files hold, the last one's
     if not by_gpu:
         raise ValueError(
