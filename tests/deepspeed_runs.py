@@ -41,7 +41,7 @@ class Case:
     evaluates: bool = False
     checkpoints: bool = False  # recomputes activations, the reentrant way
     zero_init: bool = False
-    groups: bool = False  # the optimizer is the client's, with weight decay on matrices only
+    groups: str = ""  # weight decay on matrices only, by a client's "optimizer" or by "model_parameters"
     sequence_parallel: int = 1
     tensor_parallel: int = 1
     mpu: bool = False  # tensor parallelism of the classifier alone, by an mpu; else AutoTP's, of the whole model
@@ -155,19 +155,20 @@ def make_engine(case: Case) -> Any:
         for name, parameter in model.named_parameters():
             with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
                 parameter.data.copy_(plain[name])
-    if case.groups:
-        optimizer = make_optimizer(case, model)
-        return cce_deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)[0]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return cce_deepspeed.initialize(model=model, model_parameters=trained, config=config, mpu=mpu)[0]
+    parameters: Any = trained_parameters(case, model)
+    what = {"model_parameters": parameters}
+    if case.groups == "optimizer":
+        what = {"optimizer": torch.optim.AdamW(parameters, **ADAMW)}
+    return cce_deepspeed.initialize(model=model, config=config, mpu=mpu, **what)[0]
 
 
-def make_optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
+def trained_parameters(case: Case, model: nn.Module) -> list[Any]:
+    """What an optimizer gets: parameters or groups of them."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not case.groups:
-        return torch.optim.AdamW(trained, **ADAMW)
+        return trained
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
-    return torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], **ADAMW)
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def weights_of(engine: Any) -> dict[str, Tensor]:
@@ -221,7 +222,7 @@ def train_plain(case: Case, world: int) -> dict[str, Any]:
     """The same steps in one process: the mean of the ranks' losses, so of their gradients."""
     model = make_model(case)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(case, model)
+    optimizer = torch.optim.AdamW(trained_parameters(case, model), **ADAMW)
     losses, norms, evaluated = [], [], []
     for micro_step in range(STEPS * ACCUMULATION):
         batches = [make_batch(case, micro_step, rank) for rank in range(world)]

@@ -90,7 +90,8 @@ def test_every_stage_trains_as_in_one_process(
             ),
             id="optimizer on the host",
         ),
-        pytest.param(_sharded(2, stage=1, groups=True), id="a client's optimizer with groups"),
+        pytest.param(_sharded(2, stage=1, groups="optimizer"), id="a client's optimizer with groups"),
+        pytest.param(_sharded(2, stage=2, groups="model_parameters"), id="groups of parameters"),
         pytest.param(_sharded(2, stage=1, checkpoints=True, tied=True), id="reentrant activation checkpoints"),
     ],
 )

@@ -168,30 +168,32 @@ def _how_to_cut(
 def _attach(engine: Any, cut: CutRows | None, settings: CCEConfig) -> None:
     """Gives the engine's model its lazy head."""
     model = engine.module
-    if not hasattr(engine.optimizer, "step"):
-        print_dist("cce_dist is not active: this engine has no optimizer, so nothing is trained.", ranks=[0])
-        return
     head = _output_layer(model)
+    trains = hasattr(engine.optimizer, "step")
     rows: ShardedRows | None = cut
     if tensor_parallel.tensor_parallel_size(engine.mpu) > 1:
         if engine.autotp_size() > 1:
             check_autotp(model, head)
             tensor_parallel.take_loss_back(model)
         rows = cut or tensor_parallel.rows_of(head, engine.mpu)
-    elif cut is not None:
+    elif cut is not None and trains:
         experts.finish(engine, cut)
-    owner: ShardOwner
-    if engine.zero_optimization_stage() == 3:
-        owner = _zero3_owner(engine, head, settings, rows)
+    with suppress(ValueError):
+        make_eager(head)  # lazy already: the same model had an engine before
+        vars(head).pop("forward", None)
+    if trains:
+        owner: ShardOwner
+        if engine.zero_optimization_stage() == 3:
+            owner = _zero3_owner(engine, head, settings, rows)
+        else:
+            owner = ModuleOwner(head) if rows is None else rows
+        make_lazy(head, owner, settings, tensor_parallel.linear_class(head))
+        engine.compile = _refuse_compile
+        print_dist(_describe(engine, owner, settings), ranks=[0])
     else:
-        owner = ModuleOwner(head) if rows is None else rows
-    with suppress(ValueError):  # lazy already: the same model had an engine before
-        make_eager(head)
-    make_lazy(head, owner, settings, tensor_parallel.linear_class(head))
+        print_dist("cce_dist is not active: this engine has no optimizer, so nothing is trained.", ranks=[0])
     if rows is not None:
         head.forward = rows.logits
-    engine.compile = _refuse_compile
-    print_dist(_describe(engine, owner, settings), ranks=[0])
 
 
 def _zero3_owner(engine: Any, head: Any, settings: CCEConfig, rows: ShardedRows | None) -> ZeRO3Owner:

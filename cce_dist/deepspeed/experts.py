@@ -18,13 +18,14 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from cce_dist.deepspeed.guard import check_expert_groups, check_experts
+from cce_dist.deepspeed.guard import check_engine_hook, check_expert_groups, check_experts
 from cce_dist.deepspeed.sharded import CutRows, shard_classifier
 
 
 @contextmanager
 def before_broadcast(act: Callable[[Any], None]) -> Iterator[None]:
     """Inside, a new engine calls ``act(engine)`` when it knows its groups but has not broadcast its model yet."""
+    check_engine_hook()
     stock = DeepSpeedEngine._configure_distributed_model
 
     def with_act(engine: Any, model: nn.Module) -> None:

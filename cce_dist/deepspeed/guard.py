@@ -8,6 +8,7 @@ import deepspeed
 import torch
 from deepspeed.module_inject.layers import VocabParallelLinear
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
@@ -65,7 +66,7 @@ def refuse_untested(
             isinstance(model, PipelineModule)
         ),
         "a model wrapped by torch.compile (pass the model itself)": hasattr(model, "_orig_mod"),
-        "a model of deepspeed.tp_model_init (use tensor_parallel.autotp_size alone)": (
+        "a model that AutoTP has cut before, by deepspeed.tp_model_init or for another engine (build it anew)": (
             getattr(model, "ds_autotp_parsed", False)
         ),
         "mesh_param, or sequence_parallel_size in the config (pass an mpu)": (
@@ -85,6 +86,9 @@ def refuse_untested(
             autotp and tensor.get("vocab_parallel_ce_backend", "torch") != "torch"
         ),
         "tensor_parallel.tp_overlap_comm": autotp and tensor.get("tp_overlap_comm"),
+        "zero_optimization.zero_hpz_partition_size > 1 with tensor parallelism": (
+            zero.get("zero_hpz_partition_size", 1) > 1 and (autotp or tensor_parallel_size(mpu) > 1)
+        ),
         "zero_optimization.zenflow": zero.get("zenflow") is not None,
         "zero_optimization.offload_optimizer.super_offload": offload_optimizer.get("super_offload"),
         "zero_optimization.offload_optimizer.device = nvme": offload_optimizer.get("device") == "nvme",
@@ -112,6 +116,9 @@ def refuse_untested(
             for name, used in {
                 "a mixture of experts": any(not getattr(p, "allreduce", True) for p in model.parameters()),
                 "sequence parallelism": sequence_parallel,
+                "a callable that makes the optimizer (pass the optimizer)": (
+                    stage > 0 and not isinstance(arguments.get("optimizer"), torch.optim.Optimizer | None)
+                ),
                 "the optimizer Muon": str(_section(config, "optimizer").get("type")).lower() == "muon",
                 "bf16 or fp16 (its clipping cannot be exact; use stage 1 or 2)": (
                     stage == 0 and any(_section(config, name).get("enabled") for name in ("bf16", "fp16"))
@@ -161,13 +168,18 @@ def check_zero3(optimizer: Any, weight: Any) -> None:
     _raise_if(missing)
 
 
+def check_engine_hook() -> None:
+    """The same for where `experts.before_broadcast` comes in."""
+    _raise_if(_absent({"DeepSpeedEngine": (DeepSpeedEngine, "_configure_distributed_model")}))
+
+
 def check_experts(engine: Any) -> None:
     """The same for what `experts` touches, before a classifier is cut.
 
     Raises:
         RuntimeError: names what is missing, the version and the remedy.
     """
-    holders = {
+    holders: dict[str, tuple[Any, str]] = {
         "engine": (
             engine,
             "has_moe_layers client_optimizer zero_optimization buffered_allreduce_fallback clip_fp32_gradients "
