@@ -2,14 +2,18 @@
 
 `build(name)` makes one from random weights. A name is a model type of transformers, with a suffix where a type comes
 in several forms. Sizes are tiny but awkward: an odd vocabulary, softcaps and scales that are on.
+
+    python tests/architectures.py    # writes docs/architectures.md, of which each form's test checks its own row
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -34,10 +38,11 @@ _COMMON: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
 }  # fmt: skip
 
-# Names that are not the model type itself, and those that are no causal language models.
+# Names that are not the model type itself, and those that are no causal language models. The suffix _tied or _untied
+# is the form that the type's own configuration does not choose.
 _TYPES = {
-    "bart_seq2seq": "bart", "bert_masked": "bert", "gemma3_text_softcap": "gemma3_text", "llama_tied": "llama",
-    "mixtral_router_loss": "mixtral", "qwen2_tied": "qwen2",
+    "bart_seq2seq": "bart", "bert_masked": "bert", "gemma3_text_softcap": "gemma3_text",
+    "mixtral_router_loss": "mixtral",
 }  # fmt: skip
 _AUTO = {
     **dict.fromkeys(("bart_seq2seq", "mt5", "t5", "umt5"), AutoModelForSeq2SeqLM),
@@ -98,7 +103,6 @@ _OWN: dict[str, dict[str, Any]] = {
     "inkling_text": {"unpadded_vocab_size": VOCAB - 20},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 8},
     **dict.fromkeys(("lfm2_moe", "lfm3"), _CONV_LAYERS),
-    "llama_tied": {"tie_word_embeddings": True},
     "longcat_flash": {
         "num_layers": 2, "num_hidden_layers": _ABSENT, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 16,
         "zero_expert_num": 1, "moe_topk": 2, "num_key_value_heads": 4,
@@ -109,7 +113,6 @@ _OWN: dict[str, dict[str, Any]] = {
         "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1,
         "hybrid_override_pattern": "M*-E",
     },
-    "qwen2_tied": {"tie_word_embeddings": True},
     **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), _FOUR_LAYERS),
     "recurrent_gemma": {"lru_width": 32, "num_hidden_layers": 3, "logits_soft_cap": 2.0},
     "xlnet": {"max_position_embeddings": _ABSENT, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
@@ -137,10 +140,17 @@ FULL = (
     "mbart", "megatron-bert", "mellum", "mimo_v2_flash", "minicpm3", "minimax", "minimax_m2", "minimax_m3_vl_text",
     "ministral", "ministral3", "mixtral", "mixtral_router_loss", "modernbert-decoder", "moshi", "mpt", "mt5", "mvp",
     "nanochat", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "openai-gpt", "opt",
-    "pegasus", "persimmon", "phi3", "phimoe", "plbart", "qwen2_moe", "qwen2_tied", "qwen3_5_moe_text", "qwen3_5_text",
+    "pegasus", "persimmon", "phi3", "phimoe", "plbart", "qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text",
     "qwen3_moe", "qwen3_next", "recurrent_gemma", "rembert", "roberta", "roberta-prelayernorm", "roformer", "rwkv",
     "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "trocr", "umt5", "vaultgemma", "whisper", "xglm",
     "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "youtu", "zamba", "zaya",
+)  # fmt: skip
+
+TIED_OR_NOT = (
+    "bart_untied", "cohere_untied", "deepseek_v2_tied", "deepseek_v3_tied", "falcon_untied", "gemma2_untied",
+    "gemma3_text_untied", "gemma3n_text_untied", "gemma4_text_untied", "gemma_untied", "glm4_tied", "glm_tied",
+    "gpt2_untied", "gpt_neox_tied", "gpt_oss_tied", "granite_tied", "mamba_untied", "mistral_tied", "mixtral_tied",
+    "olmo2_tied", "olmo_tied", "phi3_tied", "phi_tied", "qwen2_tied", "qwen3_tied",
 )  # fmt: skip
 
 # Known to transformers, not tested, and why.
@@ -165,15 +175,24 @@ NOT_TESTED = {
 
 def types_left_out() -> set[str]:
     """Causal language models of the installed transformers that are neither tested nor listed with a reason."""
-    tested = {_TYPES.get(name, name) for name in FAST + FULL}
+    tested = {_form(name)[0] for name in FAST + FULL}
     return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - tested - set(NOT_TESTED)
+
+
+def _form(name: str) -> tuple[str, dict[str, Any]]:
+    """The model type, and what its configuration has beyond the common settings."""
+    for suffix, tied in (("_tied", True), ("_untied", False)):
+        if name.endswith(suffix):
+            base = name.removesuffix(suffix)
+            return _TYPES.get(base, base), {**_OWN.get(base, {}), "tie_word_embeddings": tied}
+    return _TYPES.get(name, name), _OWN.get(name, {})
 
 
 def build(name: str) -> PreTrainedModel:
     """The model in training mode, with random weights that are the same at every call."""
-    values = {**_COMMON, **_OWN.get(name, {})}
+    model_type, own = _form(name)
     config = AutoConfig.for_model(
-        _TYPES.get(name, name), **{key: value for key, value in values.items() if value is not _ABSENT}
+        model_type, **{key: value for key, value in {**_COMMON, **own}.items() if value is not _ABSENT}
     )
     torch.manual_seed(0)
     return _AUTO.get(name, AutoModelForCausalLM).from_config(config).train()
@@ -185,3 +204,66 @@ def batch() -> dict[str, Tensor]:
     labels = input_ids.clone()
     labels[0, :5] = -100
     return {"input_ids": input_ids, "labels": labels}
+
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "architectures.md"
+
+
+def row(name: str, model: PreTrainedModel, logits: Any) -> str:
+    """What docs/architectures.md says of a form, from the lazy logits of a training step."""
+    head: Any = model.get_output_embeddings()
+    form = logits._form
+    terms = {
+        "bias": head.bias is not None or bool(form.biases),
+        "scale": form.cap is None and form.scale != 1.0,
+        "softcap": form.cap is not None,
+        "first rows only": form.rows < head.weight.shape[0],
+    }
+    embeddings: Any = model.get_input_embeddings()
+    tied = "tied" if head.weight is embeddings.weight else "not tied"
+    return f"| {name} | {type(model).__name__} | {tied} | {', '.join(t for t, has in terms.items() if has) or '-'} |"
+
+
+def document(rows: list[str], sharded: tuple[str, ...]) -> str:
+    """The text of docs/architectures.md."""
+    types = {_form(name)[0] for name in FAST + FULL + TIED_OR_NOT}
+    reasons = sorted(NOT_TESTED.items(), key=lambda item: (item[1], item[0]))
+    grouped: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        grouped.setdefault(reason, []).append(name)
+    return "\n".join(
+        [
+            "# Hugging Face architectures",
+            "",
+            f"{len(rows)} forms of {len(types)} model types of transformers {transformers.__version__}. Each is built "
+            "tiny and trained for a step as it is",
+            'and patched (`gradient="exact"`), with and without `num_items_in_batch`: the losses and all gradients are '
+            "equal, and",
+            "no logits are computed. `python tests/architectures.py` writes this file; the tests fail where it is not "
+            "up to date.",
+            "",
+            f"The same with the vocabulary sharded over two ranks: {', '.join(sharded)}.",
+            "",
+            "| form | class | classifier and embedding | logits |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "Not tested, and why:",
+            "",
+            *(f"- {', '.join(names)}: {reason}" for reason, names in grouped.items()),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    from test_transformers_patch import SHARDED
+
+    from cce_dist.transformers import patch
+
+    rows = []
+    for name in sorted(FAST + FULL + TIED_OR_NOT):
+        model = patch(build(name), materialize="raise")
+        rows.append(row(name, model, model(**batch()).logits))
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    DOCUMENT.write_text(document(rows, SHARDED))

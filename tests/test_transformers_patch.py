@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import architectures
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from ranks import RankPool
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -21,7 +23,10 @@ from cce_dist.lazy_logits import LazyLogits, MaterializedLogitsWarning, is_lazy,
 from cce_dist.transformers import fused_evaluation, output_layer, patch, unpatch
 
 EXACT = CCEConfig(gradient="exact", materialize="raise")
-ALL_FORMS = [*architectures.FAST, *(pytest.param(name, marks=pytest.mark.full) for name in architectures.FULL)]
+SLOW_FORMS = architectures.FULL + architectures.TIED_OR_NOT
+ALL_FORMS = [*architectures.FAST, *(pytest.param(name, marks=pytest.mark.full) for name in SLOW_FORMS)]
+DOCUMENT = architectures.DOCUMENT.read_text()
+DOCUMENTED = f"transformers {transformers.__version__}." in DOCUMENT  # of the installed version
 
 
 def _step(model: PreTrainedModel, **extra: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
@@ -59,6 +64,18 @@ def test_loss_and_all_gradients_equal_the_stock_model(name: str) -> None:
         assert isinstance(outputs.logits, LazyLogits)
         torch.testing.assert_close(loss, stock_loss, rtol=1e-6, atol=0)
         _assert_close(gradients, stock_gradients)
+    if DOCUMENTED:
+        assert architectures.row(name, model, outputs.logits) in DOCUMENT.splitlines(), "python tests/architectures.py"
+
+
+def test_the_document_lists_what_is_tested_and_readme_says_how_many() -> None:
+    rows = [line for line in DOCUMENT.splitlines() if line.startswith("| ")][1:]
+    assert [row.split("|")[1].strip() for row in rows] == sorted(architectures.FAST + SLOW_FORMS)
+    if DOCUMENTED:
+        assert architectures.document(rows, SHARDED) == DOCUMENT
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    forms, types = re.findall(r"^(\d+) forms of (\d+) model types", DOCUMENT, re.M)[0]
+    assert f"[{forms} forms of {types} model types](docs/architectures.md)" in readme.replace("\n", " ")
 
 
 @pytest.mark.full
