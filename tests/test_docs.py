@@ -78,7 +78,7 @@ def _deepspeed() -> None:
 
 
 def test_every_python_example_is_tested() -> None:
-    assert set(EXAMPLES) == {"plain", "deepspeed", "fsdp2", "transformers"}
+    assert set(EXAMPLES) == {"plain", "deepspeed", "fsdp2", "transformers", "callback"}
     assert README.count("```python") == len(EXAMPLES)
 
 
@@ -102,6 +102,18 @@ def test_the_deepspeed_example_gives_the_stock_loss(ranks: RankPool, monkeypatch
 def test_the_transformers_example_gives_the_stock_loss() -> None:
     loss = _run_example("transformers", model=_llama(), ids=_ids())["loss"]
     torch.testing.assert_close(loss, _llama()(input_ids=_ids(), labels=_ids()).loss)
+
+
+def test_the_callback_example_trains_with_the_patched_model(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from cce_dist.lazy_logits import is_lazy
+
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], save_strategy="no", use_cpu=True)
+    data = [{"input_ids": row, "labels": row} for row in _ids()]
+    trainer = _run_example("callback", model=_llama(), arguments=arguments, data=data, Trainer=Trainer)["trainer"]
+    assert trainer.state.global_step == 1
+    assert is_lazy(trainer.model.lm_head)
 
 
 def test_the_settings_table_has_every_key_with_its_default() -> None:
