@@ -33,11 +33,11 @@ def overrides(output: Path, **changes: str) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def train(words: list[str]) -> bool:
+def train(words: list[str], config: Path = TINY) -> bool:
     """A case of the rank pool."""
     from cce_dist.train.loop import run
 
-    loaded = settings.load(TINY, words)
+    loaded = settings.load(config, words)
     try:
         return run(loaded)
     finally:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -337,7 +337,7 @@ def _by_reader(own: float, case: Case) -> list[float]:
 
 
 def _full_weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().full_tensor() for name, p in model.named_parameters()}  # type: ignore[operator]
+    return {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}  # type: ignore[operator]
 
 
 def _assert_equal(actual: Record, expected: Record) -> None:
@@ -463,21 +463,32 @@ def _evaluate(case: Case) -> dict[str, Any]:
     model = _build(case)
     plain = copy.deepcopy(model).eval()
     _shard(model, case, _mesh(case))
-    ids, labels = _batch(case, 0, 0, dist.get_rank())
+    ids, labels = _batch(case, 0, 0, _reader(case))
     prompt = ids[:, :3]
     model.eval()
     with torch.no_grad():
-        logits, expected = model(input_ids=ids).logits, plain(input_ids=ids).logits
-    tokens = model.generate(prompt, max_new_tokens=4, do_sample=False, synced_gpus=True)  # type: ignore[operator]
-    expected_tokens = plain.generate(prompt, max_new_tokens=4, do_sample=False)  # type: ignore[operator]
+        logits, expected = _logits(model, ids), _logits(plain, ids)
+    if case.sequence == "own":
+        expected = _slice(expected, case.tp)
+    same_tokens = True
+    if not isinstance(model, PlainLM):
+        tokens = model.generate(prompt, max_new_tokens=4, do_sample=False, synced_gpus=True)  # type: ignore[operator]
+        same_tokens = torch.equal(tokens, plain.generate(prompt, max_new_tokens=4, do_sample=False))  # type: ignore[operator]
+    whole = replace(case, sequence="gathered" if case.sequence else "")
+    expected_loss = float(_loss(plain, whole, ids, labels))
     model.train()
     loss = _loss(model, case, ids, labels)
     loss.backward()
+    whole_loss = _by_reader(float(loss.detach()), case)[_reader(case)]
     return {
         "logits": float((logits - expected).norm() / expected.norm()),
-        "tokens": torch.equal(tokens, expected_tokens),
-        "loss": abs(float(loss) / float(_loss(plain, case, ids, labels)) - 1),
+        "tokens": same_tokens,
+        "loss": abs(whole_loss / expected_loss - 1),
     }
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids) if isinstance(model, PlainLM) else model(input_ids=ids).logits
 
 
 @pytest.mark.parametrize(
@@ -485,6 +496,10 @@ def _evaluate(case: Case) -> dict[str, Any]:
     [
         (2, Case(model="llama")),
         (4, Case(model="llama", tied=True, mesh=(2, 2), entry="adopt, tied group")),
+        (4, Case(model="llama", tied=True, entry="adopt", vocab_parallel=2)),
+        (4, Case(tp=2)),
+        (4, Case(tp=2, entry="adopt", head_in_plan=True, sequence="gathered")),
+        (4, Case(tp=2, sequence="own")),
         pytest.param(4, Case(model="gemma", tied=True, entry="after"), marks=pytest.mark.full),
         pytest.param(2, Case(model="llama", entry="adopt, norm and head"), marks=pytest.mark.full),
     ],
@@ -500,18 +515,19 @@ def test_evaluation_and_generation_are_those_of_the_plain_model_and_training_goe
 def _real_logits_norms(case: Case) -> list[tuple[float, float]]:
     """Gradient norms, ours and the plain model's, of a loss that also needs real logits in training."""
 
-    def loss(model: nn.Module, step: int, rank: int) -> Tensor:
+    def loss(model: nn.Module, case: Case, step: int, rank: int) -> Tensor:
         entropy = torch.logsumexp(model(_batch(case, step, 0, rank)[0]), dim=-1).sum()
         return entropy + _losses(model, case, step, 1, rank)
 
-    model, plain, rank, world = _build(case), _build(case), dist.get_rank(), dist.get_world_size()
-    _shard(model, case, _mesh(case), CCEConfig(gradient="exact"))
+    model, plain, rank, readers = _build(case), _build(case), _reader(case), dist.get_world_size() // case.tp
+    _shard(model, case, _mesh(case), case.config.model_copy(update={"materialize": "warn"}))
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (model, plain)]
     norms = []
+    whole = replace(case, sequence="gathered" if case.sequence else "")
     for step in range(2):
-        loss(model, step, rank).backward()
-        for other in range(world):
-            (loss(plain, step, other) / world).backward()
+        loss(model, case, step, rank).backward()
+        for other in range(readers):
+            (loss(plain, whole, step, other) / readers).backward()
         norms.append((_finish_step(model, optimizers[0]), _finish_step(plain, optimizers[1])))
     return norms
 
@@ -523,6 +539,9 @@ def _real_logits_norms(case: Case) -> list[tuple[float, float]]:
         (2, Case()),
         (2, Case(entry="adopt, norm and head")),
         (4, Case(tied=True, mesh=(2, 2), entry="adopt")),
+        (4, Case(vocab_parallel=2)),
+        (4, Case(tp=2, tied=True)),
+        (4, Case(tp=2, sequence="own")),
     ],
     ids=str,
 )
@@ -535,7 +554,7 @@ def test_real_logits_in_training_have_the_gradient_of_the_plain_model(ranks: Ran
 def _adopted_late(case: Case) -> Record:
     """Two steps of stock FSDP2 and an evaluation, then the head is adopted."""
     model, rank = _build(case), dist.get_rank()
-    _shard(model, Case(**{**vars(case), "entry": "stock"}), _mesh(case))
+    _shard(model, replace(case, entry="stock"), _mesh(case))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     record = Record([], [], {})
     for step in range(STEPS):
@@ -565,70 +584,121 @@ def _mixed_precision(case: Case) -> list[float]:
     finals = []
     for entry, settings in ((case.entry, {"mp_policy": policy}), ("stock", {"mp_policy": policy}), ("stock", {})):
         model = _build(case)
-        _shard(model, Case(**{**vars(case), "entry": entry}), _mesh(case), **settings)
+        _shard(model, replace(case, entry=entry), _mesh(case), **settings)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         for step in range(3):
             for micro in range(2):
                 assert isinstance(model, FSDPModule)
                 model.set_requires_gradient_sync(micro == 1)
-                _losses(model, case, step, micro, dist.get_rank()).backward()
+                _losses(model, case, step, micro, _reader(case)).backward()
             _finish_step(model, optimizer)
         finals.append(torch.cat([w.flatten() for w in _full_weights(model).values()]))
     return [float((final - finals[2]).norm() / finals[2].norm()) for final in finals[:2]]
 
 
 @pytest.mark.parametrize(
-    "case", [Case(entry="before"), Case(entry="adopt, own group"), Case(tied=True, entry="adopt")], ids=str
+    "case",
+    [
+        Case(entry="before"),
+        Case(entry="adopt, own group"),
+        Case(tied=True, entry="adopt"),
+        Case(tied=True, vocab_parallel=1),
+        Case(tp=2, head_in_plan=True, entry="adopt"),
+    ],
+    ids=str,
 )
 def test_mixed_precision_is_as_close_to_fp32_as_stock_fsdp(ranks: RankPool, case: Case) -> None:
     for ours, stock in ranks.run(2, _mixed_precision, case):
         assert 0 < ours < 1.5 * stock
 
 
-def _save(case: Case, folder: str) -> dict[str, Tensor]:
+def _steps_between_checkpoints(case: Case, read: str, write: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What was read from one folder, if given, and what is written into another after an optimizer step."""
+    torch.manual_seed(dist.get_world_size())
     model = _build(case)
     _shard(model, case, _mesh(case))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    _losses(model, case, 0, 0, dist.get_rank()).backward()
+    loaded = {}
+    if read:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        dcp.load(state, checkpoint_id=read)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        loaded = _full_weights(model) | _full_moments(model, optimizer)
+    _losses(model, case, 0, 0, _reader(case)).backward()
     _finish_step(model, optimizer)
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
-    return _full_weights(model) | _full_moments(model, optimizer)
-
-
-def _load(case: Case, folder: str) -> dict[str, Tensor]:
-    torch.manual_seed(9)
-    model = _build(case)
-    _shard(model, case, _mesh(case))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    saved = _full_weights(model) | _full_moments(model, optimizer)
-    _losses(model, case, 1, 0, dist.get_rank()).backward()
-    _finish_step(model, optimizer)
-    return saved
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=write)
+    return loaded, _full_weights(model) | _full_moments(model, optimizer)
 
 
 def _full_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {f"{name} moment": optimizer.state[p]["exp_avg"].full_tensor() for name, p in model.named_parameters()}
+    return {
+        f"{name} moment": optimizer.state[p]["exp_avg"].full_tensor().clone() for name, p in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize(
-    ("saved", "loaded"),
+    ("four", "two", "four_again"),
     [
-        (Case(model="llama"), Case(model="llama", entry="adopt")),
-        (Case(model="llama", tied=True, mesh=(2, 2)), Case(model="llama", tied=True, entry="after")),
-        (Case(model="llama", entry="stock"), Case(model="llama")),
+        (Case(model="llama"), Case(model="llama", entry="adopt"), Case(model="llama", entry="stock")),
+        (
+            Case(model="llama", tied=True, mesh=(2, 2)),
+            Case(model="llama", tied=True, entry="after"),
+            Case(model="llama", tied=True, vocab_parallel=2),
+        ),
+        (Case(entry="stock"), Case(vocab_parallel=1), Case(tp=2)),
+        (Case(tp=2, entry="adopt", head_in_plan=True), Case(tp=2), Case(mesh=(2, 2), vocab_parallel=1)),
     ],
     ids=str,
 )
-def test_a_checkpoint_of_four_ranks_resumes_on_two(ranks: RankPool, tmp_path: Path, saved: Case, loaded: Case) -> None:
-    expected = ranks.run(4, _save, saved, str(tmp_path), timeout=SLOW_START)[0]
-    for actual in ranks.run(2, _load, loaded, str(tmp_path), timeout=SLOW_START):
-        for name, value in expected.items():
-            assert torch.equal(actual[name], value), name
+def test_checkpoints_go_from_four_ranks_to_two_and_back_to_four(
+    ranks: RankPool, tmp_path: Path, four: Case, two: Case, four_again: Case
+) -> None:
+    folders = [str(tmp_path / name) for name in ("four", "two", "four_again")]
+    runs = [(4, four, "", folders[0]), (2, two, folders[0], folders[1]), (4, four_again, folders[1], folders[2])]
+    written: dict[str, Tensor] = {}
+    for world, *arguments in runs:
+        results = ranks.run(world, _steps_between_checkpoints, *arguments, timeout=SLOW_START)
+        for loaded, _ in results:
+            assert loaded.keys() == written.keys()
+            for name, value in written.items():
+                assert torch.equal(loaded[name], value), name
+        written = results[0][1]
+
+
+def _pretrained(case: Case, read: str, write: str) -> bool:
+    """A model from the folder that `save_pretrained` wrote, sharded, and written as it would have been unsharded."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(read)
+    _shard(model, case, _mesh(case))
+    _losses(model, case, 0, 0, dist.get_rank()).backward()
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    expected = set(_build(case).state_dict()) if dist.get_rank() == 0 else set()
+    as_expected = set(state) == expected
+    if dist.get_rank() == 0:
+        AutoModelForCausalLM.from_config(model.config).save_pretrained(write, state_dict=state)
+    return as_expected
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_from_pretrained_reads_what_was_written_and_the_other_way_round(
+    ranks: RankPool, tmp_path: Path, tied: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    case = Case(model="llama", tied=tied, mesh=(2, 2), vocab_parallel=1)
+    plain: Any = _build(case)
+    plain.save_pretrained(tmp_path / "plain")
+    arguments = (case, str(tmp_path / "plain"), str(tmp_path / "ours"))
+    assert all(ranks.run(4, _pretrained, *arguments, timeout=SLOW_START))
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
+    assert read.keys() == plain.state_dict().keys()
+    assert all(torch.equal(read[name], value) for name, value in plain.state_dict().items())
 
 
 def _full_state(case: Case) -> bool:
@@ -663,15 +733,16 @@ def _meta(case: Case) -> tuple[bool, float]:
     on_meta = all(p.is_meta for p in model.parameters())
     model.to_empty(device="cpu")
     _load_full(model, case)
-    return on_meta, float(_losses(model, case, 0, 0, dist.get_rank()))
+    return on_meta, float(_losses(model, case, 0, 0, _reader(case)))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_model_built_on_the_meta_device_trains_after_loading(ranks: RankPool, tied: bool) -> None:
-    case = Case(tied=tied)
-    expected = _train_plain(case, 2).losses[0]
-    for rank, (on_meta, loss) in enumerate(ranks.run(2, _meta, case)):
-        assert on_meta and abs(loss / expected[rank] - 1) < 1e-5
+@pytest.mark.parametrize(
+    ("world", "case"), [(2, Case()), (2, Case(tied=True)), (4, Case(tp=2)), (4, Case(vocab_parallel=2))], ids=str
+)
+def test_a_model_built_on_the_meta_device_trains_after_loading(ranks: RankPool, world: int, case: Case) -> None:
+    expected = _train_plain(case, world).losses[0]
+    for rank, (on_meta, loss) in enumerate(ranks.run(world, _meta, case)):
+        assert on_meta and abs(loss / expected[rank // case.tp] - 1) < 1e-5
 
 
 class ScaledLinear(nn.Linear):

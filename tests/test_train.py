@@ -42,7 +42,7 @@ def _train_and_interrupt(words: list[str], rows: int) -> bool:
 class TestSettings:
     def test_the_shipped_files_are_valid(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(ROOT)
-        for path in (ROOT / "configs/train").glob("*.yaml"):
+        for path in [*(ROOT / "configs/train").glob("*.yaml"), *(ROOT / "configs/fsdp").glob("*.yaml")]:
             assert isinstance(settings.load(path), Settings)
 
     def test_an_unknown_key_is_named_with_those_allowed_beside_it(self, tmp_path: Path) -> None:
@@ -229,6 +229,38 @@ class TestRuns:
         words = [word for word in words if not word.startswith("model.config")] + ["model.config=null"]
         assert ranks.run(2, train, words, timeout=120) == [True, True]
         assert (tmp_path / "data/tokenizer.json").read_text() == (tmp_path / "model/tokenizer.json").read_text()
+
+
+def _mesh_run(ranks: RankPool, world: int, output: Path, config: Path, **changes: str) -> list[float]:
+    """Losses of a run of the examples' model, tied or not, whose optimizer steps take 8 windows on any mesh."""
+    same = {"model.config.attention_dropout": "0", "batch.accumulation": "1"}
+    assert all(ranks.run(world, train, overrides(output, **{**same, **changes}), config, timeout=120))
+    return losses(output)
+
+
+class TestMeshes:
+    @pytest.mark.parametrize("path", sorted((ROOT / "configs/fsdp").glob("*.yaml")), ids=lambda path: path.stem)
+    def test_each_shipped_example_trains_like_one_process(self, ranks: RankPool, tmp_path: Path, path: Path) -> None:
+        example = yaml.safe_load(path.read_text())
+        readers = 4 // example.get("mesh", {}).get("tensor_parallel", 1)
+        tied = {"model.config.tie_word_embeddings": str(example["model"]["config"]["tie_word_embeddings"])}
+        one = {**tied, "engine": "none", "deepspeed": "null", "batch.micro": "8"}
+        expected = _mesh_run(ranks, 1, tmp_path / "one", TINY, **one)
+        changes = {**tied, "batch.micro": str(8 // readers)}
+        assert _mesh_run(ranks, 4, tmp_path / "four", path, **changes) == pytest.approx(expected, rel=1e-5)
+
+    def test_a_mesh_that_does_not_fit_is_refused_on_every_rank(self, ranks: RankPool, tmp_path: Path) -> None:
+        words = overrides(tmp_path / "run", **ENGINES["fsdp2"])
+        with pytest.raises(ValueError, match="must divide the number of ranks, 2"):
+            ranks.run(2, train, [*words, "mesh.replicas=3"], timeout=120)
+        three = ["mesh.tensor_parallel=2", "model.config.num_attention_heads=3", "model.config.hidden_size=12"]
+        with pytest.raises(ValueError, match="must divide the model's num_attention_heads, 3"):
+            ranks.run(2, train, [*words, *three], timeout=120)
+        gpt2 = ["mesh.tensor_parallel=2", "model.config={model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 2}"]
+        with pytest.raises(ValueError, match="gpt2 has no plan"):
+            ranks.run(2, train, [*words, *gpt2], timeout=120)
+        with pytest.raises(ValueError, match="mesh is for engine: fsdp2"):
+            settings.load(TINY, overrides(tmp_path, **{"mesh.replicas": "2"}))
 
 
 class TestComparison:

@@ -13,14 +13,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
 from cce_dist.config import CCEConfig
 from cce_dist.train.place import Place
-from cce_dist.train.settings import OptimizerSettings, Settings
+from cce_dist.train.settings import MeshSettings, OptimizerSettings, Settings
 
 
 class Engine(Protocol):
@@ -69,11 +70,11 @@ class TorchEngine:
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
+        norm = _clip(self.model.parameters(), self._clip)
         _set_learning_rate(self._optimizer, learning_rate)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm
 
     def save(self, folder: Path) -> None:
         with _plain_errors(folder):
@@ -154,7 +155,9 @@ def _single_process(model: PreTrainedModel, settings: Settings, place: Place) ->
 def _fsdp2(model: PreTrainedModel, settings: Settings, place: Place) -> None:
     from cce_dist.fsdp import shard_head
 
-    mesh = init_device_mesh(place.device.type, (place.world,))
+    mesh, tp = _meshes(settings.mesh, place)
+    if tp is not None:
+        _split_layers(model, tp)
     bf16 = settings.dtype == "bf16"
     precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     blocks = set(model._no_split_modules or ())
@@ -162,10 +165,58 @@ def _fsdp2(model: PreTrainedModel, settings: Settings, place: Place) -> None:
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh, mp_policy=precision)
     if settings.head == "cce":
-        shard_head(model, mesh, config=head_settings(settings))
+        shard_head(model, mesh, tp=tp, config=head_settings(settings))
     elif model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         fully_shard(model.get_output_embeddings(), mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
+
+
+def _meshes(settings: MeshSettings, place: Place) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """The mesh of FSDP2, and that of tensor parallelism if there is any."""
+    shards, left = divmod(place.world, settings.replicas * settings.tensor_parallel)
+    if left or not shards:
+        raise ValueError(
+            f"mesh.replicas x mesh.tensor_parallel = {settings.replicas} x {settings.tensor_parallel} must divide the "
+            f"number of ranks, {place.world}."
+        )
+    sizes = {"replicate": settings.replicas, "shard": shards, "tp": settings.tensor_parallel}
+    names = tuple(name for name, size in sizes.items() if size > 1 or name == "shard")
+    mesh = init_device_mesh(place.device.type, tuple(sizes[name] for name in names), mesh_dim_names=names)
+    if "tp" not in names:
+        return mesh, None
+    return mesh[names[:-1]], mesh["tp"]
+
+
+def _split_layers(model: PreTrainedModel, tp: DeviceMesh) -> None:
+    """Tensor parallelism of the layers, by the plan that Hugging Face's config of the model has."""
+    plan: dict[str, str] = getattr(model.config, "base_model_tp_plan", None) or {}
+    unknown = sorted(set(plan.values()) - set(_STYLES))
+    if unknown or not plan:
+        raise ValueError(
+            f"mesh.tensor_parallel needs a model whose tensor-parallel plan splits by {' and '.join(_STYLES)} alone; "
+            f"{model.config.model_type} has {', '.join(unknown) or 'no plan'}. Set it to 1."
+        )
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(model.config, name, tp.size())
+        if heads % tp.size():
+            raise ValueError(f"mesh.tensor_parallel = {tp.size()} must divide the model's {name}, {heads}.")
+    parallelize_module(model.base_model, tp, {where: _STYLES[style]() for where, style in plan.items()})
+
+
+_STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+
+
+def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Clips the gradients by their norm over all meshes: tensor parallelism leaves the norms' weights on FSDP's own."""
+    meshes: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            meshes.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in meshes.values()]
+    norm = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).norm()
+    for mesh, group in meshes.items():
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm if mesh is None else DTensor.from_local(norm, mesh))
+    return float(norm)
 
 
 def _deepspeed_config(settings: Settings) -> dict[str, Any]:

@@ -39,8 +39,17 @@ class _Run(NamedTuple):
 
     @property
     def windows_per_round(self) -> int:
-        """Windows that one micro-batch of every rank takes."""
-        return self.place.world * self.settings.batch.micro
+        """Windows that one micro-batch of every reader takes."""
+        return self.readers * self.settings.batch.micro
+
+    @property
+    def readers(self) -> int:
+        """Ranks with text of their own; those of a tensor-parallel group read the same."""
+        return self.place.world // self.settings.mesh.tensor_parallel
+
+    @property
+    def reader(self) -> int:
+        return self.place.rank // self.settings.mesh.tensor_parallel
 
 
 def run(settings: Settings) -> bool:
@@ -59,7 +68,7 @@ def run(settings: Settings) -> bool:
         corpus = _corpus(settings, place)
         network = model.build(settings.model, corpus.vocab_size, settings.seed)
         this = _Run(settings, place, corpus, network, engines.build(network, settings, place))
-        torch.manual_seed(settings.seed + place.rank)
+        torch.manual_seed(settings.seed + this.reader)
         progress = _start(this)
         events = settings.output / "tensorboard" if settings.tensorboard else None
         _mention_restarts(settings, progress, place)
@@ -85,7 +94,7 @@ def _train(this: _Run, progress: Progress, metrics: Metrics, interrupted: Callab
         with memory:
             loss, norm = _step(this, batches, valid, learning_rate)
         seconds += time.perf_counter() - started
-        tokens += sum(batch.inputs_BL.numel() for batch in batches) * this.place.world
+        tokens += sum(batch.inputs_BL.numel() for batch in batches) * this.readers
         progress = progress._replace(
             step=progress.step + 1, windows=progress.windows + len(batches) * this.windows_per_round
         )
@@ -144,7 +153,7 @@ def _next_batches(this: _Run, progress: Progress) -> list[Batch]:
 
 def _first_window(this: _Run, index: int) -> int:
     """Where this rank's micro-batch number ``index`` begins."""
-    return index * this.windows_per_round + this.place.rank * this.settings.batch.micro
+    return index * this.windows_per_round + this.reader * this.settings.batch.micro
 
 
 def _agree(batches: list[Batch], interrupted: bool) -> tuple[int, bool]:

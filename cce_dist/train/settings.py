@@ -71,6 +71,15 @@ class OptimizerSettings(_Section):
     clip: float = Field(default=1.0, gt=0)
 
 
+class MeshSettings(_Section):
+    """How FSDP2 lays the ranks out: replicas x shards x tensor_parallel of them."""
+
+    replicas: int = Field(default=1, ge=1)
+    """HSDP: copies of the model, each sharded over the ranks that are left."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Ranks that split every layer among them, and read the same text."""
+
+
 class CheckpointSettings(_Section):
     every: int | None = Field(default=None, ge=1)
     """Steps between two; None: only at the end and on Ctrl-C."""
@@ -90,6 +99,7 @@ class Settings(_Section):
     """plain: the stock head, with full logits."""
     cce: CCEConfig | None = None
     """Settings of the sharded head. What is not given here is as in the DeepSpeed JSON's section, or the default."""
+    mesh: MeshSettings = MeshSettings()
     deepspeed: FilePath | None = None
     """DeepSpeed's JSON. Its batch sizes, clipping, precision and optimizer are replaced by the settings here."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -115,6 +125,8 @@ class Settings(_Section):
     def _consistent(self) -> "Settings":
         if (self.engine == "deepspeed") != (self.deepspeed is not None):
             raise ValueError("a path in deepspeed and engine: deepspeed go together; give both or neither")
+        if self.engine != "fsdp2" and self.mesh != MeshSettings():
+            raise ValueError(f"mesh is for engine: fsdp2; leave it out with engine: {self.engine}")
         if self.cce is not None and not self.cce.enabled:
             raise ValueError("cce.enabled is for DeepSpeed's JSON; here head: plain switches the sharded head off")
         if self.tensorboard and find_spec("tensorboard") is None:
