@@ -49,8 +49,8 @@ from cce_dist.loss import linear_cross_entropy
 from cce_dist.shard import VocabShard
 from cce_dist.train.place import local_device
 
-SECONDS = 60
-"""What a stage may take, unless --seconds says otherwise."""
+SECONDS = 180
+"""What a stage may take, unless --seconds says otherwise: on a GPU the kernels of the small loss are compiled first."""
 
 _PACKAGES = ("triton", "deepspeed", "transformers", "accelerate", "pydantic")
 _GRACE = 10.0
@@ -193,18 +193,32 @@ class _Council:
         self._rows: list[tuple[str, str]] = []
         self._faults: Faults = []
         self._warnings: Faults = []
-        self._before: Any = None
         self._hurry = float("inf")
 
     def __enter__(self) -> "_Council":
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._ended_by_launcher)
+        # A handler of Python's would wait for the main thread, which may be inside a collective: the pipe does not.
+        read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        threading.Thread(target=self._listen, args=(read,), daemon=True).start()
+        self._before = signal.signal(signal.SIGTERM, lambda *_: None)
+        self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        signal.set_wakeup_fd(self._fd_before)
+        signal.signal(signal.SIGTERM, self._before)
+        os.close(self._write)
         self._end()
+
+    def _listen(self, read: int) -> None:
+        """torchrun ends the ranks with SIGTERM when one died, and with SIGKILL half a minute later."""
+        while numbers := os.read(read, 64):
+            if signal.SIGTERM in numbers:
+                self._hurry = time.monotonic() + 2
+                stage = self._stage
+                if stage is not None:  # else on the way to the end: `_hear` is told to hurry
+                    self._give_up(stage, "was ended by the launcher")
+        os.close(read)
 
     def hold(self, stage: Stage) -> bool:
         """Runs a stage here and hears what the others found; True where no rank has a fault."""
@@ -238,14 +252,6 @@ class _Council:
         self._settle(stage, Report({}, [(stage.name, f"{why}: {remedy}")], []), _GRACE)
         self._end()
         os._exit(1)
-
-    def _ended_by_launcher(self, *_: Any) -> None:
-        """Another rank died: torchrun ends the rest with SIGTERM, and with SIGKILL half a minute later."""
-        self._hurry = time.monotonic() + 2
-        stage = self._stage
-        if stage is None:
-            return  # on the way to the end: `_hear` is told to hurry
-        threading.Thread(target=self._give_up, args=(stage, "was ended by the launcher"), daemon=True).start()
 
     def _settle(self, stage: Stage, report: Report, seconds: float) -> bool:
         verdict = f"{stage.name}/verdict"
@@ -494,9 +500,10 @@ def _check_deepspeed(file: Path, world: int) -> Checked:
             faults.append(str(error))
     if settings.enabled:
         warnings.append(
-            f'stock deepspeed.initialize ignores the section "cce_dist" of {file} without a word and trains the plain '
-            "head. Call cce_dist.deepspeed.initialize in its place, or cce_dist.deepspeed.install() before it (for "
-            "accelerate and the Hugging Face Trainer too); cce_dist.train does so."
+            f'DeepSpeed\'s own initialize ignores the section "cce_dist" of {file} and trains the plain head, without '
+            "a word where cce_dist.deepspeed was never imported. Call cce_dist.deepspeed.initialize in its place, or "
+            "cce_dist.deepspeed.install() before it, for accelerate and the Hugging Face Trainer too (installed() "
+            "tells whether that was done). cce_dist.train needs nothing."
         )
     return Checked(f"{file}: ZeRO stage {stage}, {_summary(settings, world)}", "", faults, warnings, size)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from pydantic import BaseModel, ValidationError
 
 from cce_dist.train.metrics import read
@@ -80,6 +81,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     loss, speed, memory = figure.subplots(1, 3)
     for index, run in enumerate(runs):
         style = {"color": f"C{index % 10}", "linestyle": ("-", "--", ":", "-.")[index // 10 % 4]}
+        style["marker"] = "." if len(run.rows) < 50 else ""
         loss.plot(*_series(run, "loss"), label=run.name, **style)
         loss.plot(*_series(run, "eval_loss"), "o", color=style["color"])
         speed.plot(*_series(run, "tokens_per_second"), **style)
@@ -92,9 +94,10 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     ):
         axes.set_title(title)
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     for axes in (speed, memory):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])  # room for a line that is flat
     for text in loss.legend(fontsize="small").get_texts():
         text.set_parse_math(False)  # a folder may have dollars in its name
     figure.savefig(path, dpi=110)

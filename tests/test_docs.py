@@ -150,6 +150,7 @@ def test_the_output_of_the_doctor_is_what_it_prints() -> None:
     command = [sys.executable, "-m", "cce_dist.cli", "doctor"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
     printed = done.stdout.replace(f": {socket.gethostname()}: ", ": vm: ")
     assert _without_numbers(_shown("cce-dist doctor")) <= _without_numbers(printed)
 
