@@ -63,14 +63,14 @@ def _pad(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def _deepspeed_config(section: dict[str, Any] | None) -> dict[str, Any]:
+def _deepspeed_config(section: dict[str, Any] | None, stage: int) -> dict[str, Any]:
     config = {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
-        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
     }
     return config if section is None else {**config, "cce_dist": section}
 
@@ -82,13 +82,15 @@ def _fresh_accelerate() -> None:
     GradientState._reset_state()
 
 
-def _train(section: dict[str, Any] | None, average: bool, model: str, output: str, resume: bool) -> dict[str, Any]:
+def _train(
+    section: dict[str, Any] | None, stage: int, average: bool, model: str, output: str, resume: bool
+) -> dict[str, Any]:
     """What a run logs, and the weights that it leaves; with ``resume`` it begins at the checkpoint in its middle."""
     _fresh_accelerate()
     arguments = transformers.TrainingArguments(
         output_dir=output,
         use_cpu=True,
-        deepspeed=_deepspeed_config(section),
+        deepspeed=_deepspeed_config(section, stage),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=ACCUMULATION,
         average_tokens_across_devices=average,
@@ -115,30 +117,33 @@ def _train(section: dict[str, Any] | None, average: bool, model: str, output: st
     }
 
 
-def _train_all(average: bool, model: str, folder: str) -> dict[str, Any]:
-    runs = {"stock": _train(None, average, model, f"{folder}/stock", resume=False)}
+def _train_all(stage: int, average: bool, model: str, folder: str) -> dict[str, Any]:
+    section = EXACT if stage == 3 else {**EXACT, "vocab_parallel_size": 2}
+    runs = {"stock": _train(None, stage, average, model, f"{folder}/stock", resume=False)}
     cce_deepspeed.install()
     try:
-        runs["cce_dist"] = _train(EXACT, average, model, f"{folder}/cce_dist", resume=False)
-        runs["resumed"] = _train(EXACT, average, model, f"{folder}/cce_dist", resume=True)
-        runs["resumed from stock"] = _train(EXACT, average, model, f"{folder}/stock", resume=True)
+        runs["cce_dist"] = _train(section, stage, average, model, f"{folder}/cce_dist", resume=False)
+        runs["resumed"] = _train(section, stage, average, model, f"{folder}/cce_dist", resume=True)
+        if stage == 3:
+            runs["resumed from stock"] = _train(section, stage, average, model, f"{folder}/stock", resume=True)
     finally:
         cce_deepspeed.uninstall()
     return runs
 
 
 @pytest.mark.parametrize(
-    ("average", "tied"),
+    ("stage", "average", "tied"),
     [
-        pytest.param(True, True, id="tied, tokens averaged across devices"),
-        pytest.param(False, False, id="tokens averaged in each device", marks=pytest.mark.full),
+        pytest.param(3, True, True, id="tied, tokens averaged across devices"),
+        pytest.param(3, False, False, id="tokens averaged in each device", marks=pytest.mark.full),
+        pytest.param(2, True, True, id="stage 2, sharded, tied", marks=pytest.mark.full),
     ],
 )
 def test_the_trainer_logs_and_saves_what_it_does_without_cce_dist(
-    ranks: RankPool, tmp_path: Path, average: bool, tied: bool
+    ranks: RankPool, tmp_path: Path, stage: int, average: bool, tied: bool
 ) -> None:
     _model(tied).save_pretrained(tmp_path / "model")
-    for runs in ranks.run(2, _train_all, average, str(tmp_path / "model"), str(tmp_path), timeout=250):
+    for runs in ranks.run(2, _train_all, stage, average, str(tmp_path / "model"), str(tmp_path), timeout=250):
         stock = runs.pop("stock")
         assert [len(values) for values in stock["logged"].values()] == [STEPS, STEPS, 2]
         for name, run in runs.items():
