@@ -257,7 +257,8 @@ class _Council:
         verdict = f"{stage.name}/verdict"
         deadline = time.monotonic() + seconds
         if self._rank != 0:
-            self._store.set(f"{stage.name}/{self._rank}", json.dumps(report))
+            with suppress(dist.DistError, RuntimeError):  # where the store's server died, `_hear` ends at once
+                self._store.set(f"{stage.name}/{self._rank}", json.dumps(report))
             said = self._hear(verdict, deadline + _GRACE)
             if said is None:
                 print(

@@ -10,6 +10,7 @@ ranks, g ranks that share one copy of the classifier (vocab_parallel_size). Time
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,7 +136,7 @@ def calibrate(files: Sequence[Path], gpu: str) -> Calibration:
     for file in sorted(files):
         try:
             content = json.loads(file.read_text())
-            key = next((key for key in GPUS if key in content["gpu"].lower().split()[-1]), None)
+            key = next((key for key in GPUS if re.search(rf"\b{key}\b", content["gpu"].lower())), None)
             shapes = content["shapes"]
         except (OSError, ValueError, LookupError, AttributeError, TypeError) as fault:
             raise ValueError(f"{file} is not a result of benchmarks/loss.py: {fault!r}.") from None
