@@ -1,21 +1,19 @@
 """One line makes the Hugging Face Trainer train with cce_dist: it logs what it logs for the stock model."""
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
+import accelerate_state
 import architectures
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
+from accelerate import Accelerator
 from ranks import RankPool
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import HfDeepSpeedConfig
 
 from cce_dist import CCEConfig
@@ -48,13 +46,6 @@ def _logged(trainer: Trainer) -> Log:
     return [(row["loss"], float(row["grad_norm"])) for row in trainer.state.log_history if "loss" in row]
 
 
-def _forget_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
-        del os.environ[name]
-
-
 def _ddp(folder: str, ours: bool, **settings: Any) -> Log:
     callbacks = [CCECallback(EXACT)] if ours else []
     model = architectures.build("qwen3")
@@ -76,26 +67,12 @@ def _native_fsdp2(folder: str, ours: bool) -> Log:
     return _sharded_log(trainer, ours)
 
 
-def _fsdp2_plugin(model: PreTrainedModel) -> Accelerator:
-    """Accelerate turns FSDP on for accelerators other than the CPU only; beyond that switch its code is the same."""
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=[type(model.model.layers[0]).__name__],
-        cpu_ram_efficient_loading=False,
-    )
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    return accelerator
-
-
 def _accelerates_fsdp2(folder: str, ours: bool, name: str) -> Log:
     """The optimizer is there before the model is sharded, as the Trainer has it."""
     callbacks = [CCECallback(EXACT)] if ours else []
     model, arguments = architectures.build(name), _arguments(folder)
     assert arguments.device.type == "cpu"  # asking for it resets accelerate
-    _fsdp2_plugin(model)
+    accelerate_state.fsdp2_accelerator(model)
     trainer = Trainer(model, arguments, train_dataset=_data(), callbacks=callbacks)
     assert trainer.accelerator.is_fsdp2
     return _sharded_log(trainer, ours)
@@ -112,7 +89,7 @@ def _sharded_log(trainer: Trainer, ours: bool) -> Log:
 def _without_a_trainer(folder: str, ours: bool, fsdp2: bool) -> Log:
     """A loop of one's own around accelerate."""
     model = architectures.build("qwen3")
-    accelerator = _fsdp2_plugin(model) if fsdp2 else Accelerator(cpu=True)
+    accelerator = accelerate_state.fsdp2_accelerator(model) if fsdp2 else Accelerator(cpu=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model, optimizer = accelerator.prepare(model, optimizer)
     if ours:
@@ -167,7 +144,7 @@ def _logs(folder: str) -> dict[str, tuple[Log, Log]]:
     for name, (case, settings) in CASES.items():
         pair = []
         for ours in (False, True):
-            _forget_accelerate()
+            accelerate_state.forget()
             pair.append(case(folder, ours, **settings))
         logs[name] = (pair[0], pair[1])
     return logs

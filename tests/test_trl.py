@@ -4,13 +4,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import accelerate_state
 import architectures
 import pytest
 import torch
+from ranks import RankPool
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from cce_dist.lazy_logits import MaterializedLogitsWarning
+from cce_dist.lazy_logits import MaterializedLogitsWarning, is_lazy
 from cce_dist.trainer_callback import CCECallback
 from cce_dist.transformers import output_layer, patch
 
@@ -35,19 +38,22 @@ def _data() -> Dataset:
     return Dataset.from_list(rows)
 
 
-def _log(
-    folder: Path, name: str, ours: bool, peft: LoraConfig | None = None, **settings: Any
-) -> list[dict[str, float]]:
-    """What SFTTrainer logs of three steps and of an evaluation."""
+def _trainer(
+    folder: str, name: str, ours: bool, peft: LoraConfig | None = None, fsdp2: bool = False, **settings: Any
+) -> Any:
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(architectures.VOCAB)}, unk_token="t0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2", unk_token="t0")
     arguments = trl.SFTConfig(
-        str(folder), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
-        learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        folder, max_steps=3, per_device_train_batch_size=1 if fsdp2 else 2, gradient_accumulation_steps=2,
+        logging_steps=1, learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
         **{"bf16": False, "gradient_checkpointing": False, **settings},
     )  # fmt: skip
-    trainer = trl.SFTTrainer(
-        architectures.build(name),
+    model = architectures.build(name)
+    if fsdp2:
+        assert arguments.device.type == "cpu"  # asking for it resets accelerate
+        accelerate_state.fsdp2_accelerator(model)
+    return trl.SFTTrainer(
+        model,
         arguments,
         train_dataset=_data(),
         eval_dataset=_data(),
@@ -55,10 +61,18 @@ def _log(
         peft_config=peft,
         callbacks=[CCECallback(gradient="exact", materialize="raise")] if ours else [],
     )
+
+
+def _log(trainer: Any) -> list[dict[str, float]]:
+    """What SFTTrainer logs of three steps and of an evaluation."""
     trainer.train()
     evaluation = trainer.evaluate()
     return [
-        *({key: row[key] for key in OF_A_STEP if key in row} for row in trainer.state.log_history if "loss" in row),
+        *(
+            {key: float(row[key]) for key in OF_A_STEP if key in row}
+            for row in trainer.state.log_history
+            if "loss" in row
+        ),
         {key: evaluation[key] for key in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")},
     ]
 
@@ -76,11 +90,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "settings"), CASES.values(), ids=CASES)
 def test_sft_logs_what_it_logs_for_stock(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
-    stock = _log(tmp_path, name, ours=False, **settings)
-    ours = _log(tmp_path, name, ours=True, **settings)
+    stock, ours = (_log(_trainer(str(tmp_path), name, ours, **settings)) for ours in (False, True))
     assert len(stock) == 4
     for x, y in zip(ours, stock, strict=True):
         assert x == pytest.approx(y, rel=2e-2 if settings.get("bf16") else 2e-5)
+
+
+def _sharded_logs(folder: str) -> dict[str, list[Any]]:
+    """[stock, ours] by model, with the vocabulary sharded over the ranks and different numbers of tokens on each."""
+    logs = {}
+    for name, peft in (("qwen3", None), ("llama_tied", None), ("llama", LORA)):
+        pair = logs[name] = []
+        for ours in (False, True):
+            accelerate_state.forget()
+            trainer = _trainer(folder, name, ours, peft, fsdp2=True)
+            pair.append(_log(trainer))
+            assert trainer.accelerator.is_fsdp2
+            assert is_lazy(output_layer(trainer.model)) == ours
+            assert isinstance(output_layer(trainer.model).weight, DTensor) or not ours
+    return logs
+
+
+@pytest.mark.full
+def test_sft_on_two_ranks_under_fsdp2_logs_what_it_logs_for_stock(ranks: RankPool, tmp_path: Path) -> None:
+    try:
+        by_rank = ranks.run(2, _sharded_logs, str(tmp_path), timeout=240)
+    finally:
+        ranks.close()  # accelerate keeps state in the process
+    for logs in by_rank:
+        for name, (stock, ours) in logs.items():
+            assert len(stock) == 4
+            for x, y in zip(ours, stock, strict=True):
+                assert x == pytest.approx(y, rel=2e-5), name
 
 
 def _fused(model: PreTrainedModel, **extra: Any) -> tuple[Any, dict[str, Tensor]]:
