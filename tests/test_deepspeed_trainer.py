@@ -1,5 +1,6 @@
 """Hugging Face Trainer and accelerate over DeepSpeed ZeRO-3: after `install()` the logs are those of the stock run."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 
 import cce_dist.deepspeed as cce_deepspeed
 
+CONFIG = Path(__file__).parents[1] / "configs" / "deepspeed" / "hf-trainer.json"
 VOCAB, STEPS, ACCUMULATION = 101, 4, 2
 IGNORED = -100
 
@@ -64,15 +66,10 @@ def _pad(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _deepspeed_config(section: dict[str, Any] | None, stage: int) -> dict[str, Any]:
-    config = {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
-    }
-    return config if section is None else {**config, "cce_dist": section}
+    config = json.loads(CONFIG.read_text())
+    config["zero_optimization"]["stage"] = stage
+    stock = config.pop("cce_dist")
+    return config if section is None else {**config, "cce_dist": {**stock, **section}}
 
 
 def _fresh_accelerate() -> None:

@@ -206,7 +206,7 @@ def _zero3_owner(engine: Any, head: Any, settings: CCEConfig, rows: ShardedRows 
     size = settings.vocab_parallel_size or vocab_group_size(
         weight.ds_process_group.size(), weight.ds_shape[0], settings.max_tokens, weight.element_size()
     )
-    return ZeRO3Owner(optimizer, head, size, None if rows is None else rows.shard)
+    return ZeRO3Owner(engine, head, size, None if rows is None else rows.shard)
 
 
 def _refuse_compile(*args: Any, **kwargs: Any) -> None:

@@ -69,9 +69,10 @@ def refuse_untested(
         "a model that AutoTP has cut before, by deepspeed.tp_model_init or for another engine (build it anew)": (
             getattr(model, "ds_autotp_parsed", False)
         ),
-        "mesh_param, or sequence_parallel_size in the config (pass an mpu)": (
-            arguments.get("mesh_param") or "sequence_parallel_size" in config
+        "mesh_param, or data_parallel_size in the config (pass an mpu)": (
+            arguments.get("mesh_param") or "data_parallel_size" in config
         ),
+        "sequence_parallel_size in the config without an mpu": "sequence_parallel_size" in config and mpu is None,
         "an mpu with pipeline parallelism": bwc_pipeline_parallel_world_size(mpu) > 1,
         "an mpu together with AutoTP": autotp and mpu is not None,
         "compile.deepcompile": _section(config, "compile").get("deepcompile"),
@@ -153,7 +154,7 @@ def check_zero3(optimizer: Any, weight: Any) -> None:
     """
     ours = (
         "partition_grads zero_grad fp16_groups micro_step_id sequence_parallel_size reduce_scatter "
-        "contiguous_gradients reduce_and_partition_stream"
+        "contiguous_gradients reduce_and_partition_stream set_gradient_accumulation_boundary"
     )
     theirs = "ds_id ds_shape ds_numel ds_tensor ds_process_group"
     missing = _absent({"optimizer": (optimizer, ours), "parameter": (weight, theirs)})

@@ -26,7 +26,7 @@ class ZeRO3Owner:
     """Shard owner of a classifier that ZeRO-3 partitions.
 
     Args:
-        optimizer: the engine's ``DeepSpeedZeroOptimizer_Stage3``.
+        engine: its optimizer is a ``DeepSpeedZeroOptimizer_Stage3``.
         head: the output embedding; its weight [V, D] (and bias [V]) are partitioned parameters.
         vocab_parallel_size: ranks that share one copy of the rows; None: all that the weight is partitioned over.
         tensor_parallel: the rows that the weight holds, where it is not the whole classifier but the part of a
@@ -38,11 +38,12 @@ class ZeRO3Owner:
 
     def __init__(
         self,
-        optimizer: Any,
+        engine: Any,
         head: nn.Module,
         vocab_parallel_size: int | None = None,
         tensor_parallel: VocabShard | None = None,
     ) -> None:
+        optimizer = engine.optimizer
         weight: Any = head.weight
         bias: Any = getattr(head, "bias", None)
         group = weight.ds_process_group
@@ -57,7 +58,7 @@ class ZeRO3Owner:
             raise ValueError(f"the classifier has {num_rows} rows, fewer than the {world} ranks of ZeRO-3.")
         self._rows = SlicedRows(num_rows, width, group, size)
         self._weight, self._bias = weight, bias
-        self._gradients = _Gradients(optimizer, [weight] if bias is None else [weight, bias])
+        self._gradients = _Gradients(engine, [weight] if bias is None else [weight, bias])
         self._trained = {p.ds_id for parameters in optimizer.fp16_groups for p in parameters}
         self._anchor = torch.zeros((), device=_device(), requires_grad=True)
         first = 0 if tensor_parallel is None else tensor_parallel.start
@@ -165,8 +166,9 @@ class _Gradients:
     to. So, for the parameters seen here, whatever comes first after ``zero_grad`` is copied and the rest is added.
     """
 
-    def __init__(self, optimizer: Any, parameters: list[Any]) -> None:
-        self._optimizer = optimizer
+    def __init__(self, engine: Any, parameters: list[Any]) -> None:
+        self._engine = engine
+        self._optimizer = optimizer = engine.optimizer
         self._stock_partition_grads = optimizer.partition_grads
         self._stock_zero_grad = optimizer.zero_grad
         self._begun = {parameter.ds_id: False for parameter in parameters}
@@ -179,6 +181,8 @@ class _Gradients:
             raise NotImplementedError(
                 "engine.coalesce_grad_reduction() is not supported with cce_dist; accumulate by micro-steps instead."
             )
+        # The engine says so when a gradient reaches its output; that of a loss outside its forward comes here before.
+        self._optimizer.set_gradient_accumulation_boundary(self._engine.is_gradient_accumulation_boundary())
         accelerator, stream = get_accelerator(), self._optimizer.reduce_and_partition_stream
         if not accelerator.resolves_data_dependency():
             stream.wait_stream(accelerator.current_stream())

@@ -129,8 +129,12 @@ class DeepSpeedEngine:
 
     def step(self, learning_rate: float) -> float:
         _set_learning_rate(self._engine.optimizer, learning_rate)
+        averaged = torch.zeros(())
+        if self._engine.zero_optimization_stage() == 0:  # keeps no norm in fp32, but has averaged the gradients by now
+            averaged = nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        norm = self._engine.get_global_grad_norm()
+        return float(averaged if norm is None else norm)
 
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder), tag="deepspeed")
@@ -223,16 +227,33 @@ def _deepspeed_config(settings: Settings) -> dict[str, Any]:
     """The JSON, with the trainer's own settings where both could say something."""
     assert settings.deepspeed is not None
     config = json.loads(settings.deepspeed.read_text())
+    precision = _precision(config)
+    if precision not in ("fp32", settings.dtype):
+        raise ValueError(
+            f"{settings.deepspeed} has the model compute in {precision}, the trainer's dtype is {settings.dtype}: set "
+            "dtype: bf16, or take the precision out of the file. The trainer does not do fp16."
+        )
     for replaced in ("optimizer", "scheduler", "train_batch_size"):
         config.pop(replaced, None)
     config |= {
         "train_micro_batch_size_per_gpu": settings.batch.micro,
         "gradient_accumulation_steps": settings.batch.accumulation,
         "gradient_clipping": settings.optimizer.clip,
-        "bf16": {"enabled": settings.dtype == "bf16"},
+        "bf16": {"enabled": settings.dtype == "bf16" and "torch_autocast" not in config},
     }
     config["cce_dist"] = head_settings(settings).model_dump()
     return config
+
+
+def _precision(config: dict[str, Any]) -> str:
+    """What DeepSpeed's JSON has the model compute in."""
+    for section in ("bf16", "fp16"):
+        if config.get(section, {}).get("enabled"):
+            return section
+    autocast = config.get("torch_autocast", {})
+    if autocast.get("enabled"):
+        return "bf16" if "bf" in str(autocast.get("dtype")) else "fp16"
+    return "fp32"
 
 
 def head_settings(settings: Settings) -> CCEConfig:
