@@ -17,6 +17,7 @@ from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from ranks import RankPool
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cce_dist.deepspeed as cce_deepspeed
 from cce_dist.lazy_logits import fused_evaluation
@@ -45,6 +46,7 @@ class Case:
     sequence_parallel: int = 1
     tensor_parallel: int = 1
     mpu: bool = False  # tensor parallelism of the classifier alone, by an mpu; else AutoTP's, of the whole model
+    marked: bool = False  # with an mpu: the client has cut the classifier itself
     section: dict[str, Any] | None = field(default_factory=lambda: dict(EXACT))
     zero: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -155,6 +157,10 @@ def make_engine(case: Case) -> Any:
         for name, parameter in model.named_parameters():
             with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
                 parameter.data.copy_(plain[name])
+    if case.marked:
+        weight = model.get_output_embeddings().weight
+        weight.data = weight.data.chunk(case.tensor_parallel)[mpu.get_tensor_model_parallel_rank()].clone()
+        weight.tensor_model_parallel = True
     parameters: Any = trained_parameters(case, model)
     what = {"model_parameters": parameters}
     if case.groups == "optimizer":
@@ -277,3 +283,29 @@ def distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
         for name, weight in expected.items()
         if not name.endswith("k_proj.bias")
     )
+
+
+class Meter(TorchDispatchMode):
+    """The elements of the largest tensor made, and the elements that all-gathers deliver."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.gathered = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+        if "allgather" in str(op):
+            self.gathered += args[0].numel() if isinstance(args[0], Tensor) else 0
+        return result
+
+
+def measure_a_step(case: Case) -> dict[str, Any]:
+    engine = make_engine(case)
+    inputs = torch.randn(2, 8, HIDDEN), torch.randint(case.vocab_size, (2, 8))
+    with Meter() as meter:
+        loss = engine(inputs_embeds=inputs[0], labels=inputs[1])
+        engine.backward(loss)
+    engine.step()
+    return {"largest": meter.largest, "gathered": meter.gathered, "tables": case.vocab_size * HIDDEN}

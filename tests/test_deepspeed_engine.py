@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import RankPool
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("transformers")
@@ -22,7 +21,6 @@ pytest.importorskip("transformers")
 import deepspeed
 from deepspeed_runs import (
     EXACT,
-    HIDDEN,
     Case,
     assert_trains_as_one_process,
     distance,
@@ -31,6 +29,7 @@ from deepspeed_runs import (
     make_config,
     make_engine,
     make_model,
+    measure_a_step,
     take_steps,
     train,
 )
@@ -117,35 +116,9 @@ def test_bf16_training_follows_stock_zero3(ranks: RankPool) -> None:
     assert torch.allclose(torch.stack(got["norms"]), torch.stack(expected["norms"]), rtol=1e-2)
 
 
-class _Meter(TorchDispatchMode):
-    """The elements of the largest tensor made, and the elements that all-gathers deliver."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = self.gathered = 0
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = op(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.largest = max(self.largest, result.numel())
-        if "allgather" in str(op):
-            self.gathered += args[0].numel() if isinstance(args[0], Tensor) else 0
-        return result
-
-
-def _measure_a_step(case: Case) -> dict[str, Any]:
-    engine = make_engine(case)
-    inputs = torch.randn(2, 8, HIDDEN), torch.randint(case.vocab_size, (2, 8))
-    with _Meter() as meter:
-        loss = engine(inputs_embeds=inputs[0], labels=inputs[1])
-        engine.backward(loss)
-    engine.step()
-    return {"largest": meter.largest, "gathered": meter.gathered, "tables": case.vocab_size * HIDDEN}
-
-
 def test_zero3_never_gathers_the_classifier_nor_makes_its_whole_gradient(ranks: RankPool) -> None:
-    stock = ranks.run(2, _measure_a_step, Case(vocab_size=4096, section=None))[0]
-    ours = ranks.run(2, _measure_a_step, Case(vocab_size=4096))[0]
+    stock = ranks.run(2, measure_a_step, Case(vocab_size=4096, section=None))[0]
+    ours = ranks.run(2, measure_a_step, Case(vocab_size=4096))[0]
     assert stock["largest"] >= stock["tables"] and ours["largest"] < ours["tables"]
     assert ours["gathered"] <= stock["gathered"] - stock["tables"]
 

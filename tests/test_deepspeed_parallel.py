@@ -23,6 +23,7 @@ from deepspeed_runs import (
     make_batch,
     make_engine,
     make_model,
+    measure_a_step,
     take_steps,
     train,
     weights_of,
@@ -122,6 +123,7 @@ def test_a_classifier_sharded_over_tensor_parallel_ranks_trains_as_in_one_proces
         pytest.param(2, {"tied": True, "vocab_size": 101}, id="AutoTP, tied, uneven"),
         pytest.param(4, {"mpu": True, "vocab_size": 101, "evaluates": True}, id="mpu, 2 x 2, uneven"),
         pytest.param(2, {"mpu": True, "tied": True}, id="mpu, tied"),
+        pytest.param(4, {"mpu": True, "marked": True, "vocab_size": 101}, id="mpu, cut by the client, 2 x 2, uneven"),
     ],
 )
 def test_tensor_parallelism_trains_as_in_one_process_at_every_stage(
@@ -277,6 +279,18 @@ def test_generation_is_that_of_the_plain_model(ranks: RankPool, case: Case) -> N
     for rank, ids in enumerate(ranks.run(2, _generate, case, timeout=200)):
         prompt = make_batch(case, 0, rank // case.tensor_parallel)["input_ids"]
         assert torch.equal(ids, getattr(model, "lm", model).generate(prompt, max_new_tokens=5, do_sample=False))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [_sharded(2, vocab_size=4096), Case(tensor_parallel=2, mpu=True, vocab_size=4096)],
+    ids=["data parallel", "tensor parallel"],
+)
+def test_no_rank_makes_the_whole_classifier_or_its_gradient(ranks: RankPool, case: Case) -> None:
+    # Tied, or the embedding would be as large; DeepSpeed's own buffer is larger than this model.
+    case = replace(case, stage=2, tied=True, zero={"reduce_bucket_size": 1000})
+    for measured in ranks.run(2, measure_a_step, case, timeout=200):
+        assert measured["largest"] < measured["tables"]
 
 
 def _default_mode() -> list[float]:
