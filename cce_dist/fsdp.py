@@ -10,8 +10,10 @@ Which ranks share a loss, on a mesh of replicas x shards x tensor parallelism, o
 - The rows are cut over tensor parallelism first, each part over the shards: the vocabulary group is shards x tp.
 - Every data-parallel rank brings its own tokens, the ranks of a tensor-parallel group the same ones. With
   ``sequence_parallel`` each of those brings its slice of the sequence too. Context parallelism needs no word: its ranks
-  are among those that FSDP shards over, each with its own tokens. Where a sequence is split, shift the labels before
-  splitting it (``shift_labels`` of Hugging Face models), or each slice loses the label of its last token.
+  are among those that FSDP shards over, each with its own tokens; as FSDP averages over them too, a loss that divides
+  the sum over a slice by the tokens of the whole sequence is to be multiplied by the number of slices. Where a sequence
+  is split, shift the labels before splitting it (``shift_labels`` of Hugging Face models), or each slice loses the
+  label of its last token.
 - ``vocab_parallel_size`` makes the group smaller. The parameters stay where they are; each rank gathers the rows at its
   place of the other vocabulary groups, and their gradients are reduce-scattered back.
 

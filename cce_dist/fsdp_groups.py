@@ -1,6 +1,7 @@
 """FSDP2's private state, touched here and nowhere else. Known on torch 2.8 to 2.15; `check_torch` refuses others.
 
-The tests here have run on torch 2.13. That the same attributes are in the other versions is known from their source.
+This project's tests have run on torch 2.13; of the other versions, what is used here was looked up or tried apart from
+them, but for ``mesh_info``, which is not known of 2.14 and later: there `check_torch` has to speak.
 
 FSDP2 keeps the parameters of a `fully_shard` call as FSDPParams in FSDPParamGroups, which it all-gathers before a
 module's forward and whose gradients it reduces after its backward.

@@ -817,6 +817,29 @@ def test_what_is_not_supported_is_refused_by_name(ranks: RankPool) -> None:
             assert part in text
 
 
+def _ranks_apart(unequal_groups: bool) -> str:
+    """What shard_head says on an HSDP mesh where rank 0 is in a group more, or has another setting."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    size = None
+    if dist.get_rank() == 0 and unequal_groups:
+        dist.new_group([0], use_local_synchronization=True)
+    elif dist.get_rank() == 0:
+        size = 1
+    with pytest.raises(RuntimeError) as caught:
+        shard_head(PlainLM(11, tied=False), mesh, config=EXACT.model_copy(update={"vocab_parallel_size": size}))
+    return str(caught.value)
+
+
+def test_ranks_in_unequal_numbers_of_groups_are_told_and_do_not_wait(ranks: RankPool) -> None:
+    for text in ranks.run(4, _ranks_apart, True):
+        assert "process groups" in text
+
+
+def test_ranks_with_unequal_settings_are_told_and_do_not_wait(ranks: RankPool) -> None:
+    for text in ranks.run(4, _ranks_apart, False):
+        assert "do not agree" in text
+
+
 @contextmanager
 def _torch_that_moved_the_state() -> Iterator[None]:
     stock = fsdp_groups._holders
