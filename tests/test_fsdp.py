@@ -781,7 +781,27 @@ def _refusals() -> list[str]:
         model.lm_head.weight = nn.Parameter(weight)  # type: ignore[union-attr]
         adopt(model)
 
+    both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("shard", "tp"))
+
+    def replicated_over_tp() -> None:
+        model = plain()
+        distribute_module(model.lm_head, both["tp"])  # type: ignore[arg-type]
+        fully_shard(model, mesh=both["shard"])
+        adopt(model)
+
+    def tied_embedding_in_the_plan() -> None:
+        model = PlainLM(11, tied=True)
+        parallelize_module(model, both["tp"], {"embed": RowwiseParallel(input_layouts=Replicate())})
+        model.lm_head.weight = model.embed.weight
+        shard_head(model, both["shard"], tp=both["tp"])
+
     attempts: list[Callable[[], None]] = [
+        lambda: shard_head(plain(), both["shard"], tp=both),
+        lambda: shard_head(plain(), both["shard"], sequence_parallel=True),
+        lambda: shard_head(PlainLM(11, tied=True), both["shard"], tp=both["tp"], sequence_parallel=True),
+        replicated_over_tp,
+        tied_embedding_in_the_plan,
+        lambda: shard_head(plain(), both["shard"], tp=both["tp"], config=CCEConfig(vocab_parallel_size=1)),
         lambda: shard_head(nn.Sequential(nn.Linear(2, 2)), mesh),
         lambda: shard_head(plain(lm_head=ScaledLinear(HIDDEN, 11)), mesh),
         lambda: shard_head(plain(), mesh, head=nn.Linear(HIDDEN, 11)),
@@ -802,6 +822,12 @@ def _refusals() -> list[str]:
 
 def test_what_is_not_supported_is_refused_by_name(ranks: RankPool) -> None:
     parts = [
+        "mesh['tp']",
+        "pass tp",
+        "untie",
+        "replicates",
+        "leave the embedding",
+        "multiple of the 2 tensor-parallel ranks",
         "head=",
         "ScaledLinear",
         "submodule",
