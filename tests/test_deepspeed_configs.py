@@ -33,7 +33,11 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "deepspeed"
 ELSEWHERE = {"hf-trainer.json": "test_deepspeed_trainer.py", "zero3-fp16.json": "test_deepspeed_fp16.py"}
 BF16 = {"zero3-bf16.json", "zero3-autocast.json"}
-ON_4_RANKS = {"zero3-hpz.json", "zero3-vocab-groups.json"}  # so that their groups are smaller than the world
+ON_4_RANKS = {
+    "zero2-vocab-groups.json",
+    "zero3-hpz.json",
+    "zero3-vocab-groups.json",
+}  # so that their groups are smaller than the world
 SETTINGS = {
     "model.config": "{model_type: llama, hidden_size: 18, intermediate_size: 32, num_hidden_layers: 1, "
     "num_attention_heads: 3}",
@@ -80,7 +84,8 @@ def plain(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[li
     return losses, norms
 
 
-THROUGH_THE_TRAINER = sorted({path.name for path in FOLDER.iterdir()} - ELSEWHERE.keys() - {"zero3-ulysses.json"})
+NOT_DATA_PARALLEL = {"zero1-autotp.json", "zero3-ulysses.json"}
+THROUGH_THE_TRAINER = sorted({path.name for path in FOLDER.iterdir()} - ELSEWHERE.keys() - NOT_DATA_PARALLEL)
 
 
 FAST = {"zero3.json", "zero3-offload.json"}
@@ -150,6 +155,37 @@ def test_ulysses_runs_its_config_to_the_losses_of_stock_deepspeed(ranks: RankPoo
     whole = _llama()(**sequences, labels=sequences["shift_labels"]).loss.item()
     assert ours[0] == pytest.approx(whole, rel=1e-5)
     assert ours == pytest.approx(stock, rel=1e-5)
+
+
+def _train_tensor_parallel(path: str, section: bool) -> list[float]:
+    """Two steps on sequences that both ranks see: losses and gradient norms."""
+    fresh_deepspeed()
+    config = json.loads(Path(path).read_text())
+    config["cce_dist"] |= {"enabled": section, "gradient": "exact"}
+    model, figures = _llama(), []
+    engine = cce_deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    assert type(model.lm_head).__name__.startswith("CCE") == section
+    for _ in range(2):
+        sequences = _sequences()
+        loss = engine(**sequences, labels=sequences["shift_labels"]).loss
+        engine.backward(loss)
+        engine.step()
+        figures += [loss.item(), float(engine.get_global_grad_norm())]
+    return figures
+
+
+@pytest.mark.full
+def test_autotp_runs_its_config_to_the_losses_of_stock_deepspeed(ranks: RankPool) -> None:
+    path = str(FOLDER / "zero1-autotp.json")
+    ours, stock = (ranks.run(2, _train_tensor_parallel, path, on)[0] for on in (True, False))
+    assert ours == pytest.approx(stock, rel=1e-5)
+
+
+def test_the_trainer_refuses_ranks_that_share_a_batch(tmp_path: Path) -> None:
+    for name in NOT_DATA_PARALLEL:
+        words = ["engine=deepspeed", f"deepspeed={FOLDER / name}", f"output={tmp_path}"]
+        with pytest.raises(ValueError, match="each rank a batch of its own"):
+            DeepSpeedEngine(nn.Linear(1, 1), settings.load(ROOT / "configs/train/tiny-cpu.yaml", words))
 
 
 def test_a_precision_that_the_trainer_would_not_keep_is_refused(tmp_path: Path) -> None:

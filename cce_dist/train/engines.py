@@ -227,6 +227,8 @@ def _deepspeed_config(settings: Settings) -> dict[str, Any]:
     """The JSON, with the trainer's own settings where both could say something."""
     assert settings.deepspeed is not None
     config = json.loads(settings.deepspeed.read_text())
+    if shared := [name for name in ("tensor_parallel", "sequence_parallel_size") if name in config]:
+        raise ValueError(f"{settings.deepspeed} has {shared[0]}, but the trainer gives each rank a batch of its own.")
     precision = _precision(config)
     if precision not in ("fp32", settings.dtype):
         raise ValueError(
