@@ -439,6 +439,7 @@ def _obstacle(
     return None
 
 
+@torch.compiler.disable  # one graph break, in place of one wherever the loss asks the device or the ranks
 def _cross_entropy(
     logits: LazyLogits, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean", **_: Any
 ) -> Tensor:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import transformers
 from ranks import RankPool
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -208,6 +209,18 @@ def test_bf16_autocast_is_as_close_to_fp32_as_the_stock_model_is() -> None:
     assert loss.dtype == stock.dtype
     for name, gradient in stock_gradients.items():
         assert (gradients[name] - gradient).norm() <= 0.05 * gradient.norm(), name
+
+
+@pytest.mark.full
+def test_a_compiled_model_breaks_its_graph_at_the_loss_alone() -> None:
+    model = patch(architectures.build("gemma2"), EXACT)
+    wanted_loss, wanted, _ = _step(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.forward = torch.compile(model.forward, backend=counter)  # type: ignore[method-assign]
+    loss, gradients, _ = _step(model)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-6, atol=0)
+    _assert_close(gradients, wanted)
+    assert counter.frame_count == 2
 
 
 class _Slice:
