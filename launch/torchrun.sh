@@ -36,6 +36,10 @@ fi
 PATH=$(dirname "$(command -v "$PYTHON")"):$PATH # DeepSpeed looks for ninja there
 export PATH
 
+# A store of its own for every start of the ranks: in the one that torchrun shares by default, gloo finds the addresses of
+# the ranks that have died.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+
 nodes=${NNODES:-1}
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 ranks=${NPROC:-$((gpus > 0 ? gpus : 1))}

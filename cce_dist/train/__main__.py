@@ -2,6 +2,9 @@
 
 import sys
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from cce_dist.cli import train
 
-sys.exit(train(sys.argv[1:]))
+# torchrun then ends with the error of the rank that failed first.
+sys.exit(record(train)(sys.argv[1:]))
