@@ -38,7 +38,7 @@ class Nodes:
             self._ip("-n", name, "link", "set", "net0", "up")
             self._ip("-n", name, "link", "set", "lo", "up")
             # launch/README.md tells of it: torchrun's own wait for a node that is cut off ends when TCP gives up.
-            self._ip("netns", "exec", name, "sh", "-c", "echo 3 >/proc/sys/net/ipv4/tcp_retries2")
+            self._ip("netns", "exec", name, "sh", "-c", "echo 5 >/proc/sys/net/ipv4/tcp_retries2")
 
     def start(self, engine: str, node: int, words: list[str], folder: Path) -> Command:
         """The engine's launcher, on a node, with one rank."""

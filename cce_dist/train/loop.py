@@ -253,6 +253,8 @@ def _lost_ranks_explained(settings: Settings, place: Place) -> Iterator[None]:
             )
         elif "connection closed by peer" in text or "connection reset by peer" in text:
             print(f"{who} lost another rank, which has ended: its own error says why.", file=sys.stderr, flush=True)
+        elif "no route to host" in text or "network is unreachable" in text:
+            print(f"{who} does not reach another rank any more: the network is cut.", file=sys.stderr, flush=True)
         raise
 
 
