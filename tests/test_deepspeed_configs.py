@@ -31,7 +31,11 @@ from cce_dist.train.metrics import read
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "deepspeed"
-ELSEWHERE = {"hf-trainer.json": "test_deepspeed_trainer.py", "zero3-fp16.json": "test_deepspeed_fp16.py"}
+ELSEWHERE = {
+    "autotp.json": "test_deepspeed_parallel.py",
+    "hf-trainer.json": "test_deepspeed_trainer.py",
+    "zero3-fp16.json": "test_deepspeed_fp16.py",
+}
 BF16 = {"zero3-bf16.json", "zero3-autocast.json"}
 ON_4_RANKS = {
     "zero2-vocab-groups.json",

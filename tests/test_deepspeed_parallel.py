@@ -20,6 +20,7 @@ from deepspeed_runs import (
     Case,
     assert_trains_as_one_process,
     data_rank,
+    fresh_deepspeed,
     make_batch,
     make_engine,
     make_model,
@@ -29,6 +30,7 @@ from deepspeed_runs import (
     weights_of,
 )
 
+import cce_dist.deepspeed as cce_deepspeed
 from cce_dist.deepspeed import sharded
 from cce_dist.deepspeed.zero3 import vocab_group_size
 
@@ -334,3 +336,17 @@ def test_the_group_of_zero3_moves_the_fewest_bytes() -> None:
     world, rows, tokens = 64, 262144, 8192
     received = {g: (g - 1) * tokens * 6 + (world / g - 1) * rows / world * 4 for g in (1, 2, 4, 8, 16, 32, 64)}
     assert vocab_group_size(world, rows, tokens, 2) == min(received, key=lambda g: received[g]) == 4
+
+
+def _train_from_file(path: str) -> float:
+    fresh_deepspeed()
+    model = make_model(Case(tensor_parallel=2))
+    engine = cce_deepspeed.initialize(model=model, model_parameters=model.parameters(), config=path)[0]
+    return take_steps(engine, Case(tensor_parallel=2), range(1))[0]
+
+
+@pytest.mark.full
+def test_the_config_of_autotp_that_ships_runs(ranks: RankPool) -> None:
+    path = Path(__file__).parents[1] / "configs" / "deepspeed" / "autotp.json"
+    expected = make_model(Case(tensor_parallel=2))(**make_batch(Case(), 0, 0)).loss.item()
+    assert ranks.run(2, _train_from_file, str(path), timeout=200) == pytest.approx([expected] * 2, rel=1e-5)
