@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Gradient = Literal["unbiased", "exact", "filtered"]
 Backend = Literal["auto", "triton", "torch"]
+FirstPass = Literal["auto", "full", "fp8"]
 
 
 class CCEConfig(BaseModel):
@@ -23,6 +24,7 @@ class CCEConfig(BaseModel):
     tail: bool = True
     filter_eps: float | None = Field(default=None, ge=0.0, lt=1.0)
     backend: Backend = "auto"
+    first_pass: FirstPass = "auto"
     workspace_mb: int | None = Field(default=None, ge=1)
     seed: int | None = None
     max_tokens: int | None = Field(default=None, ge=1)
@@ -36,6 +38,7 @@ class CCEConfig(BaseModel):
             "tail": self.tail,
             "filter_eps": "auto" if self.filter_eps is None else self.filter_eps,
             "backend": self.backend,
+            "first_pass": self.first_pass,
             "workspace_mb": self.workspace_mb,
             "seed": self.seed,
             "max_tokens": self.max_tokens,

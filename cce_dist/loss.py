@@ -2,8 +2,8 @@
 
 The path of a token: `linear_cross_entropy` checks and flattens; `_LinearCrossEntropy` gathers the ranks' tokens where
 they differ, moves the valid ones to the front, has the backend summarise this rank's rows (`kernels`), and merges the
-shards' log-sum-exps and target logits (`collectives`). Backward hands the backend the global log-sum-exp, keeps dC on
-its rank and sums dE over the ranks.
+shards' log-sum-exps and target logits (`collectives`); after a first pass in 8 bits they are refined and merged again.
+Backward hands the backend the global log-sum-exp, keeps dC on its rank and sums dE over the ranks.
 
 Shapes: n tokens of this rank, N tokens of the token group, D hidden, V local rows of the classifier.
 """
@@ -18,8 +18,14 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from cce_dist.arguments import Reduction, Settings, check_settings, check_tensors, contract, workspace_bytes
-from cce_dist.collectives import gather_tokens, group_mean, merge_softmax, most_tokens, reduce_scatter_tokens
-from cce_dist.config import Backend, Gradient
+from cce_dist.collectives import (
+    gather_tokens,
+    group_mean,
+    merge_softmax,
+    most_tokens,
+    reduce_scatter_tokens,
+)
+from cce_dist.config import Backend, FirstPass, Gradient
 from cce_dist.kernels import reference
 from cce_dist.kernels.problem import TILE, Filter, Gradients, Logits, Normaliser, Tiles, Upstream, Wanted
 from cce_dist.shard import VocabShard
@@ -51,6 +57,7 @@ def linear_cross_entropy(  # type: ignore[misc]
     filter_eps: float | Literal["auto"] = "auto",
     seed: int | None = None,
     backend: Backend = "auto",
+    first_pass: FirstPass = "auto",
     workspace_mb: int | None = None,
     max_tokens: int | None = None,
     return_lse: bool = False,
@@ -77,6 +84,9 @@ def linear_cross_entropy(  # type: ignore[misc]
         filter_eps: softmax mass below which 256 consecutive rows are negligible to a token; 0 makes any mode exact.
         seed: of the sampling; None: drawn from the default generator of the device.
         backend: "triton" (CUDA), "torch" (any device), "auto": triton on CUDA.
+        first_pass: "fp8": forward finds the parts of the softmax that matter from 8-bit copies of hidden and weight,
+            then computes those in full: half the time, and an error of the loss below that of bf16 logits. "full": all
+            in hidden's precision. "auto": fp8 where it was measured to pay (16-bit training on Hopper, with a filter).
         workspace_mb: memory that backward may use for recomputed probabilities; at least 512 bytes per token.
         max_tokens: the most tokens that any rank of the token group brings; None: the ranks exchange it per call.
         return_lse: also return the log-sum-exp [..., L - shift] (fp32, differentiable, 0 where ignored).
@@ -113,6 +123,9 @@ def linear_cross_entropy(  # type: ignore[misc]
             filter_eps=filter_eps,
             seed=seed,
             backend=backend,
+            first_pass=first_pass,
+            needs_grad=torch.is_grad_enabled()
+            and any(x.requires_grad for x in (hidden, weight_VD, bias_V) if x is not None),
             workspace_mb=workspace_mb,
             max_tokens=max_tokens,
         )
@@ -170,7 +183,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad = grad_enabled and any(ctx.needs_input_grad[:3])
         logits = _logits(hidden_ND, weight_VD, bias_V, target_N, token_N, n_valid, shard, settings)
         with torch.autocast(hidden_nD.device.type, enabled=False):
-            summary = _backend(settings).summarise(logits, needs_grad and settings.gradient != "exact", workspace)
+            backend = _backend(settings)
+            if settings.first_pass == "fp8":
+                estimate = backend.estimate(logits)
+                estimated, _ = merge_softmax(estimate.summary, shard.vocab_group)
+                summary = backend.refine(logits, estimate, estimated, settings.filter_eps)
+            else:
+                summary = backend.summarise(logits, needs_grad and settings.gradient != "exact", workspace)
             normaliser, target_logit_N = merge_softmax(summary, shard.vocab_group)
         seed = _draw_seed(settings, hidden_nD.device) if needs_grad and settings.gradient == "unbiased" else None
 
@@ -211,7 +230,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden_nD = None
             if gradients.hidden_ND is not None:
                 grad_hidden_nD = _reduce_hidden(
-                    gradients.hidden_ND, order_N, valid_N, ctx.num_tokens, shard, hidden_ND.dtype
+                    gradients.hidden_ND, order_N, n_valid, ctx.num_tokens, shard, settings, hidden_ND.dtype
                 )
         grad_bias_V = None if bias_V is None or gradients.bias_V is None else gradients.bias_V.to(bias_V.dtype)
         return (
@@ -332,18 +351,23 @@ def _upstream(
 
 
 def _reduce_hidden(
-    partial_ND: Tensor, order_N: Tensor, valid_N: Tensor, num_tokens: int, shard: VocabShard, dtype: torch.dtype
+    partial_ND: Tensor,
+    order_N: Tensor,
+    n_valid: Tensor,
+    num_tokens: int,
+    shard: VocabShard,
+    settings: Settings,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Sums the shards' dE (used up) over the ranks and returns the rows of this rank's tokens, in ``dtype``."""
-    partial_ND = partial_ND.masked_fill_(~valid_N[:, None], 0)
-    if shard.reduce_dtype is not None:
-        partial_ND = partial_ND.to(shard.reduce_dtype)
+    scatter_rows = _backend(settings).scatter_rows
+    reduce_dtype = partial_ND.dtype if shard.reduce_dtype is None else shard.reduce_dtype
     if shard.token_group is None:
         if shard.vocab_group is not None:
+            partial_ND = partial_ND.to(reduce_dtype)
             dist.all_reduce(partial_ND, group=shard.vocab_group)
-        grad_ND = partial_ND.to(dtype)
-        return torch.empty_like(grad_ND).index_copy_(0, order_N, grad_ND)
-    ordered_ND = torch.empty_like(partial_ND).index_copy_(0, order_N, partial_ND)
+        return scatter_rows(partial_ND, order_N, n_valid, dtype)
+    ordered_ND = scatter_rows(partial_ND, order_N, n_valid, reduce_dtype)
     own_nD = reduce_scatter_tokens(ordered_ND, num_tokens, shard.token_group)
     if shard.replica_group is not None:
         own_nD = own_nD.contiguous()

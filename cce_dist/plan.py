@@ -196,13 +196,15 @@ def compute_ms(
     return seconds * 1e3
 
 
-def loss_bytes(tokens: int, rows: int, hidden: int, gradient: str, workspace_mb: int | None) -> tuple[float, ...]:
+def loss_bytes(
+    tokens: int, rows: int, hidden: int, gradient: str, workspace_mb: int | None, ranks: int
+) -> tuple[float, ...]:
     """What the loss holds beside its inputs and dC, for 16-bit ``tokens`` by ``rows`` of the classifier.
 
     Returns:
         The hidden states that it saves and the fp32 dE; the summaries of the tiles that it saves; what the rest of
-        backward takes at its peak: the workspace and the lists of pairs, or the copies of dE at the end (in 16 bits
-        twice, or in fp32 once where it is reduce-scattered).
+        backward takes at its peak: the workspace and the lists of pairs, or the copy of dE at the end (in 16 bits, or
+        in fp32 where ``ranks`` reduce-scatter it).
     """
     exact = gradient == "exact"
     elements = tokens * hidden
@@ -212,7 +214,7 @@ def loss_bytes(tokens: int, rows: int, hidden: int, gradient: str, workspace_mb:
     pairs = 0 if exact else tiles * tokens * (index + ELEMENT) + tiles * hidden * (ELEMENT + 4)
     scaled = ELEMENT * elements if exact else 0
     at_work = (workspace << 20) + pairs + scaled
-    at_end = (ELEMENT + ELEMENT) * elements
+    at_end = (ELEMENT if ranks == 1 else 4) * elements
     summaries = 0 if exact else ELEMENT * tiles * tokens
     return float((ELEMENT + 4) * elements), float(summaries), float(max(at_work, at_end))
 
@@ -286,7 +288,7 @@ def vocabulary_parallel(job: Job, calibration: Calibration, group: int) -> Setti
     tokens, rows = group * job.tokens, -(-job.vocab // group)
     method = f"cce_dist {job.gradient}"
     share, held = (ELEMENT * job.vocab * job.hidden / ranks for ranks in (job.gpus, group))
-    hidden, summaries, workspace = loss_bytes(tokens, rows, job.hidden, job.gradient, job.workspace_mb)
+    hidden, summaries, workspace = loss_bytes(tokens, rows, job.hidden, job.gradient, job.workspace_mb, group)
     own, all_states = job.tokens * job.hidden, tokens * job.hidden
     measured = compute_ms(calibration, method, job.gpu, tokens, rows, job.hidden, share=1 / group)
     passes = 1e3 * (all_states - own) * _BYTES_OF_PASSES / GPUS[job.gpu].bandwidth

@@ -38,6 +38,33 @@ def load_rows(source, rows, use, column, columns, stride, COLUMNS: tl.constexpr)
 
 
 @triton.jit
+def products_of_rows(
+    rows,
+    use,
+    tile,
+    hidden,
+    weight,
+    V,
+    D,
+    stride_hidden,
+    stride_weight,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """[ROWS, TILE] products e·c of the given hidden states with all rows of a classifier tile."""
+    products = tl.zeros([ROWS, TILE], tl.float32)
+    for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+        e = load_rows(hidden, rows, use, d, D, stride_hidden, BLOCK_D)
+        c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
+        products = tl.dot(e, c.T, products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
 def softcapped(x, softcap, HAS_SOFTCAP: tl.constexpr):
     """(f(x)·log2 e, f'(x))."""
     if HAS_SOFTCAP:
@@ -45,6 +72,12 @@ def softcapped(x, softcap, HAS_SOFTCAP: tl.constexpr):
         return t * (softcap * LOG2_E), 1 - t * t
     else:
         return x * LOG2_E, 1.0
+
+
+@triton.jit
+def finite(max_n):
+    """What to subtract for a max of −inf (all logits −inf, as a bias may ask for): anything finite does."""
+    return tl.where(max_n == -float("inf"), 0.0, max_n)
 
 
 @triton.jit

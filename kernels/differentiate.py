@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import can_use_tma, descriptor, load_block, load_rows, logits_of, precision
+from .blocks import can_use_tma, descriptor, load_block, load_rows, logits_of, precision, products_of_rows
 from .problem import Logits, Normaliser, Upstream
 from .select import Selection, pair_weight
 from .tuning import num_programs, tuning_for
@@ -204,11 +204,23 @@ def _pair_probabilities(
     STAGES: tl.constexpr,
 ):
     """P of one pair block: (a·softmax − b·[target])·f'·k·headroom, zero past the kept rows and columns."""
-    products = tl.zeros([PAIR_ROWS, TILE], tl.float32)
-    for d in tl.range(0, D, PAIR_D, num_stages=STAGES):
-        e = load_rows(hidden, n, valid, d, D, stride_hidden, PAIR_D)
-        c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, PAIR_D, TMA)
-        products = tl.dot(e, c.T, products, input_precision=PRECISION)
+    products = products_of_rows(
+        n,
+        valid,
+        tile,
+        hidden,
+        weight,
+        V,
+        D,
+        stride_hidden,
+        stride_weight,
+        PAIR_ROWS,
+        TILE,
+        PAIR_D,
+        TMA,
+        PRECISION,
+        STAGES,
+    )
     z, slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     k, _, _ = pair_weight(
         n,

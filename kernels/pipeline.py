@@ -1,18 +1,20 @@
 """The triton backend: forward and backward of the loss on one shard, from the stages in this package.
 
-summarise -> (the ranks combine) -> select -> tail -> differentiate; or, in exact mode and under
-torch.use_deterministic_algorithms, the chunked exact gradient, which is bitwise repeatable.
+summarise, or estimate -> (the ranks combine) -> refine; -> (the ranks combine) -> select -> tail -> differentiate; or,
+in exact mode and under torch.use_deterministic_algorithms, the chunked exact gradient, which is bitwise repeatable.
 
 Shapes: N tokens, D hidden, V local rows, T tiles.
 """
 
 import torch
 
+from . import refine as refine_stage
+from . import scatter
 from . import summarise as summarise_stage
 from .blocks import LN_2
 from .differentiate import differentiate as differentiate_pairs
 from .exact import add_product, differentiate_exactly, product
-from .problem import Filter, Gradients, Logits, Normaliser, Summary, Tiles, Upstream, Wanted
+from .problem import Estimate, Filter, Gradients, Logits, Normaliser, Summary, Tiles, Upstream, Wanted
 from .select import Selection
 from .tail import tail_means
 
@@ -23,14 +25,46 @@ _TAIL_HEADROOM = {torch.float16: 2.0**10}
 
 def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary:
     """See `Summary`; forward needs no workspace."""
-    rows, vocab = logits.hidden_ND.shape[0], logits.weight_VD.shape[0]
-    if rows == 0 or vocab == 0:
-        zeros_N = torch.zeros(rows, dtype=torch.float32, device=logits.hidden_ND.device)
-        tiles = Tiles(zeros_N.new_empty((logits.num_tiles, rows)), zeros_N.new_empty((0, rows)))
-        none_N = torch.full_like(zeros_N, -torch.inf)
-        return Summary(none_N, zeros_N, zeros_N.clone(), LN_2, tiles if want_tiles else None)
+    if _is_empty(logits):
+        return _empty_summary(logits, want_tiles)
     with torch.cuda.device_of(logits.hidden_ND):  # Triton launches on the current device
         return summarise_stage.summarise(logits, want_tiles)
+
+
+def estimate(logits: Logits) -> Estimate:
+    """A summary with tiles, from 8-bit products; once merged over ranks, `refine` makes it exact where it counts."""
+    if _is_empty(logits):
+        return Estimate(_empty_summary(logits, want_tiles=True), torch.zeros_like(logits.target_N))
+    with torch.cuda.device_of(logits.hidden_ND):
+        return summarise_stage.estimate(logits)
+
+
+def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: float) -> Summary:
+    """The estimate's summary, its pairs of mass above ``eps`` in full; ``normaliser``: the shards' estimates merged."""
+    if _is_empty(logits):
+        return estimate.summary
+    with torch.cuda.device_of(logits.hidden_ND):
+        return refine_stage.refine(logits, estimate, normaliser, eps)
+
+
+def scatter_rows(
+    rows_ND: torch.Tensor, order_N: torch.Tensor, n_valid: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """out[order[n]] = rows[n] in ``dtype`` for the first n_valid rows, 0 for the others."""
+    with torch.cuda.device_of(rows_ND):
+        return scatter.scatter_rows(rows_ND, order_N, n_valid, dtype)
+
+
+def _is_empty(logits: Logits) -> bool:
+    return logits.hidden_ND.shape[0] == 0 or logits.weight_VD.shape[0] == 0
+
+
+def _empty_summary(logits: Logits, want_tiles: bool) -> Summary:
+    rows = logits.hidden_ND.shape[0]
+    zeros_N = torch.zeros(rows, dtype=torch.float32, device=logits.hidden_ND.device)
+    tiles = Tiles(zeros_N.new_empty((logits.num_tiles, rows)), zeros_N.new_empty((0, rows)))
+    none_N = torch.full_like(zeros_N, -torch.inf)
+    return Summary(none_N, zeros_N, zeros_N.clone(), LN_2, tiles if want_tiles else None)
 
 
 def differentiate(
@@ -47,7 +81,7 @@ def _differentiate(
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     device, dtype = hidden_ND.device, hidden_ND.dtype
     sparse = tiles is not None and not torch.are_deterministic_algorithms_enabled()
-    empty = hidden_ND.shape[0] == 0 or weight_VD.shape[0] == 0
+    empty = _is_empty(logits)
     make_weight = torch.zeros if empty else torch.empty
     dhidden_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=device) if wanted.hidden else None
     dweight_VD = make_weight(weight_VD.shape, dtype=wanted.weight_dtype, device=device) if wanted.weight else None

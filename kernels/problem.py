@@ -76,6 +76,13 @@ class Summary(NamedTuple):
     tiles: Tiles | None = None
 
 
+class Estimate(NamedTuple):
+    """A summary from a first pass in 8 bits, with a bound on the standard deviation of its logits' errors [N]."""
+
+    summary: Summary
+    noise_N: Tensor
+
+
 class Normaliser(NamedTuple):
     """lse_i = log Σ_j exp z_ij over the whole vocabulary, in two numbers and the backend's unit.
 

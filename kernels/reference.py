@@ -71,6 +71,13 @@ def differentiate(
     )
 
 
+def scatter_rows(rows_ND: Tensor, order_N: Tensor, n_valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """out[order[n]] = rows[n] in ``dtype`` for the first n_valid rows, 0 for the others."""
+    valid_N = torch.arange(rows_ND.shape[0], device=rows_ND.device) < n_valid
+    rows_ND = torch.where(valid_N[:, None], rows_ND, 0).to(dtype)
+    return torch.empty_like(rows_ND).index_copy_(0, order_N, rows_ND)
+
+
 def keep(logits: Logits, tiles: Tiles, lse_N: Tensor, filter_: Filter, t: slice, n: slice) -> tuple[Tensor, Tensor]:
     """The weight k of each pair [t, n] (0: dropped), and which pairs are large: kept whatever is drawn.
 

@@ -8,25 +8,24 @@ next tile's loads under way during a tile's epilogue; where it is long, that cos
 FLOPs: 2·N·V·D. Bytes: V·D·2·⌈N / (row_group·BLOCK_N)⌉ + N·D·2 read, 2·T·N of tile summaries written; the products
 dominate by far. No atomics and no locks: each split writes its own partial, `_finish_kernel` merges them.
 
-Shapes: N tokens, D hidden, V local rows, T tiles, S splits.
+`estimate` is the same over 8-bit copies (see quantise.py) at twice the rate, a chunk of the classifier at a time, so
+that its copy is small; its result is close enough to find the tiles that matter, which `refine` then computes in full.
+
+Shapes: N tokens, D hidden, V local rows, v rows of a chunk, T tiles, S splits.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .blocks import LN_2, can_use_tma, descriptor, load_block, logits_of, precision, softcapped
-from .problem import Logits, Summary, Tiles
-from .tuning import num_programs, tuning_for
+from .blocks import LN_2, can_use_tma, descriptor, finite, load_block, logits_of, precision, softcapped
+from .problem import Estimate, Logits, Summary, Tiles
+from .quantise import NOISE, common_row, quantise_hidden, quantise_weight, storage_dtype
+from .tuning import Tuning, num_programs, tuning_for
 
 _LN_2 = tl.constexpr(LN_2)
 _FINISH_ROWS = 16
-
-
-@triton.jit
-def _finite(max_n):
-    """What to subtract for a max of −inf (all logits −inf, as a bias may ask for): anything finite does."""
-    return tl.where(max_n == -float("inf"), 0.0, max_n)
+_COPY_BYTES = 128 << 20  # of the classifier's 8-bit copy: enough columns to fill the GPU several times over
 
 
 @triton.jit
@@ -40,6 +39,9 @@ def _absorb_tile(
     n,
     n_valid,
     bias,
+    row_scale_n,
+    column_scale_V,
+    offset_n,
     tile_lse_TN,
     N,
     V,
@@ -49,12 +51,16 @@ def _absorb_tile(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WANT_TILES: tl.constexpr,
+    IN_8_BITS: tl.constexpr,
 ):
     """Adds a tile of logits to the running (max, Σ exp), and stores its own log-sum-exp."""
     columns = tile * TILE + tl.arange(0, TILE)
+    if IN_8_BITS:
+        column_scale = tl.load(column_scale_V + columns, mask=columns < V, other=0.0)
+        products = products * row_scale_n[:, None] * column_scale[None, :] + offset_n[:, None]
     z, _slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     tile_max_n = tl.max(z, 1)
-    shift_n = _finite(tile_max_n)
+    shift_n = finite(tile_max_n)
     # NaN logits do not survive the max but do reach this sum, and so the loss.
     tile_sum_n = tl.sum(tl.exp2(z - shift_n[:, None]), 1)
     if WANT_TILES:
@@ -63,7 +69,7 @@ def _absorb_tile(
         relative_n = (tile_lse_n - reference_n).to(tile_lse_TN.dtype.element_ty)
         tl.store(tile_lse_TN + tl.cast(tile, tl.int64) * N + n, relative_n, mask=n < n_valid)
     new_max_n = tl.maximum(max_n, tile_max_n)
-    shift_n = _finite(new_max_n)
+    shift_n = finite(new_max_n)
     sum_n = sum_n * tl.exp2(max_n - shift_n) + tile_sum_n * tl.exp2(tile_max_n - shift_n)
     return new_max_n, sum_n, reference_n
 
@@ -73,6 +79,9 @@ def _summarise_kernel(
     hidden,
     weight,
     bias,
+    row_scale_N,
+    column_scale_V,
+    offset_N,
     n_valid_ptr,
     max_SN,
     sumexp_SN,
@@ -98,6 +107,7 @@ def _summarise_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     FLAT: tl.constexpr,
+    IN_8_BITS: tl.constexpr,
 ):
     n_valid = tl.load(n_valid_ptr)
     row_blocks = tl.cdiv(n_valid, BLOCK_N)
@@ -113,6 +123,10 @@ def _summarise_kernel(
         max_n = tl.full([BLOCK_N], -float("inf"), tl.float32)
         sum_n = tl.zeros([BLOCK_N], tl.float32)
         reference_n = tl.zeros([BLOCK_N], tl.float32)
+        row_scale_n, offset_n = reference_n, reference_n
+        if IN_8_BITS:
+            row_scale_n = tl.load(row_scale_N + n, mask=n < n_valid, other=0.0)
+            offset_n = tl.load(offset_N + n, mask=n < n_valid, other=0.0)
         tiles = min(tiles_per_split, num_tiles - first_tile)
         if FLAT:
             products = tl.zeros([BLOCK_N, TILE], tl.float32)
@@ -134,6 +148,9 @@ def _summarise_kernel(
                         n,
                         n_valid,
                         bias,
+                        row_scale_n,
+                        column_scale_V,
+                        offset_n,
                         tile_lse_TN,
                         N,
                         V,
@@ -143,6 +160,7 @@ def _summarise_kernel(
                         HAS_BIAS,
                         HAS_SOFTCAP,
                         WANT_TILES,
+                        IN_8_BITS,
                     )
                     products = tl.zeros([BLOCK_N, TILE], tl.float32)
         else:
@@ -162,6 +180,9 @@ def _summarise_kernel(
                     n,
                     n_valid,
                     bias,
+                    row_scale_n,
+                    column_scale_V,
+                    offset_n,
                     tile_lse_TN,
                     N,
                     V,
@@ -171,6 +192,7 @@ def _summarise_kernel(
                     HAS_BIAS,
                     HAS_SOFTCAP,
                     WANT_TILES,
+                    IN_8_BITS,
                 )
         tl.store(max_SN + split * N + n, max_n, mask=n < n_valid)
         tl.store(sumexp_SN + split * N + n, sum_n, mask=n < n_valid)
@@ -211,7 +233,7 @@ def _finish_kernel(
     for split in range(splits):
         split_max_n = tl.load(max_SN + split * N + n, mask=valid, other=0.0)
         new_max_n = tl.maximum(max_n, split_max_n)
-        shift_n = _finite(new_max_n)
+        shift_n = finite(new_max_n)
         sum_n = sum_n * tl.exp2(max_n - shift_n)
         sum_n += tl.load(sumexp_SN + split * N + n, mask=valid, other=1.0) * tl.exp2(split_max_n - shift_n)
         max_n = new_max_n
@@ -234,45 +256,117 @@ def _finish_kernel(
 
 def summarise(logits: Logits, want_tiles: bool) -> Summary:
     """See `Summary`. Rows that are not valid get max 0, Σ exp S and target logit 0."""
-    hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
-    (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
-    tuning = tuning_for(hidden_ND)
+    tuning = tuning_for(logits.hidden_ND)
     splits = min(tuning.splits, logits.num_tiles)
     tiles_per_split = -(-logits.num_tiles // splits)
+    partials, lse_TN = _empty_partials(logits, tiles_per_split, want_tiles)
+    _launch(logits, None, partials, lse_TN, tiles_per_split, tuning)
+    return _finish(logits, partials, lse_TN)
+
+
+def estimate(logits: Logits) -> Estimate:
+    """`summarise` with tiles, its logits off by about 4 % of their standard deviation; target logits in full."""
+    hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
+    vocab, hidden_size = weight_VD.shape
+    tuning = tuning_for(hidden_ND).for_8_bits()
+    most_tiles = max(_COPY_BYTES // (logits.tile * hidden_size), tuning.splits)
+    chunks = -(-logits.num_tiles // most_tiles)
+    # All chunks but the last hold the same number of splits, so that a tile's number tells its split.
+    tiles_per_split = -(-logits.num_tiles // (chunks * tuning.splits))
+    tiles_per_chunk = tiles_per_split * tuning.splits
+    partials, lse_TN = _empty_partials(logits, tiles_per_split, want_tiles=True)
+    assert lse_TN is not None
+    common_D = common_row(weight_VD)
+    hidden, offset_N = quantise_hidden(hidden_ND, common_D)
+    copy_vD = torch.empty(
+        (min(tiles_per_chunk * logits.tile, vocab), hidden_size),
+        dtype=storage_dtype(hidden_ND),
+        device=hidden_ND.device,
+    )
+    norms = []
+    for first_tile in range(0, logits.num_tiles, tiles_per_chunk):
+        v = slice(first_tile * logits.tile, (first_tile + tiles_per_chunk) * logits.tile)
+        weight_vD = weight_VD[v]
+        weight = quantise_weight(weight_vD, common_D, copy_vD[: weight_vD.shape[0]])
+        norms.append(weight.norm_R.amax())
+        chunk = logits._replace(
+            hidden_ND=hidden.rows_RD,
+            weight_VD=weight.rows_RD,
+            bias_V=None if logits.bias_V is None else logits.bias_V[v],
+        )
+        _launch(
+            chunk,
+            (hidden.scale_R, weight.scale_R, offset_N),
+            partials[:, first_tile // tiles_per_split :],
+            lse_TN[first_tile:],
+            tiles_per_split,
+            tuning,
+        )
+    noise_N = hidden.norm_R * torch.stack(norms).amax() * (NOISE * abs(logits.logit_scale) / hidden_size**0.5)
+    return Estimate(_finish(logits, partials, lse_TN), noise_N)
+
+
+def _empty_partials(logits: Logits, tiles_per_split: int, want_tiles: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(max, Σ exp and reference of each split [3, S, N]; the tiles' log-sum-exps [T, N] if wanted)."""
+    hidden_ND = logits.hidden_ND
     splits = -(-logits.num_tiles // tiles_per_split)
-    tma = tuning.tma and can_use_tma(logits)
-    partials = hidden_ND.new_empty((3, splits, rows), dtype=torch.float32)
+    partials = hidden_ND.new_empty((3, splits, hidden_ND.shape[0]), dtype=torch.float32)
+    if not want_tiles:
+        return partials, None
     lse_dtype = torch.float32 if hidden_ND.dtype == torch.float32 else torch.float16
-    lse_TN = hidden_ND.new_empty((logits.num_tiles, rows), dtype=lse_dtype) if want_tiles else None
-    head = (rows, vocab, hidden_size, hidden_ND.stride(0), weight_VD.stride(0))
-    cap = 1.0 if logits.softcap is None else logits.softcap
-    flags = {"HAS_BIAS": logits.bias_V is not None, "HAS_SOFTCAP": logits.softcap is not None}
+    return partials, hidden_ND.new_empty((logits.num_tiles, hidden_ND.shape[0]), dtype=lse_dtype)
+
+
+def _launch(
+    logits: Logits,
+    scales: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    partials: torch.Tensor,
+    lse_TN: torch.Tensor | None,
+    tiles_per_split: int,
+    tuning: Tuning,
+) -> None:
+    """Fills the partials of the splits of ``logits``; ``scales`` = (row scale, column scale, offset) of 8-bit ones."""
+    hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
+    (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
+    tma = tuning.tma and can_use_tma(logits)
     _summarise_kernel[(num_programs(hidden_ND),)](
         descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
         descriptor(weight_VD, logits.tile, tuning.block_d, tma),
         logits.bias_V,
+        *(scales or (None, None, None)),
         logits.n_valid,
         partials[0],
         partials[1],
         partials[2],
         lse_TN,
-        *head,
+        rows,
+        vocab,
+        hidden_size,
+        hidden_ND.stride(0),
+        weight_VD.stride(0),
         logits.logit_scale,
-        cap,
-        splits,
+        1.0 if logits.softcap is None else logits.softcap,
+        triton.cdiv(logits.num_tiles, tiles_per_split),
         tiles_per_split,
         tuning.row_group,
         BLOCK_N=tuning.block_n,
         TILE=logits.tile,
         BLOCK_D=tuning.block_d,
-        WANT_TILES=want_tiles,
+        HAS_BIAS=logits.bias_V is not None,
+        HAS_SOFTCAP=logits.softcap is not None,
+        WANT_TILES=lse_TN is not None,
         TMA=tma,
         PRECISION=precision(logits),
         STAGES=tuning.stages,
         FLAT=hidden_size <= tuning.flat_below,
+        IN_8_BITS=scales is not None,
         num_warps=tuning.warps,
-        **flags,
     )
+
+
+def _finish(logits: Logits, partials: torch.Tensor, lse_TN: torch.Tensor | None) -> Summary:
+    hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
+    rows, hidden_size = hidden_ND.shape
     merged = partials.new_empty((3, rows))
     _finish_kernel[(triton.cdiv(rows, _FINISH_ROWS),)](
         hidden_ND,
@@ -290,12 +384,13 @@ def summarise(logits: Logits, want_tiles: bool) -> Summary:
         hidden_ND.stride(0),
         weight_VD.stride(0),
         logits.logit_scale,
-        cap,
-        splits,
+        1.0 if logits.softcap is None else logits.softcap,
+        partials.shape[1],
         BLOCK_N=_FINISH_ROWS,
         BLOCK_D=256,
+        HAS_BIAS=logits.bias_V is not None,
+        HAS_SOFTCAP=logits.softcap is not None,
         num_warps=4,
-        **flags,
     )
     tiles = None if lse_TN is None else Tiles(lse_TN, partials[2])
     return Summary(merged[0], merged[1], merged[2], LN_2, tiles)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import can_use_tma, descriptor, load_block, load_rows, logits_of, precision
+from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, products_of_rows
 from .problem import Logits
 from .select import Selection, pair_weight
 from .tuning import tuning_for
@@ -57,11 +57,23 @@ def _tail_mean_kernel(
     n_valid = tl.load(n_valid_ptr)
     sample = (tl.arange(0, SAMPLES).to(tl.int64) * n_valid // SAMPLES).to(tl.int32)
     valid = sample < n_valid
-    products = tl.zeros([SAMPLES, TILE], tl.float32)
-    for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-        e = load_rows(hidden, sample, valid, d, D, stride_hidden, BLOCK_D)
-        c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
-        products = tl.dot(e, c.T, products, input_precision=PRECISION)
+    products = products_of_rows(
+        sample,
+        valid,
+        tile,
+        hidden,
+        weight,
+        V,
+        D,
+        stride_hidden,
+        stride_weight,
+        SAMPLES,
+        TILE,
+        BLOCK_D,
+        TMA,
+        PRECISION,
+        STAGES,
+    )
     columns = tile * TILE + tl.arange(0, TILE)
     z, slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     _, _, large = pair_weight(

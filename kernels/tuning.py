@@ -54,6 +54,10 @@ class Tuning(NamedTuple):
     weight_block_k: int = 32
     weight_blocks: int = 1
 
+    def for_8_bits(self) -> "Tuning":
+        """The same for a summary of 8-bit copies: as many bytes along D."""
+        return self._replace(block_d=2 * self.block_d) if self.tma else self
+
 
 class Row(NamedTuple):
     """A row of the table; None does not limit."""

@@ -19,6 +19,7 @@ def test_the_defaults_are_those_of_the_loss() -> None:
         "tail": True,
         "filter_eps": "auto",
         "backend": "auto",
+        "first_pass": "auto",
         "workspace_mb": None,
         "seed": None,
         "max_tokens": None,

@@ -67,7 +67,7 @@ class TestAgainstMeasurements:
             peak = CALIBRATION.logit_bytes[method] * tokens * vocab
         else:
             returned = ELEMENT * tokens * hidden  # the benchmark leaves out the gradients that are returned
-            peak = sum(plan.loss_bytes(tokens, vocab, hidden, method.split()[1], None)) - returned
+            peak = sum(plan.loss_bytes(tokens, vocab, hidden, method.split()[1], None, 1)) - returned
         assert peak == pytest.approx(row["peak_mb"] * 1e6, rel=0.15)
 
     def test_the_error_that_is_printed_is_the_largest_of_the_fit(self) -> None:
@@ -135,7 +135,7 @@ class TestAgainstAllocations:
     @pytest.mark.parametrize("gradient", ["unbiased", "exact"])
     def test_what_the_sharded_loss_keeps_for_backward(self, ranks: RankPool, gradient: str) -> None:
         tokens, hidden_size, vocab, world = 48, 32, 4 * TILE, 2
-        planned, summaries, _ = plan.loss_bytes(world * tokens, vocab // world, hidden_size, gradient, None)
+        planned, summaries, _ = plan.loss_bytes(world * tokens, vocab // world, hidden_size, gradient, None, world)
         states = planned * ELEMENT / (ELEMENT + 4)  # the rest is dE, in backward
         for kept in ranks.run(world, _saved_by_the_loss, tokens, hidden_size, vocab, gradient):
             assert sum(size for half, of_tokens, size in kept if half and of_tokens) == states
