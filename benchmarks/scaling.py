@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from inputs import Inputs, load_tokens, trained_inputs
 from loss import dtype_on, environment, result_path
-from shards import count_pairs, differentiate, merge, shard_of, summarise
+from shards import count_pairs, differentiate, merge, merged_estimates, shard_of, summarise
 from timing import Phases, interleaved_ms
 
 from cce_dist import linear_cross_entropy
@@ -76,12 +76,13 @@ def measure_whole(inputs: Inputs, rounds: int) -> dict[str, Any]:
 def measure_shards(inputs: Inputs, world: int, rounds: int) -> dict[str, Any]:
     """Times of each of ``world`` shards alone."""
     shards = [shard_of(inputs, rank, world) for rank in range(world)]
-    summaries = [summarise(shard) for shard in shards]
+    estimates = merged_estimates(shards)
+    summaries = [summarise(shard, estimates) for shard in shards]
     normaliser = merge(summaries)
     seed = torch.zeros(1, dtype=torch.int64, device=normaliser.max_N.device)
     runs: dict[str, Any] = {}
     for rank, (shard, summary) in enumerate(zip(shards, summaries, strict=True)):
-        runs[f"forward {rank}"] = lambda shard=shard: summarise(shard)
+        runs[f"forward {rank}"] = lambda shard=shard: summarise(shard, estimates)
         runs[f"backward {rank}"] = lambda shard=shard, summary=summary: differentiate(shard, summary, normaliser, seed)
     times = interleaved_ms(runs, rounds, inputs.hidden_ND.device.type)
     result: dict[str, Any] = {"world": world}

@@ -58,13 +58,29 @@ def shard_of(inputs: Inputs, rank: int = 0, world: int = 1, gradient: str = "unb
         for name, parameter in inspect.signature(linear_cross_entropy).parameters.items()
         if name in parameters and name != "shard" and parameter.default is not inspect.Parameter.empty
     }
-    settings = check_settings(hidden_ND, labels_N, shard, **{**defaults, "gradient": gradient, "backend": backend})
+    settings = check_settings(
+        hidden_ND, labels_N, shard, **{**defaults, "gradient": gradient, "backend": backend, "needs_grad": True}
+    )
     return Shard(logits, settings, workspace_bytes(settings, tokens, hidden_ND.element_size()))
 
 
-def summarise(shard: Shard) -> Summary:
-    """Forward of one shard, with what its backward needs."""
-    return shard.backend.summarise(shard.logits, shard.settings.gradient != "exact", shard.workspace)
+def summarise(shard: Shard, estimates: Normaliser | None = None) -> Summary:
+    """Forward of one shard, with what its backward needs.
+
+    After a first pass in 8 bits it is refined against ``estimates``, those of all shards (None: its own).
+    """
+    logits, settings = shard.logits, shard.settings
+    if settings.first_pass == "full":
+        return shard.backend.summarise(logits, settings.gradient != "exact", shard.workspace)
+    estimate = pipeline.estimate(logits)
+    return pipeline.refine(logits, estimate, estimates or merge([estimate.summary]), settings.filter_eps)
+
+
+def merged_estimates(shards: Sequence[Shard]) -> Normaliser | None:
+    """What the all-reduces between the two passes compute; None where there is one pass."""
+    if shards[0].settings.first_pass == "full":
+        return None
+    return merge([pipeline.estimate(shard.logits).summary for shard in shards])
 
 
 def merge(summaries: Sequence[Summary]) -> Normaliser:
