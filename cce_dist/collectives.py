@@ -3,6 +3,7 @@
 Shapes: n tokens of this rank, M the most tokens that any rank brings, W ranks of the token group, N = W·M, D hidden.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,15 +57,36 @@ def gather_tokens(own: Tensor, most: int, group: ProcessGroup, fill: float | int
 
 def reduce_scatter_tokens(partial_ND: Tensor, num_tokens: int, group: ProcessGroup) -> Tensor:
     """Sums [W·M, D] over the ranks; returns this rank's own [n, D]."""
+    return start_reduce_scatter(partial_ND, num_tokens, group)()
+
+
+def start_reduce_scatter(partial_ND: Tensor, num_tokens: int, group: ProcessGroup) -> Callable[[], Tensor]:
+    """Starts `reduce_scatter_tokens`; its result when called. ``partial_ND`` must be left alone until then."""
     most = partial_ND.shape[0] // dist.get_world_size(group)
     if partial_ND.is_cuda and dist.get_backend(group) == "gloo":  # gloo reduce-scatters CPU tensors only
-        dist.all_reduce(partial_ND, group=group)
         first = most * dist.get_rank(group)
-        return partial_ND[first : first + num_tokens]
+        finish = start_all_reduce(partial_ND, group)
+        return lambda: finish()[first : first + num_tokens]
     own_MD = partial_ND.new_empty((most, *partial_ND.shape[1:]))
-    if partial_ND.numel():
-        _reduce_scatter(own_MD, partial_ND, group=group)
-    return own_MD[:num_tokens]
+    work = _reduce_scatter(own_MD, partial_ND, group=group, async_op=True) if partial_ND.numel() else None
+
+    def finish_scatter() -> Tensor:
+        if work is not None:
+            work.wait()
+        return own_MD[:num_tokens]
+
+    return finish_scatter
+
+
+def start_all_reduce(partial: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
+    """Starts summing ``partial`` in place over the ranks; the sum when called."""
+    work = dist.all_reduce(partial, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return partial
+
+    return finish
 
 
 def _bytes(x: Tensor) -> Tensor:

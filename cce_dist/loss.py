@@ -3,11 +3,13 @@
 The path of a token: `linear_cross_entropy` checks and flattens; `_LinearCrossEntropy` gathers the ranks' tokens where
 they differ, moves the valid ones to the front, has the backend summarise this rank's rows (`kernels`), and merges the
 shards' log-sum-exps and target logits (`collectives`); after a first pass in 8 bits they are refined and merged again.
-Backward hands the backend the global log-sum-exp, keeps dC on its rank and sums dE over the ranks.
+Backward hands the backend the global log-sum-exp, keeps dC on its rank and sums dE over the ranks, while the backend
+computes dC.
 
 Shapes: n tokens of this rank, N tokens of the token group, D hidden, V local rows of the classifier.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, overload
 
@@ -23,7 +25,8 @@ from cce_dist.collectives import (
     group_mean,
     merge_softmax,
     most_tokens,
-    reduce_scatter_tokens,
+    start_all_reduce,
+    start_reduce_scatter,
 )
 from cce_dist.config import Backend, FirstPass, Gradient
 from cce_dist.kernels import reference
@@ -219,6 +222,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             upstream = _upstream(grad_nll_n, grad_lse_n, max_N.dtype, order_N, valid_N, ctx.num_tokens, ctx.most, shard)
             logits = _logits(hidden_ND, weight_VD, bias_V, target_N, token_N, n_valid, shard, settings)
+            finish: Callable[[], Tensor] | None = None
+
+            def reduce_hidden(partial_ND: Tensor) -> None:
+                nonlocal finish
+                finish = _start_reduction(
+                    partial_ND, order_N, n_valid, ctx.num_tokens, shard, settings, hidden_ND.dtype
+                )
+
             gradients: Gradients = _backend(settings).differentiate(
                 logits,
                 None if tile_lse_TN is None else Tiles(tile_lse_TN, reference_SN),
@@ -226,12 +237,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 upstream,
                 Filter(settings.gradient, settings.filter_eps, settings.tail, seed),
                 Wanted(wants_hidden, wants_weight, wants_bias, weight_VD.dtype, ctx.workspace),
+                None if shard.vocab_group is None else reduce_hidden,
             )
-            grad_hidden_nD = None
-            if gradients.hidden_ND is not None:
-                grad_hidden_nD = _reduce_hidden(
-                    gradients.hidden_ND, order_N, n_valid, ctx.num_tokens, shard, settings, hidden_ND.dtype
-                )
+            if gradients.hidden_ND is not None and finish is None:
+                reduce_hidden(gradients.hidden_ND)
+            grad_hidden_nD = None if finish is None else finish()
         grad_bias_V = None if bias_V is None or gradients.bias_V is None else gradients.bias_V.to(bias_V.dtype)
         return (
             grad_hidden_nD,
@@ -350,7 +360,7 @@ def _upstream(
     return Upstream(softmax_N / scale, target_N / scale, scale)
 
 
-def _reduce_hidden(
+def _start_reduction(
     partial_ND: Tensor,
     order_N: Tensor,
     n_valid: Tensor,
@@ -358,21 +368,26 @@ def _reduce_hidden(
     shard: VocabShard,
     settings: Settings,
     dtype: torch.dtype,
-) -> Tensor:
-    """Sums the shards' dE (used up) over the ranks and returns the rows of this rank's tokens, in ``dtype``."""
+) -> Callable[[], Tensor]:
+    """Starts summing the shards' dE (used up) over the ranks; when called, the rows of this rank's tokens."""
     scatter_rows = _backend(settings).scatter_rows
     reduce_dtype = partial_ND.dtype if shard.reduce_dtype is None else shard.reduce_dtype
     if shard.token_group is None:
-        if shard.vocab_group is not None:
-            partial_ND = partial_ND.to(reduce_dtype)
-            dist.all_reduce(partial_ND, group=shard.vocab_group)
-        return scatter_rows(partial_ND, order_N, n_valid, dtype)
+        if shard.vocab_group is None:
+            return lambda: scatter_rows(partial_ND, order_N, n_valid, dtype)
+        finish_sum = start_all_reduce(partial_ND.to(reduce_dtype), shard.vocab_group)
+        return lambda: scatter_rows(finish_sum(), order_N, n_valid, dtype)
     ordered_ND = scatter_rows(partial_ND, order_N, n_valid, reduce_dtype)
-    own_nD = reduce_scatter_tokens(ordered_ND, num_tokens, shard.token_group)
-    if shard.replica_group is not None:
-        own_nD = own_nD.contiguous()
-        dist.all_reduce(own_nD, group=shard.replica_group)
-    return own_nD.to(dtype)
+    finish_scatter = start_reduce_scatter(ordered_ND, num_tokens, shard.token_group)
+
+    def finish() -> Tensor:
+        own_nD = finish_scatter()
+        if shard.replica_group is not None:
+            own_nD = own_nD.contiguous()
+            dist.all_reduce(own_nD, group=shard.replica_group)
+        return own_nD.to(dtype)
+
+    return finish
 
 
 def _with_padding(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:

@@ -6,6 +6,8 @@ in exact mode and under torch.use_deterministic_algorithms, the chunked exact gr
 Shapes: N tokens, D hidden, V local rows, T tiles.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from . import refine as refine_stage
@@ -68,15 +70,31 @@ def _empty_summary(logits: Logits, want_tiles: bool) -> Summary:
 
 
 def differentiate(
-    logits: Logits, tiles: Tiles | None, normaliser: Normaliser, upstream: Upstream, filter_: Filter, wanted: Wanted
+    logits: Logits,
+    tiles: Tiles | None,
+    normaliser: Normaliser,
+    upstream: Upstream,
+    filter_: Filter,
+    wanted: Wanted,
+    hidden_ready: Callable[[torch.Tensor], None] | None = None,
 ) -> Gradients:
-    """The gradient of Σ b·nll + (a − b)·lse; see `Upstream`, `Filter` and `Gradients`."""
+    """The gradient of Σ b·nll + (a − b)·lse; see `Upstream`, `Filter` and `Gradients`.
+
+    With ``hidden_ready`` the sparse backward makes dE first, hands it over, and computes the kept pairs' probabilities
+    once more for dC: what the caller does with dE (its reduction over ranks) runs beside that.
+    """
     with torch.cuda.device_of(logits.hidden_ND):
-        return _differentiate(logits, tiles, normaliser, upstream, filter_, wanted)
+        return _differentiate(logits, tiles, normaliser, upstream, filter_, wanted, hidden_ready)
 
 
 def _differentiate(
-    logits: Logits, tiles: Tiles | None, normaliser: Normaliser, upstream: Upstream, filter_: Filter, wanted: Wanted
+    logits: Logits,
+    tiles: Tiles | None,
+    normaliser: Normaliser,
+    upstream: Upstream,
+    filter_: Filter,
+    wanted: Wanted,
+    hidden_ready: Callable[[torch.Tensor], None] | None,
 ) -> Gradients:
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     device, dtype = hidden_ND.device, hidden_ND.dtype
@@ -98,18 +116,15 @@ def _differentiate(
         tail = None
         if filter_.tail or filter_.mode == "unbiased":
             tail = _tail(logits, selection, upstream, headroom, dhidden_ND)
-        differentiate_pairs(
-            logits,
-            selection,
-            normaliser,
-            upstream,
-            dhidden_ND,
-            dweight_VD,
-            dbias_V,
-            tail,
-            headroom,
-            wanted.workspace_bytes,
-        )
+        passes = [(dhidden_ND, dweight_VD, dbias_V)]
+        if hidden_ready is not None and dhidden_ND is not None and (wanted.weight or wanted.bias):
+            passes = [(dhidden_ND, None, None), (None, dweight_VD, dbias_V)]
+        for outputs in passes:
+            differentiate_pairs(
+                logits, selection, normaliser, upstream, *outputs, tail, headroom, wanted.workspace_bytes
+            )
+            if hidden_ready is not None and outputs[0] is not None:
+                hidden_ready(outputs[0])
     return Gradients(dhidden_ND, dweight_VD, dbias_V)
 
 

@@ -7,7 +7,7 @@ pairs, mean-field tail and unbiased weights are described in `kernels/select.py`
 Shapes: N tokens, D hidden, V local rows, T tiles; n, v, t the rows, columns and tiles of a chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -39,9 +39,18 @@ def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary
 
 
 def differentiate(
-    logits: Logits, tiles: Tiles | None, normaliser: Normaliser, upstream: Upstream, filter_: Filter, wanted: Wanted
+    logits: Logits,
+    tiles: Tiles | None,
+    normaliser: Normaliser,
+    upstream: Upstream,
+    filter_: Filter,
+    wanted: Wanted,
+    hidden_ready: Callable[[Tensor], None] | None = None,
 ) -> Gradients:
-    """The gradient of Σ b·nll + (a − b)·lse; see `Upstream`, `Filter` and `Gradients`."""
+    """The gradient of Σ b·nll + (a − b)·lse; see `Upstream`, `Filter` and `Gradients`.
+
+    ``hidden_ready`` is not called: here dE is complete no sooner than dC.
+    """
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     dtype, scale = logits.accumulator, upstream.scale * logits.logit_scale
     dhidden_ND = torch.zeros_like(hidden_ND, dtype=dtype)

@@ -140,3 +140,24 @@ def test_the_weight_gradient_comes_in_the_wanted_dtype(dtype: torch.dtype, backe
     got = differentiate(backend, logits, MODES["filtered"], EVERYTHING._replace(weight_dtype=dtype)).weight_VD
     assert got.dtype == dtype
     assert relative_error(got, expected) < torch.finfo(dtype).eps
+
+
+def test_hidden_gradients_handed_over_early_are_the_same() -> None:
+    """In the sparse backward dE is complete before dC is begun, whatever becomes of it afterwards."""
+    logits = make_logits(vocab=600)
+    tiles = pipeline.summarise(logits, True, 1 << 20).tiles
+    arguments = (logits, tiles, normaliser(pipeline, logits, dense(logits)), make_upstream(logits), MODES["unbiased"])
+    together = pipeline.differentiate(*arguments, EVERYTHING)
+    early: list[torch.Tensor] = []
+
+    def take(dhidden_ND: torch.Tensor) -> None:
+        early.append(dhidden_ND.clone())
+        dhidden_ND.zero_()
+
+    apart = pipeline.differentiate(*arguments, EVERYTHING, take)
+    assert len(early) == 1
+    assert relative_error(early[0], together.hidden_ND) < 1e-6
+    assert apart.hidden_ND is not None
+    assert not apart.hidden_ND.any(), "dE must be left alone once it is handed over"
+    assert relative_error(apart.weight_VD, together.weight_VD) < 1e-6
+    assert relative_error(apart.bias_V, together.bias_V) < 1e-6
