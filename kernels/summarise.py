@@ -302,7 +302,7 @@ def estimate(logits: Logits) -> Estimate:
             tiles_per_split,
             tuning,
         )
-    noise_N = hidden.norm_R * torch.stack(norms).amax() * (NOISE * abs(logits.logit_scale) / hidden_size**0.5)
+    noise_N = hidden.norm_R * torch.stack(norms).amax() * (NOISE * abs(logits.logit_scale))
     return Estimate(_finish(logits, partials, lse_TN), noise_N)
 
 
