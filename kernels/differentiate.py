@@ -222,7 +222,7 @@ def _pair_probabilities(
         STAGES,
     )
     z, slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-    k, _, _ = pair_weight(
+    k, _ = pair_weight(
         n,
         valid,
         tile,

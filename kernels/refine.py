@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .blocks import LN_2, can_use_tma, descriptor, finite, logits_of, precision, products_of_rows
 from .problem import Estimate, Filter, Logits, Normaliser, Summary
-from .select import Selection, pair_weight
+from .select import Selection, pair_mass
 from .tuning import tuning_for
 
 _PROGRAMS_PER_TILE = 16
@@ -91,7 +91,6 @@ def _sum_kernel(
     reference_SN,
     lse2_N,
     target_N,
-    token_N,
     n_valid_ptr,
     eps,
     N,
@@ -113,25 +112,7 @@ def _sum_kernel(
     first = tl.program_id(1) * TILES
     for index in range(first, min(first + TILES, T)):
         tile = tl.cast(index, tl.int32)
-        _, _, large = pair_weight(
-            n,
-            valid,
-            tile,
-            tile_lse_TN,
-            reference_SN,
-            lse2_N,
-            target_N,
-            token_N,
-            0,
-            lse2_N,
-            0.0,
-            eps,
-            N,
-            tiles_per_split,
-            TILE,
-            False,
-            False,
-        )
+        _, large = pair_mass(n, valid, tile, tile_lse_TN, reference_SN, lse2_N, target_N, eps, N, tiles_per_split, TILE)
         place = tile.to(tl.int64) * N + n
         relative = tl.load(tile_lse_TN + place, mask=valid, other=0.0).to(tl.float32)
         reference = tl.load(reference_SN + tile // tiles_per_split * N + n, mask=valid, other=0.0)
@@ -188,7 +169,7 @@ def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: floa
         max_BN,
         sumexp_BN,
         exact_TN,
-        *selection.tensors,
+        *selection.tensors[:-1],
         logits.n_valid,
         eps,
         *selection.sizes,

@@ -22,6 +22,20 @@ _ROWS = 1024
 
 
 @triton.jit
+def pair_mass(n, valid, tile, tile_lse_TN, reference_SN, lse2_N, target_N, eps, N, tiles_per_split, TILE: tl.constexpr):
+    """(s, is large) of the pairs (n, tile)."""
+    relative = tl.load(tile_lse_TN + tile.to(tl.int64) * N + n, mask=valid, other=-float("inf")).to(tl.float32)
+    reference = tl.load(reference_SN + tile // tiles_per_split * N + n, mask=valid, other=0.0)
+    offset = reference - tl.load(lse2_N + n, mask=valid, other=0.0)
+    target = tl.load(target_N + n, mask=valid, other=-1)
+    # fp16 rounds by at most 2^-11 of the value; −inf + inf would be NaN, so that case is left as it is.
+    rounding = tl.where(relative == -float("inf"), 0.0, tl.abs(relative) * 2.0**-10)
+    upper = tl.exp2(relative + rounding + offset)
+    is_small = (upper <= eps) & ((target < 0) | (target // TILE != tile))
+    return tl.exp2(relative + offset), (is_small == 0) & valid
+
+
+@triton.jit
 def pair_weight(
     n,
     valid,
@@ -41,17 +55,9 @@ def pair_weight(
     UNBIASED: tl.constexpr,
     HAS_UNIFORM: tl.constexpr,
 ):
-    """(k, s, is large) of the pairs (n, tile)."""
-    relative = tl.load(tile_lse_TN + tile.to(tl.int64) * N + n, mask=valid, other=-float("inf")).to(tl.float32)
-    reference = tl.load(reference_SN + tile // tiles_per_split * N + n, mask=valid, other=0.0)
-    offset = reference - tl.load(lse2_N + n, mask=valid, other=0.0)
-    target = tl.load(target_N + n, mask=valid, other=-1)
-    mass = tl.exp2(relative + offset)
-    # fp16 rounds by at most 2^-11 of the value; −inf + inf would be NaN, so that case is left as it is.
-    rounding = tl.where(relative == -float("inf"), 0.0, tl.abs(relative) * 2.0**-10)
-    upper = tl.exp2(relative + rounding + offset)
-    is_small = (upper <= eps) & ((target < 0) | (target // TILE != tile))
-    weight = tl.where(is_small, 0.0, 1.0)
+    """(k, s) of the pairs (n, tile)."""
+    mass, large = pair_mass(n, valid, tile, tile_lse_TN, reference_SN, lse2_N, target_N, eps, N, tiles_per_split, TILE)
+    weight = tl.where(large, 1.0, 0.0)
     if UNBIASED:
         chance = mass / eps
         if HAS_UNIFORM:
@@ -61,9 +67,9 @@ def pair_weight(
             zero = tl.zeros_like(token)
             bits, _, _, _ = tl.philox(tl.load(seed_ptr), token, zero + key, zero, zero)
             draw = bits.to(tl.uint32, bitcast=True).to(tl.float32) * 2.0**-32
-        drawn = is_small & (draw < chance) & (chance > SMALLEST_DRAW)
+        drawn = valid & (large == 0) & (draw < chance) & (chance > SMALLEST_DRAW)
         weight = tl.where(drawn, 1 / chance, weight)
-    return tl.where(valid, weight, 0.0), mass, (is_small == 0) & valid
+    return weight, mass
 
 
 @triton.jit
@@ -94,7 +100,7 @@ def _list_kernel(
     count = 0
     for row in range(0, n_valid, ROWS):
         n = row + tl.arange(0, ROWS)
-        weight, _, _ = pair_weight(
+        weight, _ = pair_weight(
             n,
             n < n_valid,
             tile,
@@ -146,7 +152,7 @@ def _tail_rows_kernel(
     tile = tl.program_id(0)
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = n < tl.load(n_valid_ptr)
-    weight, mass, _ = pair_weight(
+    weight, mass = pair_weight(
         n,
         valid,
         tile,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, products_of_rows
 from .problem import Logits
-from .select import Selection, pair_weight
+from .select import Selection, pair_mass
 from .tuning import tuning_for
 
 SAMPLED_ROWS = 128
@@ -33,7 +33,6 @@ def _tail_mean_kernel(
     reference_SN,
     lse2_N,
     target_N,
-    token_N,
     n_valid_ptr,
     eps,
     N,
@@ -76,24 +75,8 @@ def _tail_mean_kernel(
     )
     columns = tile * TILE + tl.arange(0, TILE)
     z, slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-    _, _, large = pair_weight(
-        sample,
-        valid,
-        tile,
-        tile_lse_TN,
-        reference_SN,
-        lse2_N,
-        target_N,
-        token_N,
-        0,
-        lse2_N,
-        0.0,
-        eps,
-        N,
-        tiles_per_split,
-        TILE,
-        False,
-        False,
+    _, large = pair_mass(
+        sample, valid, tile, tile_lse_TN, reference_SN, lse2_N, target_N, eps, N, tiles_per_split, TILE
     )
     p = tl.exp2(z - tl.load(lse2_N + sample, mask=valid, other=0.0)[:, None])
     is_nan = tl.sum((p != p).to(tl.int32), 1) > 0
@@ -126,7 +109,7 @@ def tail_means(logits: Logits, selection: Selection) -> tuple[torch.Tensor, torc
         hidden_ND,
         descriptor(weight_VD, logits.tile, tuning.pair_block_d, tma),
         logits.bias_V,
-        *selection.tensors,
+        *selection.tensors[:-1],
         logits.n_valid,
         selection.draw[2],
         *selection.sizes,
