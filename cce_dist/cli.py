@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     asked = not arguments or arguments[0] in ("-h", "--help")
-    print(_USAGE if asked else f"cce-dist: unknown command {arguments[0]!r}\n{_USAGE}", end="", file=sys.stderr)
+    usage = _USAGE if asked else f"cce-dist: unknown command {arguments[0]!r}\n{_USAGE}"
+    print(usage, end="", file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
 
 
@@ -140,10 +141,10 @@ def plan(arguments: Sequence[str]) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text.replace("_", "").replace(",", ""))
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return value
+    digits = text.replace("_", "").replace(",", "")
+    if not digits.isdecimal() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
+    return int(digits)
 
 
 def _given(name: str, *values: int | None) -> int:

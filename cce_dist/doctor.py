@@ -496,9 +496,12 @@ def _check_deepspeed(file: Path, world: int) -> Checked:
 
         try:
             check_version()
-            refuse_untested(config, {"model": nn.Module()}, nn.Linear(1, 1), settings)
+            known = {key: value for key, value in config.items() if key != "sequence_parallel_size"}
+            refuse_untested(known, {"model": nn.Module()}, nn.Linear(1, 1), settings)
         except (NotImplementedError, RuntimeError) as error:
             faults.append(str(error))
+    if settings.enabled and "sequence_parallel_size" in config:
+        warnings.append(f"sequence_parallel_size in {file} needs an mpu: pass it to cce_dist.deepspeed.initialize.")
     if settings.enabled:
         warnings.append(
             f'DeepSpeed\'s own initialize ignores the section "cce_dist" of {file} and trains the plain head, without '
@@ -506,7 +509,7 @@ def _check_deepspeed(file: Path, world: int) -> Checked:
             "cce_dist.deepspeed.install() before it, for accelerate and the Hugging Face Trainer too (installed() "
             "tells whether that was done). cce_dist.train needs nothing."
         )
-    return Checked(f"{file}: ZeRO stage {stage}, {_summary(settings, world)}", "", faults, warnings, size)
+    return Checked(f"{file}: ZeRO stage {stage}, {_summary(settings)}", "", faults, warnings, size)
 
 
 def _check_trainer(file: Path, world: int, device: torch.device) -> Checked:
@@ -530,14 +533,15 @@ def _check_trainer(file: Path, world: int, device: torch.device) -> Checked:
     if settings.dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         faults.append(f"dtype: bf16 is not supported by {torch.cuda.get_device_name(device)}; use fp32.")
     plain = settings.head == "plain"
-    summary = f"{file}: engine {settings.engine}, {'the plain head' if plain else _summary(head, world)}"
+    summary = f"{file}: engine {settings.engine}, {'the plain head' if plain else _summary(head)}"
     return Checked(summary, "", list(dict.fromkeys(faults)), [], size)
 
 
-def _summary(settings: CCEConfig, world: int) -> str:
+def _summary(settings: CCEConfig) -> str:
     if not settings.enabled:
         return "cce_dist switched off"
-    return f"gradient {settings.gradient}, {settings.vocab_parallel_size or world} rank(s) share the vocabulary"
+    size = settings.vocab_parallel_size
+    return f"gradient {settings.gradient}" + (f", {size} rank(s) share the vocabulary" if size else "")
 
 
 def _group_size(config: Path | None, world: int) -> int:

@@ -115,7 +115,7 @@ def shard_head(
             )
         _check_sizes(mesh, found, sequence_parallel, config)
         release(model, head)
-    _install(model, head, mesh, sequence_parallel, config)
+    _install(model, head, mesh, group, sequence_parallel, config)
 
 
 def adopt(
@@ -156,7 +156,7 @@ def adopt(
     mesh = fsdp_mesh(group)
     _check_sizes(mesh, _tp_of(head, mesh), sequence_parallel, config)
     release(model, head)
-    _install(model, head, mesh, sequence_parallel, config)
+    _install(model, head, mesh, group, sequence_parallel, config)
 
 
 class FSDPOwner:
@@ -164,6 +164,7 @@ class FSDPOwner:
 
     Args:
         fsdp_dimensions: of the weight's mesh, the first ones, 1 or 2 (HSDP); one of tensor parallelism may follow.
+        fsdp_group: the FSDPParamGroup that held the head, for what the user has set on it; None where there was none.
         sequence_parallel, vocab_parallel_size: as in `shard_head`.
     """
 
@@ -172,12 +173,14 @@ class FSDPOwner:
         model: nn.Module,
         head: nn.Linear,
         fsdp_dimensions: int,
+        fsdp_group: Any | None = None,
         sequence_parallel: bool = False,
         vocab_parallel_size: int | None = None,
     ) -> None:
         assert isinstance(head.weight, DTensor)
         self._model = model
         self._head = head
+        self._fsdp_group = fsdp_group
         mesh = head.weight.device_mesh
         self._device_type = mesh.device_type
         place, groups = mesh.get_coordinate(), [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
@@ -245,12 +248,17 @@ class FSDPOwner:
         if not isinstance(hidden, DTensor):
             return hidden
         if self._token_copies == 1 and self._tp_group is not None:  # sequence parallel
+            if not all(isinstance(placement, Shard) for placement in hidden.placements):
+                raise ValueError(
+                    f"sequence_parallel=True, but the head's hidden states are {hidden.placements}: every rank of tp "
+                    "would count the same tokens as its own. Drop sequence_parallel, or give the head sharded tokens."
+                )
             return hidden.to_local(grad_placements=hidden.placements)
         return hidden.full_tensor()
 
     def compute_dtype(self) -> torch.dtype | None:
         """What FSDP's mixed-precision policy computes in; None: the parameters' own dtype."""
-        group = governing_group(self._modules())
+        group = self._fsdp_group or governing_group(self._modules())
         return None if group is None else group.mp_policy.param_dtype
 
     def _modules(self) -> Iterator[nn.Module]:
@@ -259,9 +267,10 @@ class FSDPOwner:
         yield from self._model.modules()
 
     def _divisor(self) -> float:
-        group = governing_group(self._modules())
-        factor = None if group is None else group.gradient_divide_factor
-        return self.shard.grad_divisor if factor is None else factor
+        for group in (self._fsdp_group, governing_group(self._modules())):
+            if group is not None and group.gradient_divide_factor is not None:
+                return float(group.gradient_divide_factor)
+        return self.shard.grad_divisor
 
     def _local(self, parameter: Tensor) -> Tensor:
         rows = self._stored(parameter)
@@ -485,8 +494,10 @@ def _on_meta(parameter: Tensor, tp: DeviceMesh | None) -> Tensor:
     )
 
 
-def _install(model: nn.Module, head: nn.Linear, mesh: DeviceMesh, sequence_parallel: bool, config: CCEConfig) -> None:
-    owner = FSDPOwner(model, head, mesh.ndim, sequence_parallel, config.vocab_parallel_size)
+def _install(
+    model: nn.Module, head: nn.Linear, mesh: DeviceMesh, group: Any | None, sequence_parallel: bool, config: CCEConfig
+) -> None:
+    owner = FSDPOwner(model, head, mesh.ndim, group, sequence_parallel, config.vocab_parallel_size)
     for embedding in _tied(model, head):
         make_vocab_parallel(embedding, owner, owner.compute_dtype)  # type: ignore[arg-type]
     for hooks, key in parallel_hooks(head):

@@ -40,8 +40,8 @@ def check_torch(mesh: DeviceMesh) -> None:
         known = False
     if not known:
         raise RuntimeError(
-            f"cce_dist.fsdp does not know how FSDP2 of torch {torch.__version__} keeps its parameters. Use torch 2.8 "
-            "to 2.15, or a cce_dist.ShardedCCEHead whose parameters you pass to fully_shard(ignored_params=)."
+            f"cce_dist.fsdp does not know how FSDP2 of torch {torch.__version__} keeps its parameters. Use torch 2.13, "
+            "which it is tested on, or a cce_dist.ShardedCCEHead, its parameters in fully_shard(ignored_params=)."
         )
 
 

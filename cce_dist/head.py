@@ -60,6 +60,13 @@ class ShardedCCEHead(nn.Module):
                 f"bias must be [{weight.shape[0]}] and sharded on weight's mesh {weight.device_mesh}, got "
                 f"{list(bias.shape)} on {bias.device_mesh}."
             )
+        config, standard = CCEConfig() if config is None else config, CCEConfig()
+        for name in ("enabled", "vocab_parallel_size", "materialize"):
+            if getattr(config, name) != getattr(standard, name):
+                raise ValueError(
+                    f"config sets {name} = {getattr(config, name)!r}, which a ShardedCCEHead does not look at: it "
+                    "always computes the loss, over all ranks of weight's mesh. Leave it out."
+                )
         tokens = as_group(token_group, "token_group")
         if grad_divisor is None:
             grad_divisor = 1.0 if tokens is None else float(dist.get_world_size(tokens))
@@ -70,7 +77,7 @@ class ShardedCCEHead(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
         self.softcap = softcap
         self.logit_scale = logit_scale
-        self.config = CCEConfig() if config is None else config
+        self.config = config
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mesh: DeviceMesh, **settings: Any) -> "ShardedCCEHead":

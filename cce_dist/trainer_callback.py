@@ -65,6 +65,13 @@ class CCECallback(TrainerCallback):
         if getattr(args, "hf_deepspeed_config", None) is None and not is_lazy(output_layer(model)):
             patch(model, self._config)
         head = output_layer(model)
+        if getattr(args, "hf_deepspeed_config", None) is not None and not is_lazy(head):
+            section = args.hf_deepspeed_config.config.get("cce_dist", {})
+            if section.get("enabled", self._config.enabled):
+                raise ValueError(
+                    "cce_dist is not active in this DeepSpeed engine, which was built before CCECallback could say so: "
+                    "give it to the trainer's constructor, callbacks=[CCECallback(...)], not to add_callback."
+                )
         if is_lazy(head) and "trl.trainer.utils" in sys.modules:
             from cce_dist.trl import fuse_forward, trl_forward_of
 

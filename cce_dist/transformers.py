@@ -52,6 +52,11 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
                 f"the output layer of {type(model).__name__} is sharded already, by ZeRO-3 or FSDP1. With DeepSpeed "
                 "call cce_dist.deepspeed.initialize in place of patch; in place of FSDP1 take FSDP2."
             )
+        elif (config.vocab_parallel_size or 1) > 1:
+            raise ValueError(
+                f"vocab_parallel_size = {config.vocab_parallel_size}, but the output layer of {type(model).__name__} "
+                "is whole on every rank. Leave it out, or shard the model with FSDP2 or DeepSpeed."
+            )
         else:
             make_lazy(head, ModuleOwner(head), config)
     return model

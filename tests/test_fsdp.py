@@ -898,3 +898,21 @@ def _disabled() -> type:
     model = PlainLM(11, tied=False)
     shard_head(model, init_device_mesh("cpu", (1,)), config=CCEConfig(enabled=False))
     return type(model.lm_head)
+
+
+def _sequence_parallel_refusal() -> str:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    head = nn.Linear(8, 20, bias=False)
+    model = nn.Sequential(nn.Linear(8, 8), head)
+    model.lm_head = head
+    shard_head(model, mesh["dp"], tp=mesh["tp"], sequence_parallel=True, head=head)
+    hidden = DTensor.from_local(torch.randn(2, 3, 8), mesh["tp"], [Replicate()], run_check=False)
+    with pytest.raises(ValueError, match="every rank of tp would count the same tokens") as error:
+        head(hidden)
+    return str(error.value)
+
+
+def test_replicated_hidden_states_of_a_sequence_parallel_head_are_refused(ranks: RankPool) -> None:
+    """Counted by each rank of tp as its own, they would make the gradient as many times too large."""
+    for text in ranks.run(2, _sequence_parallel_refusal):
+        assert "sequence_parallel=True" in text

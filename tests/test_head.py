@@ -153,3 +153,16 @@ def test_what_does_not_fit_is_an_error_on_every_rank_that_names_the_argument(ran
     for texts in ranks.run(4, _run_errors):
         for text, part in zip(texts, ["1-D", "nn.Linear", "Shard(0)", "bias", "hidden"], strict=True):
             assert part in text
+
+
+def _head_with(rank_config: dict[str, Any]) -> str:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    with pytest.raises(ValueError, match="does not look at") as error:
+        ShardedCCEHead.from_linear(torch.nn.Linear(4, 40, bias=False), mesh, config=CCEConfig(**rank_config))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("key", [{"enabled": False}, {"vocab_parallel_size": 2}, {"materialize": "raise"}])
+def test_settings_that_the_head_does_not_look_at_are_refused(ranks: RankPool, key: dict[str, Any]) -> None:
+    for text in ranks.run(2, _head_with, key):
+        assert f"config sets {next(iter(key))} = {next(iter(key.values()))!r}" in text

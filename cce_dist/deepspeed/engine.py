@@ -34,8 +34,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     The section's keys are the fields of `cce_dist.CCEConfig`; it is read from ``config``, ``config_params`` or
     ``args.deepspeed_config``. Without it, or with ``"enabled": false``, this is exactly ``deepspeed.initialize``.
 
-    ZeRO-3: each rank's own slice of the classifier is its vocabulary shard, and the classifier is never gathered in
-    training. Stages 0 to 2: the replicated classifier with the fused loss, whose logits never exist; with
+    ZeRO-3: each rank's own slice of the classifier is its vocabulary shard, and an untied classifier is never gathered
+    in training. Stages 0 to 2: the replicated classifier with the fused loss, whose logits never exist; with
     ``"vocab_parallel_size": n`` the classifier, its gradient and its work are sharded over each n consecutive ranks,
     and `state_dict`, `save_checkpoint` and a forward in evaluation are then collective. Tensor parallelism (AutoTP, or
     an ``mpu``): the classifier is a vocabulary shard of the tensor-parallel group, at every stage.

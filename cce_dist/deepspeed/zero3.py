@@ -1,4 +1,5 @@
-"""ZeRO-3: the vocabulary shard is the rank's own slice of the partitioned classifier, which is never gathered.
+"""ZeRO-3: the vocabulary shard is the rank's own slice of the partitioned classifier, which the loss
+never gathers. (Where it is tied to the embedding, DeepSpeed gathers it for the lookup, as ever.)
 
 The rows are read from ``param.ds_tensor``; their gradient goes to ``optimizer.partition_grads``, where DeepSpeed itself
 leaves the reduced gradient of a slice. Accumulation, clipping, overflow checks, offload and checkpoints follow from

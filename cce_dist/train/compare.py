@@ -72,19 +72,21 @@ def _load(folder: Path) -> _Run:
     try:
         about, rows = json.loads((folder / "run.json").read_text()), read(folder / "metrics.jsonl")
         settings = about["settings"]
+        if not rows:
+            raise ValueError("metrics.jsonl has no row yet")
         if rows[-1]["step"] != settings["steps"]:
             raise ValueError(f"it ended at step {rows[-1]['step']} of {settings['steps']}")
-    except (OSError, LookupError, ValueError) as error:
+        return _Run(
+            folder,
+            settings["engine"],
+            "plain" if settings["head"] == "plain" else about["gradient"],
+            [row["loss"] for row in rows],
+            rows[-1]["eval_loss"],
+            next((row["head_memory_bytes"] for row in rows if "head_memory_bytes" in row), None),
+            statistics.median(row["tokens_per_second"] for row in rows),
+        )
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is not the output of a finished run: {error}.") from None
-    return _Run(
-        folder,
-        settings["engine"],
-        "plain" if settings["head"] == "plain" else about["gradient"],
-        [row["loss"] for row in rows],
-        rows[-1]["eval_loss"],
-        next((row["head_memory_bytes"] for row in rows if "head_memory_bytes" in row), None),
-        statistics.median(row["tokens_per_second"] for row in rows),
-    )
 
 
 def _plain(run: _Run, runs: Sequence[_Run]) -> _Run:

@@ -148,17 +148,21 @@ def _walk(root: Path, settings: DataSettings) -> Iterator[Path]:
 
 def _fingerprint(files: list[Path], settings: DataSettings) -> str:
     """Of everything that the tokens depend on; files by their name, size and time."""
+    tokenizer = [] if settings.tokenizer is None else [settings.tokenizer]
     facts = [
         "tokens",  # what the manifest holds beside the sizes
         settings.model_dump_json(include={"text", "tokenizer", "vocab_size", "end_of_text"}),
-        *(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files),
+        *(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in [*files, *tokenizer]),
     ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
 def _tokenizer(documents: list[str], settings: DataSettings) -> Tokenizer:
     if settings.tokenizer is not None:
-        return Tokenizer.from_file(str(settings.tokenizer))
+        try:
+            return Tokenizer.from_file(str(settings.tokenizer))
+        except Exception as error:  # the package has no class of its own
+            raise ValueError(f"{settings.tokenizer} is no tokenizer.json: {error}.") from None
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]

@@ -223,10 +223,20 @@ def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     return float(norm)
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}, not a JSON object")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is no DeepSpeed config: {error}.") from None
+    return config
+
+
 def _deepspeed_config(settings: Settings) -> dict[str, Any]:
     """The JSON, with the trainer's own settings where both could say something."""
     assert settings.deepspeed is not None
-    config = json.loads(settings.deepspeed.read_text())
+    config = _read_json(settings.deepspeed)
     if shared := [name for name in ("tensor_parallel", "sequence_parallel_size") if name in config]:
         raise ValueError(f"{settings.deepspeed} has {shared[0]}, but the trainer gives each rank a batch of its own.")
     precision = _precision(config)
@@ -260,7 +270,7 @@ def _precision(config: dict[str, Any]) -> str:
 
 def head_settings(settings: Settings) -> CCEConfig:
     """Key by key the trainer's settings of the head, else those of the DeepSpeed JSON's section, else the defaults."""
-    file = {} if settings.deepspeed is None else json.loads(settings.deepspeed.read_text())
+    file = {} if settings.deepspeed is None else _read_json(settings.deepspeed)
     config = CCEConfig.from_mapping(file.get("cce_dist", {}), f'the section "cce_dist" of {settings.deepspeed}')
     if settings.cce is not None:
         config = config.model_copy(update=settings.cce.model_dump(exclude_unset=True))

@@ -101,7 +101,8 @@ class Settings(_Section):
     """Settings of the sharded head. What is not given here is as in the DeepSpeed JSON's section, or the default."""
     mesh: MeshSettings = MeshSettings()
     deepspeed: FilePath | None = None
-    """DeepSpeed's JSON. Its batch sizes, clipping, precision and optimizer are replaced by the settings here."""
+    """DeepSpeed's JSON. Its batch sizes, clipping, optimizer and scheduler are replaced by the settings here; a
+    precision other than ``dtype`` is refused."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What the model computes in; its parameters stay fp32."""
     seed: int = 0
@@ -157,7 +158,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
     """
     try:
         raw = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a mapping of settings, got {type(raw).__name__}.")
@@ -178,7 +179,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
     for name in sections:
         section = raw.get(name)
         raw[name] = raw = dict(section) if isinstance(section, Mapping) else {}
-    raw[last] = yaml.safe_load(value)
+    try:
+        raw[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value of {override!r} is no YAML: {error}") from None
 
 
 def _describe(fault: Any) -> str:
