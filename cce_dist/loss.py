@@ -84,13 +84,13 @@ def linear_cross_entropy(  # type: ignore[misc]
         num_valid_tokens: with "mean", divide this rank's sum by this instead (an int, or a 0-d tensor).
         gradient: "exact"; "unbiased": negligible parts of the softmax are sampled, exact in expectation; "filtered":
             they are replaced by their mean (``tail``), or dropped (``tail=False``).
-        filter_eps: softmax mass below which 256 consecutive rows are negligible to a token; 0 makes any mode exact.
+        filter_eps: softmax mass below which 128 consecutive rows are negligible to a token; 0 makes any mode exact.
         seed: of the sampling; None: drawn from the default generator of the device.
         backend: "triton" (CUDA), "torch" (any device), "auto": triton on CUDA.
         first_pass: "fp8": forward finds the parts of the softmax that matter from 8-bit copies of hidden and weight,
             then computes those in full: half the time, and an error of the loss below that of bf16 logits. "full": all
             in hidden's precision. "auto": fp8 where it was measured to pay (16-bit training on Hopper, with a filter).
-        workspace_mb: memory that backward may use for recomputed probabilities; at least 512 bytes per token.
+        workspace_mb: memory that backward may use for recomputed probabilities; at least 256 bytes per token (512 in fp32).
         max_tokens: the most tokens that any rank of the token group brings; None: the ranks exchange it per call.
         return_lse: also return the log-sum-exp [..., L - shift] (fp32, differentiable, 0 where ignored).
 
@@ -201,9 +201,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(
                 hidden_ND, weight_VD, bias_V, target_N, token_N, order_N, valid_N, n_valid, seed,
-                normaliser.max_N, normaliser.log_sum_N, *(summary.tiles or (None, None)),
+                normaliser.max_N, normaliser.log_sum_N, *(summary.tiles or (None, None))[:2],
             )  # fmt: skip
             ctx.unit, ctx.workspace = normaliser.unit, workspace
+            ctx.tiles_per_split = 0 if summary.tiles is None else summary.tiles.tiles_per_split
         nll_N = _restore(normaliser.nll(target_logit_N), order_N, valid_N)
         return _own(nll_N, labels_n.shape[0], most, shard), _own(
             _restore(normaliser.lse_N, order_N, valid_N), labels_n.shape[0], most, shard
@@ -232,7 +233,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
             gradients: Gradients = _backend(settings).differentiate(
                 logits,
-                None if tile_lse_TN is None else Tiles(tile_lse_TN, reference_SN),
+                None if tile_lse_TN is None else Tiles(tile_lse_TN, reference_SN, ctx.tiles_per_split),
                 Normaliser(max_N, log_sum_N, ctx.unit),
                 upstream,
                 Filter(settings.gradient, settings.filter_eps, settings.tail, seed),

@@ -1,6 +1,6 @@
 """Exact gradient: the probabilities of a chunk of the vocabulary at a time in 16 bits, and two library products each.
 
-Grid of the kernel: (rows / BLOCK_N) x (tiles of the chunk), columns fastest within a group of row blocks. FLOPs of the
+Grid of the kernel: (rows / BLOCK_N) x (blocks of the chunk), columns fastest within a group of row blocks. FLOPs of the
 whole: 6·N·V·D (recomputed products, dE, dC). Bytes: P is written and read twice, 6·N·V, from a chunk that the
 workspace bounds.
 
@@ -40,7 +40,7 @@ def _probability_kernel(
     headroom,
     ROW_GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -48,23 +48,23 @@ def _probability_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    tiles = tl.cdiv(chunk_columns, TILE)
+    blocks = tl.cdiv(chunk_columns, BLOCK_V)
     row_blocks = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
-    first_block = program // (ROW_GROUP * tiles) * ROW_GROUP
+    first_block = program // (ROW_GROUP * blocks) * ROW_GROUP
     blocks_in_group = min(row_blocks - first_block, ROW_GROUP)
-    within = program - first_block * tiles
+    within = program - first_block * blocks
     row = (first_block + within % blocks_in_group) * BLOCK_N
     n_valid = tl.load(n_valid_ptr)
-    column = within // blocks_in_group * TILE
+    column = within // blocks_in_group * BLOCK_V
     n = row + tl.arange(0, BLOCK_N)
-    chunk_range = column + tl.arange(0, TILE)
+    chunk_range = column + tl.arange(0, BLOCK_V)
     columns = first_column + chunk_range
-    p = tl.zeros([BLOCK_N, TILE], tl.float32)
+    p = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     if row < n_valid:
         for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             e = load_block(hidden, row, d, N, D, stride_hidden, BLOCK_N, BLOCK_D, TMA)
-            c = load_block(weight, first_column + column, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
+            c = load_block(weight, first_column + column, d, V, D, stride_weight, BLOCK_V, BLOCK_D, TMA)
             p = tl.dot(e, c.T, p, input_precision=PRECISION)
         valid = n < n_valid
         z, slope = logits_of(p, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
@@ -110,10 +110,10 @@ def differentiate_exactly(
     for first in range(0, vocab, chunk):
         columns = min(chunk, vocab - first)
         p_Nv = workspace[: rows * columns].view(rows, columns)
-        _probability_kernel[(triton.cdiv(rows, tuning.block_n) * triton.cdiv(columns, logits.tile),)](
+        _probability_kernel[(triton.cdiv(rows, tuning.block_n) * triton.cdiv(columns, tuning.block_v),)](
             p_Nv,
             descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
-            descriptor(weight_VD, logits.tile, tuning.block_d, tma),
+            descriptor(weight_VD, tuning.block_v, tuning.block_d, tma),
             logits.bias_V,
             normaliser.max_N,
             normaliser.log_sum_N,
@@ -133,7 +133,7 @@ def differentiate_exactly(
             headroom,
             ROW_GROUP=tuning.row_group,
             BLOCK_N=tuning.block_n,
-            TILE=logits.tile,
+            BLOCK_V=tuning.block_v,
             BLOCK_D=tuning.block_d,
             HAS_BIAS=logits.bias_V is not None,
             HAS_SOFTCAP=logits.softcap is not None,

@@ -64,7 +64,7 @@ def _is_empty(logits: Logits) -> bool:
 def _empty_summary(logits: Logits, want_tiles: bool) -> Summary:
     rows = logits.hidden_ND.shape[0]
     zeros_N = torch.zeros(rows, dtype=torch.float32, device=logits.hidden_ND.device)
-    tiles = Tiles(zeros_N.new_empty((logits.num_tiles, rows)), zeros_N.new_empty((0, rows)))
+    tiles = Tiles(zeros_N.new_empty((logits.num_tiles, rows)), zeros_N.new_empty((0, rows)), 1)
     none_N = torch.full_like(zeros_N, -torch.inf)
     return Summary(none_N, zeros_N, zeros_N.clone(), LN_2, tiles if want_tiles else None)
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-TILE = 256
+TILE = 128
 """Consecutive classifier rows whose softmax mass is kept or dropped together."""
 
 
@@ -53,10 +53,12 @@ class Tiles(NamedTuple):
         lse_TN: the triton backend stores base-2 logarithms relative to ``reference_SN`` (fp16 for 16-bit inputs), the
             torch backend absolute natural ones in the accumulator's dtype.
         reference_SN: base-2 log-sum-exp of the first tile of each split; None in the torch backend.
+        tiles_per_split: consecutive tiles that share a reference; 0 in the torch backend.
     """
 
     lse_TN: Tensor
     reference_SN: Tensor | None = None
+    tiles_per_split: int = 0
 
 
 class Summary(NamedTuple):

@@ -190,7 +190,7 @@ class Selection:
             -1.0 if filter_.uniform is None else filter_.uniform,
             filter_.eps,
         )
-        self.sizes = (self.rows, -(-self.num_tiles // tiles.reference_SN.shape[0]))
+        self.sizes = (self.rows, tiles.tiles_per_split)
         self.flags = {
             "TILE": logits.tile,
             "UNBIASED": filter_.mode == "unbiased",

@@ -1,17 +1,18 @@
 """Forward: for every token the max, Σ exp and target logit over this shard, and the log-sum-exp of every tile.
 
 Grid: one program a multiprocessor, each walking over units of (block of rows, split of the vocabulary). A unit passes
-over the split's tiles; a tile is BLOCK_N x TILE logits in registers (128 x 256 on Hopper: two warpgroups with 128
-accumulators a thread). Row blocks of a group run side by side on the same columns, so that a classifier tile is read
-from memory once a group and hidden states stay in L2. Where D is short, one flat loop over (tile, step along D) has the
-next tile's loads under way during a tile's epilogue; where it is long, that costs more than it hides.
+over the split's blocks of columns; BLOCK_N x BLOCK_V logits are in registers (128 x 256 on Hopper: two warpgroups with
+128 accumulators a thread), some tiles at once. Row blocks of a group run side by side on the same columns, so that a
+block of the classifier is read from memory once a group and hidden states stay in L2. Where D is short, one flat loop
+over (block, step along D) has the next block's loads under way during a block's epilogue; where it is long, that costs
+more than it hides.
 FLOPs: 2·N·V·D. Bytes: V·D·2·⌈N / (row_group·BLOCK_N)⌉ + N·D·2 read, 2·T·N of tile summaries written; the products
 dominate by far. No atomics and no locks: each split writes its own partial, `_finish_kernel` merges them.
 
 `estimate` is the same over 8-bit copies (see quantise.py) at twice the rate, a chunk of the classifier at a time, so
 that its copy is small; its result is close enough to find the tiles that matter, which `refine` then computes in full.
 
-Shapes: N tokens, D hidden, V local rows, v rows of a chunk, T tiles, S splits.
+Shapes: N tokens, D hidden, V local rows, v rows of a chunk, T tiles, t tiles of a block of columns, S splits.
 """
 
 import torch
@@ -29,12 +30,12 @@ _COPY_BYTES = 128 << 20  # of the classifier's 8-bit copy: enough columns to fil
 
 
 @triton.jit
-def _absorb_tile(
+def _absorb_block(
     products,
     max_n,
     sum_n,
     reference_n,
-    tile,
+    block,
     is_first,
     n,
     n_valid,
@@ -48,29 +49,36 @@ def _absorb_tile(
     scale,
     softcap,
     TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WANT_TILES: tl.constexpr,
     IN_8_BITS: tl.constexpr,
 ):
-    """Adds a tile of logits to the running (max, Σ exp), and stores its own log-sum-exp."""
-    columns = tile * TILE + tl.arange(0, TILE)
+    """Adds a block of logits to the running (max, Σ exp), and stores the log-sum-exp of each of its tiles."""
+    columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
     if IN_8_BITS:
         column_scale = tl.load(column_scale_V + columns, mask=columns < V, other=0.0)
         products = products * row_scale_n[:, None] * column_scale[None, :] + offset_n[:, None]
     z, _slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-    tile_max_n = tl.max(z, 1)
-    shift_n = finite(tile_max_n)
+    z = tl.reshape(z, [BLOCK_N, BLOCK_V // TILE, TILE])
+    tile_max_nt = tl.max(z, 2)
+    shift_nt = finite(tile_max_nt)
     # NaN logits do not survive the max but do reach this sum, and so the loss.
-    tile_sum_n = tl.sum(tl.exp2(z - shift_n[:, None]), 1)
+    tile_sum_nt = tl.sum(tl.exp2(z - shift_nt[:, :, None]), 2)
     if WANT_TILES:
-        tile_lse_n = shift_n + tl.log2(tile_sum_n)
-        reference_n = tl.where(is_first, tile_lse_n, reference_n)
-        relative_n = (tile_lse_n - reference_n).to(tile_lse_TN.dtype.element_ty)
-        tl.store(tile_lse_TN + tl.cast(tile, tl.int64) * N + n, relative_n, mask=n < n_valid)
-    new_max_n = tl.maximum(max_n, tile_max_n)
+        tile_lse_nt = shift_nt + tl.log2(tile_sum_nt)
+        t = tl.arange(0, BLOCK_V // TILE)
+        first_n = tl.sum(tl.where((t == 0)[None, :], tile_lse_nt, 0.0), 1)
+        reference_n = tl.where(is_first, first_n, reference_n)
+        relative_nt = (tile_lse_nt - reference_n[:, None]).to(tile_lse_TN.dtype.element_ty)
+        tile = block * (BLOCK_V // TILE) + t
+        inside = (n < n_valid)[:, None] & (tile * TILE < V)[None, :]
+        tl.store(tile_lse_TN + tile.to(tl.int64)[None, :] * N + n[:, None], relative_nt, mask=inside)
+    new_max_n = tl.maximum(max_n, tl.max(tile_max_nt, 1))
     shift_n = finite(new_max_n)
-    sum_n = sum_n * tl.exp2(max_n - shift_n) + tile_sum_n * tl.exp2(tile_max_n - shift_n)
+    sum_n = sum_n * tl.exp2(max_n - shift_n) + tl.sum(tile_sum_nt * tl.exp2(tile_max_nt - shift_n[:, None]), 1)
     return new_max_n, sum_n, reference_n
 
 
@@ -95,10 +103,11 @@ def _summarise_kernel(
     scale,
     softcap,
     splits,
-    tiles_per_split,
+    blocks_per_split,
     row_group,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -111,7 +120,7 @@ def _summarise_kernel(
 ):
     n_valid = tl.load(n_valid_ptr)
     row_blocks = tl.cdiv(n_valid, BLOCK_N)
-    num_tiles = tl.cdiv(V, TILE)
+    num_blocks = tl.cdiv(V, BLOCK_V)
     for unit in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
         first_block = unit // (row_group * splits) * row_group
         blocks_in_group = min(row_blocks - first_block, row_group)
@@ -119,7 +128,7 @@ def _summarise_kernel(
         row = (first_block + within % blocks_in_group) * BLOCK_N
         split = within // blocks_in_group
         n = row + tl.arange(0, BLOCK_N)
-        first_tile = split * tiles_per_split
+        first_column_block = split * blocks_per_split
         max_n = tl.full([BLOCK_N], -float("inf"), tl.float32)
         sum_n = tl.zeros([BLOCK_N], tl.float32)
         reference_n = tl.zeros([BLOCK_N], tl.float32)
@@ -127,24 +136,24 @@ def _summarise_kernel(
         if IN_8_BITS:
             row_scale_n = tl.load(row_scale_N + n, mask=n < n_valid, other=0.0)
             offset_n = tl.load(offset_N + n, mask=n < n_valid, other=0.0)
-        tiles = min(tiles_per_split, num_tiles - first_tile)
+        blocks = min(blocks_per_split, num_blocks - first_column_block)
         if FLAT:
-            products = tl.zeros([BLOCK_N, TILE], tl.float32)
+            products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
             d_steps = tl.cdiv(D, BLOCK_D)
-            for step in tl.range(0, tiles * d_steps, num_stages=STAGES):
-                tile = first_tile + step // d_steps
+            for step in tl.range(0, blocks * d_steps, num_stages=STAGES):
+                block = first_column_block + step // d_steps
                 d = step % d_steps * BLOCK_D
                 e = load_block(hidden, row, d, N, D, stride_hidden, BLOCK_N, BLOCK_D, TMA)
-                c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
+                c = load_block(weight, block * BLOCK_V, d, V, D, stride_weight, BLOCK_V, BLOCK_D, TMA)
                 products = tl.dot(e, c.T, products, input_precision=PRECISION)
                 if d + BLOCK_D >= D:
-                    max_n, sum_n, reference_n = _absorb_tile(
+                    max_n, sum_n, reference_n = _absorb_block(
                         products,
                         max_n,
                         sum_n,
                         reference_n,
-                        tile,
-                        tile == first_tile,
+                        block,
+                        block == first_column_block,
                         n,
                         n_valid,
                         bias,
@@ -157,26 +166,28 @@ def _summarise_kernel(
                         scale,
                         softcap,
                         TILE,
+                        BLOCK_N,
+                        BLOCK_V,
                         HAS_BIAS,
                         HAS_SOFTCAP,
                         WANT_TILES,
                         IN_8_BITS,
                     )
-                    products = tl.zeros([BLOCK_N, TILE], tl.float32)
+                    products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         else:
-            for tile in range(first_tile, first_tile + tiles):
-                products = tl.zeros([BLOCK_N, TILE], tl.float32)
+            for block in range(first_column_block, first_column_block + blocks):
+                products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
                 for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
                     e = load_block(hidden, row, d, N, D, stride_hidden, BLOCK_N, BLOCK_D, TMA)
-                    c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
+                    c = load_block(weight, block * BLOCK_V, d, V, D, stride_weight, BLOCK_V, BLOCK_D, TMA)
                     products = tl.dot(e, c.T, products, input_precision=PRECISION)
-                max_n, sum_n, reference_n = _absorb_tile(
+                max_n, sum_n, reference_n = _absorb_block(
                     products,
                     max_n,
                     sum_n,
                     reference_n,
-                    tile,
-                    tile == first_tile,
+                    block,
+                    block == first_column_block,
                     n,
                     n_valid,
                     bias,
@@ -189,6 +200,8 @@ def _summarise_kernel(
                     scale,
                     softcap,
                     TILE,
+                    BLOCK_N,
+                    BLOCK_V,
                     HAS_BIAS,
                     HAS_SOFTCAP,
                     WANT_TILES,
@@ -257,11 +270,12 @@ def _finish_kernel(
 def summarise(logits: Logits, want_tiles: bool) -> Summary:
     """See `Summary`. Rows that are not valid get max 0, Σ exp S and target logit 0."""
     tuning = tuning_for(logits.hidden_ND)
-    splits = min(tuning.splits, logits.num_tiles)
-    tiles_per_split = -(-logits.num_tiles // splits)
-    partials, lse_TN = _empty_partials(logits, tiles_per_split, want_tiles)
-    _launch(logits, None, partials, lse_TN, tiles_per_split, tuning)
-    return _finish(logits, partials, lse_TN)
+    num_blocks = triton.cdiv(logits.weight_VD.shape[0], tuning.block_v)
+    blocks_per_split = triton.cdiv(num_blocks, tuning.splits)
+    partials, lse_TN = _empty_partials(logits, triton.cdiv(num_blocks, blocks_per_split), want_tiles)
+    _launch(logits, None, partials, lse_TN, blocks_per_split, tuning)
+    tiles_per_split = blocks_per_split * tuning.block_v // logits.tile
+    return _finish(logits, partials, None if lse_TN is None else Tiles(lse_TN, partials[2], tiles_per_split))
 
 
 def estimate(logits: Logits) -> Estimate:
@@ -269,23 +283,23 @@ def estimate(logits: Logits) -> Estimate:
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     vocab, hidden_size = weight_VD.shape
     tuning = tuning_for(hidden_ND).for_8_bits()
-    most_tiles = max(_COPY_BYTES // (logits.tile * hidden_size), tuning.splits)
-    chunks = -(-logits.num_tiles // most_tiles)
+    num_blocks = triton.cdiv(vocab, tuning.block_v)
+    chunks = triton.cdiv(num_blocks, max(_COPY_BYTES // (tuning.block_v * hidden_size), tuning.splits))
     # All chunks but the last hold the same number of splits, so that a tile's number tells its split.
-    tiles_per_split = -(-logits.num_tiles // (chunks * tuning.splits))
-    tiles_per_chunk = tiles_per_split * tuning.splits
-    partials, lse_TN = _empty_partials(logits, tiles_per_split, want_tiles=True)
+    blocks_per_split = triton.cdiv(num_blocks, chunks * tuning.splits)
+    rows_per_chunk = blocks_per_split * tuning.splits * tuning.block_v
+    partials, lse_TN = _empty_partials(logits, triton.cdiv(num_blocks, blocks_per_split), want_tiles=True)
     assert lse_TN is not None
     common_D = common_row(weight_VD)
     hidden, offset_N = quantise_hidden(hidden_ND, common_D)
     copy_vD = torch.empty(
-        (min(tiles_per_chunk * logits.tile, vocab), hidden_size),
+        (min(rows_per_chunk, vocab), hidden_size),
         dtype=storage_dtype(hidden_ND),
         device=hidden_ND.device,
     )
     norms = []
-    for first_tile in range(0, logits.num_tiles, tiles_per_chunk):
-        v = slice(first_tile * logits.tile, (first_tile + tiles_per_chunk) * logits.tile)
+    for first_row in range(0, vocab, rows_per_chunk):
+        v = slice(first_row, first_row + rows_per_chunk)
         weight_vD = weight_VD[v]
         weight = quantise_weight(weight_vD, common_D, copy_vD[: weight_vD.shape[0]])
         norms.append(weight.norm_R.amax())
@@ -297,19 +311,19 @@ def estimate(logits: Logits) -> Estimate:
         _launch(
             chunk,
             (hidden.scale_R, weight.scale_R, offset_N),
-            partials[:, first_tile // tiles_per_split :],
-            lse_TN[first_tile:],
-            tiles_per_split,
+            partials[:, first_row // (blocks_per_split * tuning.block_v) :],
+            lse_TN[first_row // logits.tile :],
+            blocks_per_split,
             tuning,
         )
     noise_N = hidden.norm_R * torch.stack(norms).amax() * (NOISE * abs(logits.logit_scale))
-    return Estimate(_finish(logits, partials, lse_TN), noise_N)
+    tiles = Tiles(lse_TN, partials[2], blocks_per_split * tuning.block_v // logits.tile)
+    return Estimate(_finish(logits, partials, tiles), noise_N)
 
 
-def _empty_partials(logits: Logits, tiles_per_split: int, want_tiles: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _empty_partials(logits: Logits, splits: int, want_tiles: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(max, Σ exp and reference of each split [3, S, N]; the tiles' log-sum-exps [T, N] if wanted)."""
     hidden_ND = logits.hidden_ND
-    splits = -(-logits.num_tiles // tiles_per_split)
     partials = hidden_ND.new_empty((3, splits, hidden_ND.shape[0]), dtype=torch.float32)
     if not want_tiles:
         return partials, None
@@ -322,7 +336,7 @@ def _launch(
     scales: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     partials: torch.Tensor,
     lse_TN: torch.Tensor | None,
-    tiles_per_split: int,
+    blocks_per_split: int,
     tuning: Tuning,
 ) -> None:
     """Fills the partials of the splits of ``logits``; ``scales`` = (row scale, column scale, offset) of 8-bit ones."""
@@ -331,7 +345,7 @@ def _launch(
     tma = tuning.tma and can_use_tma(logits)
     _summarise_kernel[(num_programs(hidden_ND),)](
         descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
-        descriptor(weight_VD, logits.tile, tuning.block_d, tma),
+        descriptor(weight_VD, tuning.block_v, tuning.block_d, tma),
         logits.bias_V,
         *(scales or (None, None, None)),
         logits.n_valid,
@@ -346,11 +360,12 @@ def _launch(
         weight_VD.stride(0),
         logits.logit_scale,
         1.0 if logits.softcap is None else logits.softcap,
-        triton.cdiv(logits.num_tiles, tiles_per_split),
-        tiles_per_split,
+        triton.cdiv(vocab, blocks_per_split * tuning.block_v),
+        blocks_per_split,
         tuning.row_group,
         BLOCK_N=tuning.block_n,
         TILE=logits.tile,
+        BLOCK_V=tuning.block_v,
         BLOCK_D=tuning.block_d,
         HAS_BIAS=logits.bias_V is not None,
         HAS_SOFTCAP=logits.softcap is not None,
@@ -364,7 +379,7 @@ def _launch(
     )
 
 
-def _finish(logits: Logits, partials: torch.Tensor, lse_TN: torch.Tensor | None) -> Summary:
+def _finish(logits: Logits, partials: torch.Tensor, tiles: Tiles | None) -> Summary:
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     rows, hidden_size = hidden_ND.shape
     merged = partials.new_empty((3, rows))
@@ -392,5 +407,4 @@ def _finish(logits: Logits, partials: torch.Tensor, lse_TN: torch.Tensor | None)
         HAS_SOFTCAP=logits.softcap is not None,
         num_warps=4,
     )
-    tiles = None if lse_TN is None else Tiles(lse_TN, partials[2])
     return Summary(merged[0], merged[1], merged[2], LN_2, tiles)

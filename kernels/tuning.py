@@ -22,10 +22,11 @@ FILE = Path(__file__).with_name("tuning.json")
 
 
 class Tuning(NamedTuple):
-    """Launch parameters. ``block_n`` rows by TILE columns is one program's tile of logits.
+    """Launch parameters.
 
     Attributes:
-        block_n, block_d, warps, stages: of summarise, and of the dense probabilities of exact mode.
+        block_n, block_v, block_d, warps, stages: of summarise, and of the dense probabilities of exact mode: a program
+            holds block_n rows by block_v columns of logits, a whole number of tiles.
         row_group: row blocks that run side by side, so that their hidden states stay in L2 while the classifier passes.
         splits: vocabulary splits of summarise.
         flat_below: the largest D for which summarise walks over tiles and D in one loop.
@@ -33,11 +34,13 @@ class Tuning(NamedTuple):
         pair_rows: rows of a block of kept pairs in the sparse backward.
         pair_block_d, pair_stages: its steps along D.
         pair_warps, pair_programs: of the sparse backward; programs a multiprocessor.
+        chunk_d: columns of D that dE and dC are computed for at a time, a multiple of the next two.
+        hidden_block_d: columns of dE that are added at a time.
         weight_block_d, weight_block_k: columns of dC that are accumulated at a time, and rows per step.
-        weight_blocks: such blocks of columns in an item.
     """
 
     block_n: int = 64
+    block_v: int = 256
     block_d: int = 32
     warps: int = 8
     stages: int = 2
@@ -50,9 +53,10 @@ class Tuning(NamedTuple):
     pair_stages: int = 2
     pair_warps: int = 8
     pair_programs: int = 1
+    chunk_d: int = 512
+    hidden_block_d: int = 32
     weight_block_d: int = 64
     weight_block_k: int = 32
-    weight_blocks: int = 1
 
     def for_8_bits(self) -> "Tuning":
         """The same for a summary of 8-bit copies: as many bytes along D."""

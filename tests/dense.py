@@ -11,7 +11,7 @@ import torch
 from reference import DEVICE
 from torch import Tensor
 
-from cce_dist.kernels.problem import Filter, Logits, Normaliser, Upstream, Wanted
+from cce_dist.kernels.problem import TILE, Filter, Logits, Normaliser, Upstream, Wanted
 from cce_dist.kernels.reference import SAMPLED_ROWS
 
 EVERYTHING = Wanted(True, True, True, torch.float32, 1 << 20)
@@ -29,7 +29,7 @@ class Dense(NamedTuple):
 
 def make_logits(
     rows: int = 30,
-    vocab: int = 4 * 256 - 40,
+    vocab: int = 4 * TILE - 40,
     hidden_size: int = 16,
     *,
     dtype: torch.dtype = torch.float32,
@@ -43,11 +43,11 @@ def make_logits(
     """Peaked logits, part of it ``shared`` by the rows of a tile: a good part of the (row, tile) pairs is small."""
     draw = torch.Generator().manual_seed(seed)
     num_valid = rows if num_valid is None else num_valid
-    tiles = -(-vocab // 256)
+    tiles = -(-vocab // TILE)
     hidden_ND = torch.randn(rows, hidden_size, generator=draw)
     hidden_ND[num_valid:] = 0
     centre_TD = shared * torch.randn(tiles, hidden_size, generator=draw)
-    weight_VD = 0.5 * torch.randn(vocab, hidden_size, generator=draw) + centre_TD.repeat_interleave(256, 0)[:vocab]
+    weight_VD = 0.5 * torch.randn(vocab, hidden_size, generator=draw) + centre_TD.repeat_interleave(TILE, 0)[:vocab]
     bias_V = 0.3 * torch.randn(vocab, generator=draw) if bias else None
     target_N = torch.randint(-1, vocab, (rows,), generator=draw)
     target_N[num_valid:] = -1
@@ -58,7 +58,7 @@ def make_logits(
         None if bias_V is None else bias_V.to(DEVICE),
         target_N.to(DEVICE, torch.int32),
         order_N.to(DEVICE, torch.int32),
-        torch.arange(0, vocab, 256, dtype=torch.int32, device=DEVICE),
+        torch.arange(0, vocab, TILE, dtype=torch.int32, device=DEVICE),
         torch.tensor([num_valid], dtype=torch.int32, device=DEVICE),
         spread / math.sqrt(hidden_size),
         softcap,

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from cce_dist import VocabShard, linear_cross_entropy
+from cce_dist.kernels.problem import TILE
 
 MODES: dict[str, dict[str, Any]] = {
     "exact": {"gradient": "exact"},
@@ -221,7 +222,7 @@ def test_padding_rows_take_no_part_in_any_mode(mode: dict[str, Any], backend: st
 
 def peaked(**options: Any) -> Problem:
     """Some (token, tile) pairs are small, so that modes differ and draws matter."""
-    return make_problem(((13,),), 3 * 256, 16, spread=6.0, **options)
+    return make_problem(((13,),), 3 * TILE, 16, spread=6.0, **options)
 
 
 @every_mode_and_backend
@@ -556,8 +557,8 @@ def test_an_argument_that_does_not_fit_is_named(change: dict[str, Any], text: st
 
 
 def test_a_workspace_below_one_tile_of_all_tokens_is_refused_with_the_number() -> None:
-    """A tile of 256 probabilities a token: in fp32 4096 tokens need 4 MB."""
-    hidden, labels = torch.zeros(4096, 8), torch.zeros(4096).long()
+    """A tile of 128 probabilities a token: in fp32 8192 tokens need 4 MB."""
+    hidden, labels = torch.zeros(8192, 8), torch.zeros(8192).long()
     with pytest.raises(ValueError, match=r"workspace_mb must be.*at least 4\b.*got 3"):
         linear_cross_entropy(hidden, GOOD["weight"], labels, workspace_mb=3)
     linear_cross_entropy(hidden, GOOD["weight"], labels, workspace_mb=4)
@@ -627,7 +628,7 @@ def _two_backwards(problem: Problem, layout: Layout) -> list[bool]:
 
 @every_layout
 def test_a_second_backward_gives_the_same_gradient_on_ranks(ranks: RankPool, layout: Layout) -> None:
-    problem = make_rank_problem(parts(2, layout), 4 * 256, 16, spread=6.0)
+    problem = make_rank_problem(parts(2, layout), 4 * TILE, 16, spread=6.0)
     assert ranks.run(2, _two_backwards, problem, layout) == [[True, True]] * 2
 
 

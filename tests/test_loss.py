@@ -23,6 +23,7 @@ from reference import (
 )
 
 from cce_dist import linear_cross_entropy
+from cce_dist.kernels.problem import TILE
 
 ALL = {
     "bias": True,
@@ -148,10 +149,10 @@ def test_default_gradient_is_unbiased_sampling_of_small_pairs(backend: str) -> N
 
 def sharp_problem(**options: Any) -> Problem:
     """Peaked logits over 5 tiles, whose rows share a direction: some tiles are negligible to some tokens."""
-    problem = make_problem(((40,),), 5 * 256 - 30, spread=3.0, reduction="none", **options)
+    problem = make_problem(((40,),), 5 * TILE - 30, spread=3.0, reduction="none", **options)
     draw = torch.Generator().manual_seed(5)
     centre = torch.randn(5, problem.weight.shape[1], generator=draw).to(DEVICE)
-    rows = centre.repeat_interleave(256, 0)[: problem.vocab_size]
+    rows = centre.repeat_interleave(TILE, 0)[: problem.vocab_size]
     return replace(problem, weight=problem.weight * 0.3 + rows * 0.6)
 
 

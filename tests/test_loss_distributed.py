@@ -40,6 +40,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from cce_dist import VocabShard, linear_cross_entropy
+from cce_dist.kernels.problem import TILE
 
 UNEVEN = ((13,), (4,), (21,), (9,))
 VOCAB = 601  # no multiple of 2, 3, 4 or of a tile
@@ -132,7 +133,7 @@ def test_sharding_does_not_change_what_is_kept_or_drawn(
     """Draws are keyed by the global token and the global tile: with shards of whole tiles one process does the same."""
     settings = {"gradient": "filtered", "filter_eps": 2.0**-4, "backend": backend, **mode}
     shapes = parts(world, layout, ((8,),) * 4)
-    problem = make_rank_problem(shapes, 4 * 256, 16, spread=6.0, reduction="sum", seed=3)
+    problem = make_rank_problem(shapes, 4 * TILE, 16, spread=6.0, reduction="sum", seed=3)
     single = replace(
         problem,
         hidden=(torch.cat(problem.hidden),),
@@ -153,7 +154,7 @@ def test_sharding_does_not_change_what_is_kept_or_drawn(
 
 @every_layout
 def test_ranks_with_different_generators_get_one_gradient(ranks: RankPool, layout: Layout) -> None:
-    problem = make_rank_problem(parts(2, layout), 4 * 256, 16, spread=6.0)
+    problem = make_rank_problem(parts(2, layout), 4 * TILE, 16, spread=6.0)
     equal, finite = zip(*ranks.run(2, _unseeded, problem, layout), strict=True)
     assert all(finite)
     assert layout == "sharded" or all(equal)

@@ -15,7 +15,7 @@ from sharded import assert_ranks_no_worse, make_rank_problem
 
 from cce_dist import linear_cross_entropy
 from cce_dist.kernels import pipeline
-from cce_dist.kernels.problem import Normaliser
+from cce_dist.kernels.problem import TILE, Normaliser
 from cce_dist.kernels.quantise import common_row, quantise_hidden, quantise_weight, storage_dtype
 
 EPS = 2.0**-5
@@ -61,7 +61,7 @@ def test_a_row_of_zeros_stays_one() -> None:
     assert not (hidden.rows_RD[5].float() * hidden.scale_R[5]).any()
 
 
-@pytest.mark.parametrize("case", [{}, {"num_valid": 17}, {"softcap": 6.0, "bias": False}, {"vocab": 9 * 256 + 1}])
+@pytest.mark.parametrize("case", [{}, {"num_valid": 17}, {"softcap": 6.0, "bias": False}, {"vocab": 9 * TILE + 1}])
 def test_large_tiles_are_exact_after_refinement_and_the_others_estimates(case: dict[str, Any]) -> None:
     logits = make_logits(dtype=torch.float16, hidden_size=64, **case)
     d, num_valid = dense(logits), int(logits.n_valid)
@@ -76,8 +76,7 @@ def test_large_tiles_are_exact_after_refinement_and_the_others_estimates(case: d
     assert refined.tiles.reference_SN is not None
     lse_N = refined.max_N[:num_valid].double() * refined.unit + refined.sumexp_N[:num_valid].double().log()
     assert (lse_N - d.lse_N).abs().max() < 0.3 * off_N.abs().max()
-    per_split = -(-logits.num_tiles // refined.tiles.reference_SN.shape[0])
-    split_T = torch.arange(logits.num_tiles, device=DEVICE) // per_split
+    split_T = torch.arange(logits.num_tiles, device=DEVICE) // refined.tiles.tiles_per_split
     lse_TN = (refined.tiles.lse_TN.double() + refined.tiles.reference_SN.double()[split_T]) * refined.unit
     mass_NT = (lse_TN[:, :num_valid] - padded_lse(logits, d)[:num_valid]).exp().T
     large_NT = is_large(logits, d, 2 * EPS)
@@ -89,9 +88,9 @@ def test_large_tiles_are_exact_after_refinement_and_the_others_estimates(case: d
 
 def peaked(**options: Any) -> Problem:
     """Logits of which a tile shares a direction: some tiles of a token are small, others large."""
-    problem = make_problem(((40,),), 1500, 64, dtype=torch.float32, **{"reduction": "none", **options})
+    problem = make_problem(((40,),), 750, 64, dtype=torch.float32, **{"reduction": "none", **options})
     centre_TD = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    weight_VD = 0.5 * problem.weight + 0.25 * centre_TD.repeat_interleave(256, 0)[:1500]
+    weight_VD = 0.5 * problem.weight + 0.25 * centre_TD.repeat_interleave(TILE, 0)[:750]
     return replace(problem, hidden=(problem.hidden[0].half(),), weight=weight_VD.half())
 
 

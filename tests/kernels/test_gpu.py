@@ -27,6 +27,7 @@ from reference import (
 from torch import Tensor
 
 from cce_dist import linear_cross_entropy
+from cce_dist.kernels.problem import TILE
 
 pytestmark = pytest.mark.gpu
 
@@ -45,8 +46,8 @@ def peaked(dtype: torch.dtype, tokens: int = 513, seed: int = 0, **options: Any)
     """Logits whose tiles share a direction: a good part of the (token, tile) pairs is small, another is not."""
     vocab, dim = 5000, 64
     problem = make_problem(((tokens,),), vocab, dim, dtype=torch.float32, seed=seed, **{"reduction": "none", **options})
-    centre_TD = torch.randn(-(-vocab // 256), dim, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-    weight_VD = 0.5 * problem.weight + (2.0 / dim**0.5) * centre_TD.repeat_interleave(256, 0)[:vocab]
+    centre_TD = torch.randn(-(-vocab // TILE), dim, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    weight_VD = 0.5 * problem.weight + (2.0 / dim**0.5) * centre_TD.repeat_interleave(TILE, 0)[:vocab]
     return replace(problem, hidden=(problem.hidden[0].to(dtype),), weight=weight_VD.to(dtype))
 
 
@@ -54,7 +55,7 @@ def test_the_problem_has_pairs_of_every_kind() -> None:
     """Otherwise the other tests of this file prove little."""
     problem = peaked(torch.float32)
     softmax_NV = (problem.hidden[0] @ problem.weight.T).softmax(1)
-    mass_NT = torch.stack([part.sum(1) for part in softmax_NV.split(256, 1)], 1)
+    mass_NT = torch.stack([part.sum(1) for part in softmax_NV.split(TILE, 1)], 1)
     assert 0.2 < (mass_NT > EPS).double().mean() < 0.8
     truth = plain_outcome(problem, torch.float64)
     for name in ("unbiased", "filtered", "drop"):
@@ -167,7 +168,7 @@ def test_a_nan_in_a_valid_row_reaches_loss_and_gradients_and_in_an_ignored_row_n
 @every_mode
 def test_the_least_workspace_gives_the_gradients_of_the_default_one(mode: dict[str, Any], dtype: torch.dtype) -> None:
     """The kept pairs overflow the ring several times; in exact mode there are more chunks."""
-    tokens = 4096 // dtype.itemsize  # of which a tile fills 1 MB
+    tokens = 8192 // dtype.itemsize  # of which a tile fills 1 MB
     problem = peaked(dtype, tokens, ignored=0.0)
     wide, narrow = (cce_outcome(problem, backend="triton", workspace_mb=size, **mode) for size in (None, 1))
     with pytest.raises(ValueError, match="workspace_mb must be at least 2"):

@@ -18,7 +18,7 @@ from dense import (
 from reference import DEVICE, GPU_BF16, relative_error
 
 from cce_dist.kernels import pipeline, reference
-from cce_dist.kernels.problem import Filter, Logits, Wanted
+from cce_dist.kernels.problem import TILE, Filter, Logits, Wanted
 
 EPS = 2.0**-4
 BACKENDS = {"torch": reference, "triton": pipeline}
@@ -77,7 +77,7 @@ HALF_BOUNDS = {torch.float16: 4e-3, torch.bfloat16: 1.2e-2}
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float16, GPU_BF16], ids=str)
 def test_half_precision_follows_the_formula_to_its_rounding(dtype: torch.dtype, mode: str, backend: ModuleType) -> None:
-    logits = make_clear_logits(30, 4 * 256 - 40, 16, EPS, dtype=dtype, softcap=6.0)
+    logits = make_clear_logits(30, 4 * TILE - 40, 16, EPS, dtype=dtype, softcap=6.0)
     filter_ = MODES[mode]
     expected = gradients(logits, dense(logits), make_upstream(logits), filter_)
     got = differentiate(backend, logits, filter_)

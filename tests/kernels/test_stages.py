@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cce_dist.kernels import pipeline, reference
 from cce_dist.kernels.blocks import LN_2
-from cce_dist.kernels.problem import Filter, Logits, Tiles
+from cce_dist.kernels.problem import TILE, Filter, Logits, Tiles
 from cce_dist.kernels.select import Selection
 
 EPS = 2.0**-4
@@ -26,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "softcap, no bias": {"softcap": 6.0, "bias": False},
     "some rows not valid": {"num_valid": 17},
     "less than a tile": {"vocab": 77},
-    "ten tiles, the last of one column": {"vocab": 9 * 256 + 1, "rows": 5},
+    "ten tiles, the last of one column": {"vocab": 9 * TILE + 1, "rows": 5},
 }
 every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 every_case = pytest.mark.parametrize(
@@ -39,8 +39,7 @@ def absolute_lse(tiles: Tiles, num_tiles: int) -> Tensor:
     """The natural log-sum-exp [T, N] of each (tile, row), whichever way the backend stores it."""
     if tiles.reference_SN is None:
         return tiles.lse_TN.double()
-    per_split = -(-num_tiles // tiles.reference_SN.shape[0])
-    split_T = torch.arange(num_tiles, device=DEVICE) // per_split
+    split_T = torch.arange(num_tiles, device=DEVICE) // tiles.tiles_per_split
     return (tiles.lse_TN.double() + tiles.reference_SN.double()[split_T]) * math.log(2)
 
 
@@ -117,9 +116,9 @@ def test_a_row_of_nan_is_kept_in_every_tile(mode: Any, backend: ModuleType) -> N
 @every_backend
 def test_mass_far_from_the_first_tile_is_neither_lost_nor_invented(backend: ModuleType) -> None:
     """fp16 summaries relative to the first tile: one tile 10^4 above it, and one 10^4 below."""
-    logits = make_logits(rows=6, vocab=3 * 256, dtype=torch.float16)
-    bias_V = torch.zeros(768, device=DEVICE)
-    bias_V[256:512], bias_V[512:] = 1e4, -1e4
+    logits = make_logits(rows=6, vocab=3 * TILE, dtype=torch.float16)
+    bias_V = torch.zeros(3 * TILE, device=DEVICE)
+    bias_V[TILE : 2 * TILE], bias_V[2 * TILE :] = 1e4, -1e4
     logits = logits._replace(bias_V=bias_V, target_N=torch.full_like(logits.target_N, -1), logit_scale=1.0)
     kept_NT = kept_pairs(backend, logits, Filter("filtered", EPS), padded_lse(logits, dense(logits)))
     assert kept_NT.tolist() == [[False, True, False]] * 6

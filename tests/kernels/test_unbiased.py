@@ -18,7 +18,7 @@ from reference import DEVICE, TRITON_DTYPES, cce_outcome, make_problem, plain_ou
 from torch import Tensor
 
 from cce_dist.kernels import pipeline, reference
-from cce_dist.kernels.problem import Filter, Logits, Upstream
+from cce_dist.kernels.problem import TILE, Filter, Logits, Upstream
 
 EPS = 2.0**-2
 
@@ -26,13 +26,13 @@ EPS = 2.0**-2
 def error_bound(logits: Logits, d: Dense, upstream: Upstream, count: int) -> tuple[float, float]:
     """Bounds on the norms of the errors of the mean dE and dC."""
     small_NT = ~is_large(logits, d, EPS)
-    own_NV = d.softmax_NV * d.slope_NV / d.mass_NT.repeat_interleave(256, 1)[:, : d.z_NV.shape[1]]
+    own_NV = d.softmax_NV * d.slope_NV / d.mass_NT.repeat_interleave(TILE, 1)[:, : d.z_NV.shape[1]]
     off_NV = own_NV - profiles(logits, d, EPS)
     a_N = upstream.softmax_N[: d.lse_N.shape[0]].abs().double()
     each = EPS / (2 * count) * float(upstream.scale) * logits.logit_scale
     hidden_norm_N = logits.hidden_ND[: d.lse_N.shape[0]].double().norm(dim=1)
     dhidden_N, dweight_V = torch.zeros_like(d.lse_N), []
-    for tile, columns in enumerate(torch.arange(off_NV.shape[1], device=DEVICE).split(256)):
+    for tile, columns in enumerate(torch.arange(off_NV.shape[1], device=DEVICE).split(TILE)):
         use_N = small_NT[:, tile] * a_N * each
         dhidden_N += use_N * (off_NV[:, columns] @ logits.weight_VD[columns].double()).norm(dim=1)
         dweight_V.append(((use_N * hidden_norm_N)[:, None] * off_NV[:, columns].abs()).sum(0))
@@ -105,19 +105,19 @@ def test_over_64_seeds_the_mean_gradient_is_off_by_its_standard_error(backend: s
     not quite normal, and 16-bit results are rounded: 5 % more are allowed.
     """
     eps, count = 0.09, 64
-    problem = make_problem(((64,),), 20 * 256 - 30, 32, dtype=dtype, spread=1.0, ignored=0.0, reduction="none", seed=4)
+    problem = make_problem(((64,),), 20 * TILE - 30, 32, dtype=dtype, spread=1.0, ignored=0.0, reduction="none", seed=4)
     draw = torch.Generator().manual_seed(4)
     centre_TD = (0.4 / math.sqrt(32)) * torch.randn(20, 32, generator=draw).to(DEVICE)
-    weight = (problem.weight.float() + centre_TD.repeat_interleave(256, 0)[: 20 * 256 - 30]).to(dtype).float()
+    weight = (problem.weight.float() + centre_TD.repeat_interleave(TILE, 0)[: 20 * TILE - 30]).to(dtype).float()
     problem = replace(problem, weight=weight)  # dC returns in fp32
     softmax_NV = (problem.hidden[0].float() @ weight.T).softmax(1)
-    mass_NT = torch.stack([part.sum(1) for part in softmax_NV.split(256, 1)], 1)
+    mass_NT = torch.stack([part.sum(1) for part in softmax_NV.split(TILE, 1)], 1)
     assert mass_NT.amin() > 0.1 * eps
     assert (mass_NT < eps).float().mean() > 0.8
 
     exact = plain_outcome(problem, torch.float64)
     runs = [cce_outcome(problem, backend=backend, filter_eps=eps, seed=seed) for seed in range(count)]
-    for name, sample_size in (("dhidden", 1), ("dweight", 256)):
+    for name, sample_size in (("dhidden", 1), ("dweight", TILE)):
         gradients = torch.stack([getattr(run, name)[0].double() for run in runs])
         z = (gradients.mean(0) - getattr(exact, name)[0]) / (gradients.std(0) / math.sqrt(count))
         samples = z.split(sample_size)
