@@ -18,7 +18,7 @@ from torch import Tensor
 from cce_dist import VocabShard, linear_cross_entropy
 from cce_dist.arguments import Settings, check_settings, workspace_bytes
 from cce_dist.kernels import pipeline, reference
-from cce_dist.kernels.problem import TILE, Filter, Gradients, Logits, Normaliser, Summary, Upstream, Wanted
+from cce_dist.kernels.problem import MOST_DRAWN, TILE, Filter, Gradients, Logits, Normaliser, Summary, Upstream, Wanted
 
 
 class Shard(NamedTuple):
@@ -27,6 +27,7 @@ class Shard(NamedTuple):
     logits: Logits
     settings: Settings
     workspace: int
+    most_drawn: float
 
     @property
     def backend(self) -> ModuleType:
@@ -61,7 +62,8 @@ def shard_of(inputs: Inputs, rank: int = 0, world: int = 1, gradient: str = "unb
     settings = check_settings(
         hidden_ND, labels_N, shard, **{**defaults, "gradient": gradient, "backend": backend, "needs_grad": True}
     )
-    return Shard(logits, settings, workspace_bytes(settings, tokens, hidden_ND.element_size()))
+    workspace = workspace_bytes(settings, tokens, hidden_ND.element_size())
+    return Shard(logits, settings, workspace, MOST_DRAWN * (stop - start) / vocab)
 
 
 def summarise(shard: Shard, estimates: Normaliser | None = None) -> Summary:
@@ -103,7 +105,7 @@ def differentiate(shard: Shard, summary: Summary, normaliser: Normaliser, seed: 
         summary.tiles,
         normaliser,
         Upstream(share_N, share_N, torch.full((), scale, device=share_N.device)),
-        Filter(settings.gradient, settings.filter_eps, settings.tail, seed),
+        Filter(settings.gradient, settings.filter_eps, settings.tail, shard.most_drawn, seed),
         Wanted(True, True, False, logits.weight_VD.dtype, shard.workspace),
     )
 

@@ -30,7 +30,7 @@ from cce_dist.collectives import (
 )
 from cce_dist.config import Backend, FirstPass, Gradient
 from cce_dist.kernels import reference
-from cce_dist.kernels.problem import TILE, Filter, Gradients, Logits, Normaliser, Tiles, Upstream, Wanted
+from cce_dist.kernels.problem import MOST_DRAWN, TILE, Filter, Gradients, Logits, Normaliser, Tiles, Upstream, Wanted
 from cce_dist.shard import VocabShard
 
 
@@ -236,7 +236,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 None if tile_lse_TN is None else Tiles(tile_lse_TN, reference_SN, ctx.tiles_per_split),
                 Normaliser(max_N, log_sum_N, ctx.unit),
                 upstream,
-                Filter(settings.gradient, settings.filter_eps, settings.tail, seed),
+                _filter(settings, logits, shard, seed),
                 Wanted(wants_hidden, wants_weight, wants_bias, weight_VD.dtype, ctx.workspace),
                 None if shard.vocab_group is None else reduce_hidden,
             )
@@ -278,6 +278,11 @@ def _logits(
         settings.logit_scale,
         settings.softcap,
     )
+
+
+def _filter(settings: Settings, logits: Logits, shard: VocabShard, seed: Tensor | None) -> Filter:
+    share = logits.weight_VD.shape[0] / shard.vocab_size
+    return Filter(settings.gradient, settings.filter_eps, settings.tail, MOST_DRAWN * share, seed)
 
 
 def _backend(settings: Settings) -> ModuleType:

@@ -112,7 +112,7 @@ def _weight_item(
         gradient = tl.dot(p.T, e, gradient, input_precision=PRECISION)
     d_range = d + tl.arange(0, BLOCK_D)
     if HAS_TAIL:
-        tail = tl.load(tail_TD + tile.to(tl.int64) * D + d_range, mask=d_range < D, other=0.0)
+        tail = tl.load(tail_TD + tile.to(tl.int64) * D + d_range, mask=d_range < D, other=0.0).to(tl.float32)
         gradient += pi[:, None] * tail[None, :]
     pointers = dweight_VD + columns[:, None].to(tl.int64) * D + d_range[None, :]
     inside = (columns < V)[:, None] & (d_range < D)[None, :]
@@ -146,6 +146,7 @@ def _pair_probabilities(
     lse2_N,
     target_N,
     token_N,
+    eps_N,
     key,
     seed_ptr,
     uniform,
@@ -198,6 +199,7 @@ def _pair_probabilities(
         lse2_N,
         target_N,
         token_N,
+        eps_N,
         key,
         seed_ptr,
         uniform,
@@ -252,6 +254,7 @@ def _differentiate_kernel(
     lse2_N,
     target_N,
     token_N,
+    eps_N,
     tile_key_T,
     seed_ptr,
     uniform,
@@ -323,6 +326,7 @@ def _differentiate_kernel(
                 lse2_N,
                 target_N,
                 token_N,
+                eps_N,
                 tl.load(tile_key_T + tile),
                 seed_ptr,
                 uniform,

@@ -15,7 +15,7 @@ from . import scatter
 from . import summarise as summarise_stage
 from .blocks import LN_2
 from .differentiate import differentiate as differentiate_pairs
-from .exact import add_product, differentiate_exactly, product
+from .exact import differentiate_exactly, product
 from .problem import Estimate, Filter, Gradients, Logits, Normaliser, Summary, Tiles, Upstream, Wanted
 from .select import Selection
 from .tail import tail_means
@@ -101,21 +101,23 @@ def _differentiate(
     sparse = tiles is not None and not torch.are_deterministic_algorithms_enabled()
     empty = _is_empty(logits)
     make_weight = torch.zeros if empty else torch.empty
-    dhidden_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=device) if wanted.hidden else None
     dweight_VD = make_weight(weight_VD.shape, dtype=wanted.weight_dtype, device=device) if wanted.weight else None
     dbias_V = make_weight(weight_VD.shape[0], dtype=torch.float32, device=device) if wanted.bias else None
     headroom = _PROBABILITY_HEADROOM.get(dtype, 1.0)
+    selection = tail = dhidden_ND = None
+    if sparse and tiles is not None and not empty:
+        selection = Selection(logits, tiles, normaliser.max_N + normaliser.log_sum_N, filter_)
+        if filter_.tail or filter_.mode == "unbiased":
+            dhidden_ND, tail = _tail(logits, selection, upstream, headroom, wanted.hidden)
+    if wanted.hidden and dhidden_ND is None:
+        dhidden_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=device)
     if empty:
         pass
-    elif not sparse or tiles is None:
+    elif selection is None:
         differentiate_exactly(
             logits, normaliser, upstream, dhidden_ND, dweight_VD, dbias_V, headroom, wanted.workspace_bytes
         )
     else:
-        selection = Selection(logits, tiles, normaliser.max_N + normaliser.log_sum_N, filter_)
-        tail = None
-        if filter_.tail or filter_.mode == "unbiased":
-            tail = _tail(logits, selection, upstream, headroom, dhidden_ND)
         passes = [(dhidden_ND, dweight_VD, dbias_V)]
         if hidden_ready is not None and dhidden_ND is not None and (wanted.weight or wanted.bias):
             passes = [(dhidden_ND, None, None), (None, dweight_VD, dbias_V)]
@@ -129,18 +131,25 @@ def _differentiate(
 
 
 def _tail(
-    logits: Logits,
-    selection: Selection,
-    upstream: Upstream,
-    headroom: float,
-    dhidden_ND: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Puts Rᵀ c̃ into dE; returns π_V, (R E)_TD and (Σ R)_T, which the weight items of `differentiate` add to dC."""
-    own_headroom = _TAIL_HEADROOM.get(logits.hidden_ND.dtype, 1.0)
-    pi_V, mean_TD = tail_means(logits, selection)
-    tail_TN = selection.tail_rows(upstream, logits.hidden_ND.dtype, own_headroom)
-    if dhidden_ND is not None:
-        add_product(dhidden_ND, tail_TN.T, mean_TD)
-        dhidden_ND *= upstream.scale * (logits.logit_scale / own_headroom)
+    logits: Logits, selection: Selection, upstream: Upstream, headroom: float, wants_hidden: bool
+) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Rᵀ c̃, with which dE begins; and π_V, (R E)_TD, (Σ R)_T, which the weight items of `differentiate` add to dC.
+
+    In bf16 (R E) is rounded like R; fp16 has no range for it.
+    """
+    dtype = logits.hidden_ND.dtype
+    own_headroom = _TAIL_HEADROOM.get(dtype, 1.0)
+    factor = upstream.scale.float() * logits.logit_scale
+    # fp16 has no range for means times the gradient's scale.
+    late = factor / own_headroom if dtype == torch.float16 else None
+    pi_V, mean_TD = tail_means(logits, selection, factor if late is None else torch.ones_like(factor))
+    tail_TN = selection.tail_rows(upstream, dtype, own_headroom)
+    dhidden_ND = product(tail_TN.T, mean_TD) if wants_hidden else None
+    if dhidden_ND is not None and late is not None:
+        dhidden_ND *= late
     ratio = headroom / own_headroom
-    return pi_V, product(tail_TN, logits.hidden_ND) * ratio, tail_TN.sum(1, dtype=torch.float32) * ratio
+    if dtype == torch.bfloat16:
+        tail_TD = tail_TN @ logits.hidden_ND
+    else:
+        tail_TD = product(tail_TN, logits.hidden_ND).mul_(ratio)
+    return dhidden_ND, (pi_V, tail_TD, tail_TN.sum(1, dtype=torch.float32) * ratio)

@@ -4,6 +4,7 @@ Shapes: N tokens (compacted: the valid ones first), D hidden, V local classifier
 rows, S splits of the vocabulary.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 TILE = 128
 """Consecutive classifier rows whose softmax mass is kept or dropped together."""
+MOST_DRAWN = 256
+"""`Filter.most_drawn` for the whole vocabulary; a shard has its share of it."""
 
 
 class Logits(NamedTuple):
@@ -110,8 +113,10 @@ class Filter(NamedTuple):
 
     Attributes:
         mode: "exact": all. "filtered": those with softmax mass above ``eps``, and the targets'. "unbiased": those, and
-            each other one with probability mass / eps and the weight eps / mass.
+            each other one with probability mass / eps_i and the weight eps_i / mass.
         eps: softmax mass of a (row, tile) pair.
+        most_drawn: pairs of a row that are drawn at the most, on average: eps_i is ``eps``, or the row's mass in small
+            pairs / most_drawn where that is more. It bounds the work where the softmax is flat, as at initialisation.
         tail: give what is not kept its mean-field gradient (always so in "unbiased").
         seed: int64 [1] on the device; keys the draws together with token_N and tile_key_T.
         uniform: one number in [0, 1) used for every draw, to test the unbiasedness without luck.
@@ -120,6 +125,7 @@ class Filter(NamedTuple):
     mode: Literal["exact", "filtered", "unbiased"]
     eps: float = 0.0
     tail: bool = True
+    most_drawn: float = math.inf
     seed: Tensor | None = None
     uniform: float | None = None
 

@@ -56,14 +56,15 @@ def differentiate(
     dhidden_ND = torch.zeros_like(hidden_ND, dtype=dtype)
     dweight_VD = torch.zeros_like(weight_VD, dtype=dtype) if wanted.weight else None
     dbias_V = torch.zeros(weight_VD.shape[0], dtype=dtype, device=hidden_ND.device)
+    eps_N = None if tiles is None else drawing_eps(logits, tiles, normaliser.lse_N, filter_)
     for n, v, t in _chunks(logits, wanted.workspace_bytes):
         z_nv, slope_nv = _logits(logits, n, v)
         softmax_nv = torch.exp((z_nv - normaliser.max_N[n, None]) - normaliser.log_sum_N[n, None])
         is_target_nv = _is_target(logits, n, v)
         p_nv = upstream.softmax_N[n, None] * softmax_nv
         p_nv = torch.where(is_target_nv, p_nv - upstream.target_N[n, None], p_nv) * slope_nv
-        if tiles is not None:
-            weight_tn, _ = keep(logits, tiles, normaliser.lse_N, filter_, t, n)
+        if tiles is not None and eps_N is not None:
+            weight_tn, _ = keep(logits, tiles, normaliser.lse_N, eps_N, filter_, t, n)
             weight_nv = weight_tn.T.repeat_interleave(logits.tile, dim=1)[:, : p_nv.shape[1]]
             p_nv = torch.where(weight_nv == 0, 0.0, p_nv * weight_nv)
         p_nv = torch.where(_valid(logits, n)[:, None], p_nv, 0.0)
@@ -71,8 +72,8 @@ def differentiate(
         if dweight_VD is not None:
             dweight_VD[v] += p_nv.T @ hidden_ND[n].to(dtype)
         dbias_V[v] += p_nv.sum(0)
-    if tiles is not None and hidden_ND.shape[0] and (filter_.tail or filter_.mode == "unbiased"):
-        _add_tail(logits, tiles, normaliser.lse_N, upstream, filter_, dhidden_ND, dweight_VD, dbias_V)
+    if eps_N is not None and tiles is not None and hidden_ND.shape[0] and (filter_.tail or filter_.mode == "unbiased"):
+        _add_tail(logits, tiles, normaliser.lse_N, eps_N, upstream, filter_, dhidden_ND, dweight_VD, dbias_V)
     return Gradients(
         dhidden_ND.mul_(scale) if wanted.hidden else None,
         None if dweight_VD is None else dweight_VD.mul_(scale).to(wanted.weight_dtype),
@@ -87,18 +88,33 @@ def scatter_rows(rows_ND: Tensor, order_N: Tensor, n_valid: Tensor, dtype: torch
     return torch.empty_like(rows_ND).index_copy_(0, order_N, rows_ND)
 
 
-def keep(logits: Logits, tiles: Tiles, lse_N: Tensor, filter_: Filter, t: slice, n: slice) -> tuple[Tensor, Tensor]:
-    """The weight k of each pair [t, n] (0: dropped), and which pairs are large: kept whatever is drawn.
+def drawing_eps(logits: Logits, tiles: Tiles, lse_N: Tensor, filter_: Filter) -> Tensor:
+    """eps_i of each row: ``eps``, or more where more than ``most_drawn`` pairs would be drawn."""
+    mass_N = torch.zeros_like(lse_N)
+    for tile in range(logits.num_tiles):
+        mass_tN, large_tN = _masses(logits, tiles, lse_N, filter_, slice(tile, tile + 1), slice(0, lse_N.shape[0]))
+        mass_N += torch.where(large_tN[0], 0.0, mass_tN[0])
+    return (mass_N / filter_.most_drawn).clamp_(min=filter_.eps)
 
-    The comparison is written so that a NaN is kept.
-    """
+
+def _masses(
+    logits: Logits, tiles: Tiles, lse_N: Tensor, filter_: Filter, t: slice, n: slice
+) -> tuple[Tensor, Tensor]:
+    """The softmax mass of each pair [t, n], and whether it is large. Written so that a NaN is."""
     mass_tn = torch.exp(tiles.lse_TN[t, n] - lse_N[n])
     tile_ids_t = torch.arange(t.start, t.stop, device=mass_tn.device)[:, None]
     target_n = logits.target_N[n]
-    large_tn = ~(mass_tn <= filter_.eps) | ((target_n >= 0) & (target_n // logits.tile == tile_ids_t))
+    return mass_tn, ~(mass_tn <= filter_.eps) | ((target_n >= 0) & (target_n // logits.tile == tile_ids_t))
+
+
+def keep(
+    logits: Logits, tiles: Tiles, lse_N: Tensor, eps_N: Tensor, filter_: Filter, t: slice, n: slice
+) -> tuple[Tensor, Tensor]:
+    """The weight k of each pair [t, n] (0: dropped), and which pairs are large: kept whatever is drawn."""
+    mass_tn, large_tn = _masses(logits, tiles, lse_N, filter_, t, n)
     if filter_.mode == "filtered":
         return large_tn.to(mass_tn.dtype), large_tn
-    chance_tn = mass_tn / filter_.eps
+    chance_tn = mass_tn / eps_N[n]
     draw_tn = _draw(filter_, logits.token_N[n], logits.tile_key_T[t], mass_tn)
     drawn_tn = (draw_tn < chance_tn) & (chance_tn > SMALLEST_DRAW)
     weight_tn = torch.where(drawn_tn, 1 / chance_tn, 0.0)
@@ -109,6 +125,7 @@ def _add_tail(
     logits: Logits,
     tiles: Tiles,
     lse_N: Tensor,
+    eps_N: Tensor,
     upstream: Upstream,
     filter_: Filter,
     dhidden_ND: Tensor,
@@ -120,7 +137,7 @@ def _add_tail(
     for tile in range(logits.num_tiles):
         t = slice(tile, tile + 1)
         v = slice(tile * logits.tile, min((tile + 1) * logits.tile, logits.weight_VD.shape[0]))
-        weight_N, large_N = (x[0] for x in keep(logits, tiles, lse_N, filter_, t, everything))
+        weight_N, large_N = (x[0] for x in keep(logits, tiles, lse_N, eps_N, filter_, t, everything))
         mass_N = torch.exp(tiles.lse_TN[tile] - lse_N)
         tail_N = torch.where(weight_N == 1, 0.0, upstream.softmax_N * mass_N * (1 - weight_N))
         tail_N = torch.where(_valid(logits, everything), tail_N, 0.0)

@@ -169,7 +169,7 @@ def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: floa
         max_BN,
         sumexp_BN,
         exact_TN,
-        *selection.tensors[:-1],
+        *selection.masses,
         logits.n_valid,
         eps,
         *selection.sizes,

@@ -2,13 +2,14 @@
 
 A pair's softmax mass is s = exp(lse of the tile alone − global lse). It is large, and kept with weight k = 1, when
 s > eps, when it holds the row's target, or when s is NaN. Otherwise "filtered" drops it (k = 0) and "unbiased" keeps it
-with probability q = s/eps and weight k = 1/q: E[k] = 1. What is not kept gets R = a·s·(1 − k) through the tail, which
-has mean zero in "unbiased": a control variate.
+with probability q = s/eps_i and weight k = 1/q: E[k] = 1. eps_i is eps, or more in rows whose softmax is so flat that
+more than `Filter.most_drawn` pairs would be drawn. What is not kept gets R = a·s·(1 − k) through the tail, which has
+mean zero in "unbiased": a control variate.
 
 Draws are the first word of Philox4x32-10 of (seed; token, tile key), equal in the torch backend. Stored tile summaries
 are fp16 relative to a reference: the test adds their rounding error to s, so that none that is large is dropped.
 
-Shapes: N tokens, T tiles, S splits.
+Shapes: N tokens, T tiles, B blocks of tiles, S splits.
 """
 
 import torch
@@ -19,6 +20,7 @@ from .problem import Filter, Logits, Tiles, Upstream
 
 SMALLEST_DRAW = tl.constexpr(2.0**-32)
 _ROWS = 1024
+_MASS_ROWS, _TILES = 256, 64
 
 
 @triton.jit
@@ -45,6 +47,7 @@ def pair_weight(
     lse2_N,
     target_N,
     token_N,
+    eps_N,
     key,
     seed_ptr,
     uniform,
@@ -59,7 +62,7 @@ def pair_weight(
     mass, large = pair_mass(n, valid, tile, tile_lse_TN, reference_SN, lse2_N, target_N, eps, N, tiles_per_split, TILE)
     weight = tl.where(large, 1.0, 0.0)
     if UNBIASED:
-        chance = mass / eps
+        chance = mass / tl.load(eps_N + n, mask=valid, other=1.0)
         if HAS_UNIFORM:
             draw = tl.zeros_like(mass) + uniform
         else:
@@ -81,6 +84,7 @@ def _list_kernel(
     lse2_N,
     target_N,
     token_N,
+    eps_N,
     tile_key_T,
     n_valid_ptr,
     seed_ptr,
@@ -109,6 +113,7 @@ def _list_kernel(
             lse2_N,
             target_N,
             token_N,
+            eps_N,
             key,
             seed_ptr,
             uniform,
@@ -135,6 +140,7 @@ def _tail_rows_kernel(
     lse2_N,
     target_N,
     token_N,
+    eps_N,
     tile_key_T,
     n_valid_ptr,
     seed_ptr,
@@ -161,6 +167,7 @@ def _tail_rows_kernel(
         lse2_N,
         target_N,
         token_N,
+        eps_N,
         tl.load(tile_key_T + tile),
         seed_ptr,
         uniform,
@@ -176,13 +183,43 @@ def _tail_rows_kernel(
     tl.store(tail_TN + tile.to(tl.int64) * N + n, tail.to(tail_TN.dtype.element_ty), mask=n < N)
 
 
+@triton.jit
+def _small_mass_kernel(
+    mass_BN,
+    tile_lse_TN,
+    reference_SN,
+    lse2_N,
+    target_N,
+    n_valid_ptr,
+    eps,
+    N,
+    tiles_per_split,
+    T,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Mass in small pairs of a block of tiles. Grid: (block of rows, block of tiles). Bytes: 2·T·N read."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = n < tl.load(n_valid_ptr)
+    mass_n = tl.zeros([ROWS], tl.float32)
+    first = tl.program_id(1) * TILES
+    for index in range(first, min(first + TILES, T)):
+        tile = tl.cast(index, tl.int32)
+        mass, large = pair_mass(
+            n, valid, tile, tile_lse_TN, reference_SN, lse2_N, target_N, eps, N, tiles_per_split, TILE
+        )
+        mass_n += tl.where(valid & (large == 0), mass, 0.0)
+    tl.store(mass_BN + tl.program_id(1) * N + n, mass_n, mask=n < N)
+
+
 class Selection:
     """The arguments of `pair_weight`, held together for the kernels that call it."""
 
     def __init__(self, logits: Logits, tiles: Tiles, lse2_N: torch.Tensor, filter_: Filter) -> None:
         assert tiles.reference_SN is not None
         self.rows, self.num_tiles = logits.hidden_ND.shape[0], logits.num_tiles
-        self.tensors = (tiles.lse_TN, tiles.reference_SN, lse2_N, logits.target_N, logits.token_N)
+        self.masses = (tiles.lse_TN, tiles.reference_SN, lse2_N, logits.target_N)
         self.tile_key_T, self.n_valid = logits.tile_key_T, logits.n_valid
         # A pointer must be passed even where nothing is drawn.
         self.draw = (
@@ -196,6 +233,26 @@ class Selection:
             "UNBIASED": filter_.mode == "unbiased",
             "HAS_UNIFORM": filter_.uniform is not None,
         }
+        self.tensors = (*self.masses, logits.token_N, self._drawing_eps(filter_, lse2_N))
+
+    def _drawing_eps(self, filter_: Filter, like_N: torch.Tensor) -> torch.Tensor:
+        """eps_i of each row."""
+        if filter_.mode != "unbiased" or self.num_tiles <= filter_.most_drawn:
+            return torch.full_like(like_N, filter_.eps)
+        blocks = triton.cdiv(self.num_tiles, _TILES)
+        mass_BN = like_N.new_empty((blocks, self.rows))
+        _small_mass_kernel[(triton.cdiv(self.rows, _MASS_ROWS), blocks)](
+            mass_BN,
+            *self.masses,
+            self.n_valid,
+            filter_.eps,
+            *self.sizes,
+            self.num_tiles,
+            TILE=self.flags["TILE"],
+            ROWS=_MASS_ROWS,
+            TILES=_TILES,
+        )
+        return (mass_BN.sum(0) / filter_.most_drawn).clamp_(min=filter_.eps)
 
     def kept_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The kept rows of each tile [T, N] (the first count of each; 16 bits where they suffice) and count_T."""

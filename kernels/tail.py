@@ -4,8 +4,8 @@
 what is drawn, or the unbiased gradient would not be); it sums to 1 in a tile without softcap, and is uniform where the
 sample has no mass. c̃_t = Σ_j π_j c_j. With R from `select`: dE += Rᵀ c̃ and dC_j += π_j (R E)_t, two small products.
 
-Grid: one program a tile of TILE rows. FLOPs: 2·128·V·D. Bytes: V·D·2 read from memory (and again from L2), so the time
-is that of reading the classifier once.
+Grid: one program of one warpgroup a tile, two on a Hopper multiprocessor. FLOPs: 2·128·V·D. Bytes: V·D·2 read from
+memory, and again, backwards, so that the last that was read is still in L2.
 
 Shapes: N tokens, D hidden, V local rows, T tiles.
 """
@@ -34,6 +34,7 @@ def _tail_mean_kernel(
     lse2_N,
     target_N,
     n_valid_ptr,
+    factor_ptr,
     eps,
     N,
     tiles_per_split,
@@ -88,15 +89,18 @@ def _tail_mean_kernel(
     pi = tl.where(mass > 0, profile / tl.where(mass > 0, mass, 1.0), uniform)
     pi = tl.where(columns < V, pi, 0.0)
     tl.store(pi_V + columns, pi, mask=columns < V)
-    for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    steps = tl.cdiv(D, BLOCK_D)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        d = (steps - 1 - step) * BLOCK_D
         c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
-        mean = tl.sum(c.to(tl.float32) * pi[:, None], 0)
+        mean = tl.sum(c.to(tl.float32) * pi[:, None], 0) * factor
         d_range = d + tl.arange(0, BLOCK_D)
         tl.store(mean_TD + tile.to(tl.int64) * D + d_range, mean.to(mean_TD.dtype.element_ty), mask=d_range < D)
 
 
-def tail_means(logits: Logits, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
-    """(π_V in fp32, c̃_TD in the dtype of hidden)."""
+def tail_means(logits: Logits, selection: Selection, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(π_V in fp32, factor·c̃_TD in the dtype of hidden); ``factor``: one fp32 number."""
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     vocab, hidden_size = weight_VD.shape
     tuning = tuning_for(hidden_ND)
@@ -109,8 +113,9 @@ def tail_means(logits: Logits, selection: Selection) -> tuple[torch.Tensor, torc
         hidden_ND,
         descriptor(weight_VD, logits.tile, tuning.pair_block_d, tma),
         logits.bias_V,
-        *selection.tensors[:-1],
+        *selection.masses,
         logits.n_valid,
+        factor,
         selection.draw[2],
         *selection.sizes,
         vocab,
@@ -127,6 +132,6 @@ def tail_means(logits: Logits, selection: Selection) -> tuple[torch.Tensor, torc
         TMA=tma,
         PRECISION=precision(logits),
         STAGES=tuning.pair_stages,
-        num_warps=8,
+        num_warps=tuning.pair_warps,
     )
     return pi_V, mean_TD

@@ -140,7 +140,8 @@ def pair_weights(logits: Logits, d: Dense, filter_: Filter) -> Tensor:
     if filter_.mode == "filtered":
         return large_NT.double()
     assert filter_.uniform is not None
-    chance_NT = d.mass_NT / filter_.eps
+    eps_N1 = (d.mass_NT * ~large_NT).sum(1, keepdim=True) / filter_.most_drawn
+    chance_NT = d.mass_NT / eps_N1.clamp(min=filter_.eps)
     return torch.where(large_NT, 1.0, torch.where(filter_.uniform < chance_NT, 1 / chance_NT, 0.0))
 
 

@@ -1,5 +1,6 @@
 """Backward on one shard, every mode, both backends, against the same formula with all logits in fp64."""
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +10,7 @@ from dense import (
     EVERYTHING,
     dense,
     gradients,
+    is_large,
     make_clear_logits,
     make_logits,
     make_upstream,
@@ -66,6 +68,25 @@ def test_gradients_follow_the_formula(case: dict[str, Any], filter_: Filter, bac
     assert relative_error(got.weight_VD, expected[1]) < 3e-6
     if logits.bias_V is not None:
         assert relative_error(got.bias_V, expected[2]) < 3e-6
+
+
+@every_backend
+def test_rows_of_flat_softmax_draw_no_more_pairs_than_asked(backend: ModuleType) -> None:
+    logits = make_logits(rows=60, vocab=12 * TILE)
+    d, filter_ = dense(logits), Filter("unbiased", EPS, most_drawn=1.5, uniform=0.3)
+    small_NT = ~is_large(logits, d, EPS)
+    mass_N = (d.mass_NT * small_NT).sum(1)
+    assert (mass_N > 1.5 * EPS).any() and (mass_N < 1.5 * EPS).any()
+    chance_NT = d.mass_NT / (mass_N / 1.5).clamp(min=EPS)[:, None]
+    clear_N = ((chance_NT / 0.3).log().abs() > 2e-3).all(1) & ((d.mass_NT / EPS).log().abs() > 2e-3).all(1)
+    assert clear_N.double().mean() > 0.8
+    expected = gradients(logits, d, make_upstream(logits), filter_)
+    got = differentiate(backend, logits, filter_)
+    assert relative_error(got.hidden_ND[clear_N], expected[0][clear_N]) < 3e-6
+    if clear_N.all():
+        assert relative_error(got.weight_VD, expected[1]) < 3e-6
+    unbounded = gradients(logits, d, make_upstream(logits), filter_._replace(most_drawn=math.inf))
+    assert relative_error(got.hidden_ND, unbounded[0]) > 1e-3
 
 
 # In 16 bits weights 1/q and the tail come from summaries in fp16: an error of 2^-11 of their logarithm. P and R are

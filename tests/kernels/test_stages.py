@@ -79,7 +79,8 @@ def kept_pairs(backend: ModuleType, logits: Logits, filter_: Filter, lse_N: Tens
     num_valid = int(logits.n_valid)
     if backend is reference:
         everything = slice(0, logits.num_tiles), slice(0, num_valid)
-        return reference.keep(logits, tiles, lse_N, filter_, *everything)[0].T != 0
+        eps_N = reference.drawing_eps(logits, tiles, lse_N, filter_)
+        return reference.keep(logits, tiles, lse_N, eps_N, filter_, *everything)[0].T != 0
     rows_TN, count_T = Selection(logits, tiles, lse_N / LN_2, filter_).kept_rows()
     kept_NT = torch.zeros(num_valid, logits.num_tiles, dtype=torch.bool, device=DEVICE)
     for tile, count in enumerate(count_T.tolist()):

@@ -23,13 +23,14 @@ from cce_dist.kernels.problem import TILE, Filter, Logits, Upstream
 EPS = 2.0**-2
 
 
-def error_bound(logits: Logits, d: Dense, upstream: Upstream, count: int) -> tuple[float, float]:
+def error_bound(logits: Logits, d: Dense, upstream: Upstream, count: int, most_drawn: float) -> tuple[float, float]:
     """Bounds on the norms of the errors of the mean dE and dC."""
     small_NT = ~is_large(logits, d, EPS)
     own_NV = d.softmax_NV * d.slope_NV / d.mass_NT.repeat_interleave(TILE, 1)[:, : d.z_NV.shape[1]]
     off_NV = own_NV - profiles(logits, d, EPS)
     a_N = upstream.softmax_N[: d.lse_N.shape[0]].abs().double()
-    each = EPS / (2 * count) * float(upstream.scale) * logits.logit_scale
+    eps_N = ((d.mass_NT * small_NT).sum(1) / most_drawn).clamp(min=EPS)
+    each = eps_N / (2 * count) * float(upstream.scale) * logits.logit_scale
     hidden_norm_N = logits.hidden_ND[: d.lse_N.shape[0]].double().norm(dim=1)
     dhidden_N, dweight_V = torch.zeros_like(d.lse_N), []
     for tile, columns in enumerate(torch.arange(off_NV.shape[1], device=DEVICE).split(TILE)):
@@ -39,11 +40,13 @@ def error_bound(logits: Logits, d: Dense, upstream: Upstream, count: int) -> tup
     return float(dhidden_N.norm()), float(torch.cat(dweight_V).norm())
 
 
-def mean_gradient(backend: ModuleType, logits: Logits, d: Dense, upstream: Upstream, count: int) -> list[Tensor]:
+def mean_gradient(
+    backend: ModuleType, logits: Logits, d: Dense, upstream: Upstream, count: int, most_drawn: float
+) -> list[Tensor]:
     tiles = backend.summarise(logits, True, 1 << 20).tiles
     total: list[Tensor] = []
     for k in range(count):
-        filter_ = Filter("unbiased", EPS, uniform=(k + 0.5) / count)
+        filter_ = Filter("unbiased", EPS, most_drawn=most_drawn, uniform=(k + 0.5) / count)
         got = backend.differentiate(logits, tiles, normaliser(backend, logits, d), upstream, filter_, EVERYTHING)
         total = (
             [x.double() / count for x in got]
@@ -59,6 +62,14 @@ def test_the_mean_over_draws_is_the_exact_gradient(dtype: torch.dtype, softcap: 
     check(reference, make_logits(dtype=dtype, softcap=softcap, shared=0.4), counts=(1, 4, 16, 64))
 
 
+@pytest.mark.parametrize("backend", [reference, pipeline], ids=["torch", "triton"])
+def test_it_is_where_the_number_of_draws_is_bounded(backend: ModuleType) -> None:
+    logits = make_logits(rows=12, vocab=6 * TILE, spread=1.0, shared=0.4)
+    small_N = (dense(logits).mass_NT * ~is_large(logits, dense(logits), EPS)).sum(1)
+    assert (small_N > EPS).double().mean() > 0.5
+    check(backend, logits, counts=(1, 8), most_drawn=1.0)
+
+
 def test_the_mean_over_draws_is_the_exact_gradient_in_triton() -> None:
     check(pipeline, make_logits(rows=12, softcap=6.0, shared=0.4), counts=(1, 8))
 
@@ -69,7 +80,7 @@ def test_the_mean_over_many_draws_is_the_exact_gradient_in_triton(dtype: torch.d
     check(pipeline, make_logits(dtype=dtype, softcap=6.0, shared=0.4), counts=(1, 16))
 
 
-def check(backend: ModuleType, logits: Logits, counts: tuple[int, ...]) -> None:
+def check(backend: ModuleType, logits: Logits, counts: tuple[int, ...], most_drawn: float = math.inf) -> None:
     d, upstream = dense(logits), make_upstream(logits)
     exact = gradients(logits, d, upstream, Filter("exact"))
     # In 16 bits: what P and R are rounded to, relative to the gradient.
@@ -77,8 +88,8 @@ def check(backend: ModuleType, logits: Logits, counts: tuple[int, ...]) -> None:
     rounding = rounding[logits.hidden_ND.dtype]
     errors = []
     for count in counts:
-        mean = mean_gradient(backend, logits, d, upstream, count)
-        bounds = error_bound(logits, d, upstream, count)
+        mean = mean_gradient(backend, logits, d, upstream, count, most_drawn)
+        bounds = error_bound(logits, d, upstream, count, most_drawn)
         for got, truth, bound in zip(mean[:2], exact[:2], bounds, strict=True):
             error = float((got[: truth.shape[0]] - truth).norm())
             assert error <= bound + rounding * float(truth.norm()), f"K={count}: {error:.2e}, allowed {bound:.2e}"
