@@ -81,17 +81,26 @@ def trained_inputs(
     steps: int,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
-    seed: int = 0,
+    cache: Path | None = None,
 ) -> Inputs:
-    """Trains for ``steps`` steps of 8192 tokens and returns the head's inputs on ``num_tokens`` later tokens."""
-    torch.manual_seed(seed)
+    """Trains for ``steps`` steps of 8192 tokens and returns the head's inputs on ``num_tokens`` later tokens.
+
+    Those that the folder ``cache`` holds, of this or another command, are taken from there, the first of as many.
+    """
+    path = None if cache is None else cache / f"inputs-{vocab_size}-{hidden_size}-{steps}-{dtype}.pt"
+    if path is not None and path.exists():
+        hidden_ND, weight_VD, labels_N, losses = torch.load(path, map_location=device, weights_only=True)
+        if labels_N.shape[0] >= num_tokens:
+            loss = losses[: -(-num_tokens // 1024)].mean().item()
+            return Inputs(hidden_ND[:num_tokens].clone(), weight_VD, labels_N[:num_tokens].clone(), loss)
+    torch.manual_seed(0)
     with torch.device(device):
         model = _Model(vocab_size, hidden_size)
     rate = 1e-3 * min(1.0, 768 / hidden_size)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=device == "cuda")
     per_step = 8192
     sequences = torch.from_numpy(tokens[: len(tokens) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE)
-    shuffled = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
+    shuffled = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))
     stream = sequences[shuffled].view(-1)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -111,7 +120,13 @@ def trained_inputs(
             F.cross_entropy(model.head(h).float(), y)
             for h, y in zip(hidden.split(1024), ids[1:].split(1024), strict=True)
         ]
-    weight = model.head.weight.detach().to(dtype)
-    return Inputs(
-        hidden.to(dtype).contiguous(), weight.contiguous(), ids[1:].clone(), torch.stack(losses).mean().item()
+    stored = (
+        hidden.to(dtype).contiguous(),
+        model.head.weight.detach().to(dtype).contiguous(),
+        ids[1:].clone(),
+        torch.stack(losses),
     )
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(stored, path)
+    return Inputs(*stored[:3], stored[3].mean().item())

@@ -155,12 +155,25 @@ def least_workspace_peak_mb(inputs: Inputs) -> float:
 
 
 def benchmark(
-    shape: Shape, tokens: Path, steps: int, rounds: int, only: list[str] | None, device: str = "cuda"
+    shape: Shape,
+    tokens: Path,
+    steps: int,
+    rounds: int,
+    only: list[str] | None,
+    device: str = "cuda",
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     phases = Phases()
     ids = load_tokens(tokens, shape.vocab_size)
     inputs = trained_inputs(
-        ids, shape.num_tokens, shape.vocab_size, shape.hidden_size, steps=steps, device=device, dtype=dtype_on(device)
+        ids,
+        shape.num_tokens,
+        shape.vocab_size,
+        shape.hidden_size,
+        steps=steps,
+        device=device,
+        dtype=dtype_on(device),
+        cache=cache,
     )
     phases.done(f"training, {steps} steps")
     torch.cuda.empty_cache()
@@ -257,6 +270,7 @@ def main() -> None:
         "--shapes", nargs="+", type=shape_name, default=list(SHAPES), help=f"{', '.join(SHAPES)}, NxVxD"
     )
     parser.add_argument("--steps", type=int, default=400, help="training steps for the inputs; 0: at initialisation")
+    parser.add_argument("--cache", type=Path, help="folder of trained inputs, shared by the commands")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", help="methods whose names contain one of these")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
@@ -266,7 +280,13 @@ def main() -> None:
     report: dict[str, Any] = {**environment(), "steps": arguments.steps, "shapes": {}}
     for name in arguments.shapes:
         result = benchmark(
-            shape_of(name), arguments.tokens, arguments.steps, arguments.rounds, arguments.only, arguments.device
+            shape_of(name),
+            arguments.tokens,
+            arguments.steps,
+            arguments.rounds,
+            arguments.only,
+            arguments.device,
+            arguments.cache,
         )
         report["shapes"][name] = result
         print_table(name, result)

@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, default=8192, help="N of the other two series")
     parser.add_argument("--hidden", type=int, default=2304, help="hidden size")
     parser.add_argument("--steps", type=int, default=400, help="training steps for the inputs; 0: at initialisation")
+    parser.add_argument("--cache", type=Path, help="folder of trained inputs, shared by the commands")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command out")
@@ -165,6 +166,7 @@ def main() -> None:
             steps=arguments.steps,
             dtype=dtype_on(arguments.device),
             device=arguments.device,
+            cache=arguments.cache,
         )
         torch.cuda.empty_cache()
         phases.done(f"training at V = {vocab_size}: loss {inputs.loss:.3f}")

@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", type=shape_name, default=["gemma", "small"], help=", ".join(SHAPES))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--steps", type=int, default=400, help="training steps for the inputs; 0: at initialisation")
+    parser.add_argument("--cache", type=Path, help="folder of trained inputs, shared by the commands")
     parser.add_argument("--rounds", type=int, default=5, help="steps that are profiled, and that are timed")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command out")
@@ -115,7 +116,9 @@ def main() -> None:
     for name in arguments.shapes:
         shape = shape_of(name)
         ids = load_tokens(arguments.tokens, shape.vocab_size)
-        inputs = trained_inputs(ids, *shape, steps=arguments.steps, dtype=dtype_on(device), device=device)
+        inputs = trained_inputs(
+            ids, *shape, steps=arguments.steps, dtype=dtype_on(device), device=device, cache=arguments.cache
+        )
         torch.cuda.empty_cache()
         phases.done(f"{name}: training, {arguments.steps} steps")
         hidden_ND, weight_VD = (x.detach().requires_grad_() for x in inputs[:2])

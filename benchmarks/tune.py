@@ -37,7 +37,8 @@ BACKWARD = {
     "pair_stages": (2, 3, 4),
     "weight_block_k": (32, 64, 128),
     "weight_block_d": (64, 128),
-    "weight_blocks": (1, 2, 4),
+    "chunk_d": (256, 512, 1024),
+    "hidden_block_d": (32, 64),
     "pair_block_d": (32, 64, 128),
     "pair_rows": (64, 128),
     "pair_programs": (1, 2),
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, required=True, help=".npy or .npz of token ids")
     parser.add_argument("--shapes", nargs="+", type=shape_name, default=["gemma", "small", "llama3"])
     parser.add_argument("--steps", type=int, default=200, help="training steps for the inputs")
+    parser.add_argument("--cache", type=Path, help="folder of trained inputs, shared by the commands")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parameters", nargs="+", choices=[*FORWARD, *BACKWARD], help="only these")
     parser.add_argument("--write", action="store_true", help="write the rows into --table")
@@ -148,7 +150,7 @@ def main() -> None:
     for name in arguments.shapes:
         shape, dtype = shape_of(name), dtype_on(device)
         ids = load_tokens(arguments.tokens, shape.vocab_size)
-        inputs = trained_inputs(ids, *shape, steps=arguments.steps, dtype=dtype, device=device)
+        inputs = trained_inputs(ids, *shape, steps=arguments.steps, dtype=dtype, device=device, cache=arguments.cache)
         phases.done(f"{name}: training, {arguments.steps} steps")
         first = row = tuning.tuning_for(inputs.hidden_ND)
         for stage in stages(shard_of(inputs, backend="triton")):

@@ -90,7 +90,7 @@ def linear_cross_entropy(  # type: ignore[misc]
         first_pass: "fp8": forward finds the parts of the softmax that matter from 8-bit copies of hidden and weight,
             then computes those in full: half the time, and an error of the loss below that of bf16 logits. "full": all
             in hidden's precision. "auto": fp8 where it was measured to pay (16-bit training on Hopper, with a filter).
-        workspace_mb: memory that backward may use for recomputed probabilities; at least 256 bytes per token (512 in fp32).
+        workspace_mb: memory that backward may use for recomputed probabilities, at least 256 bytes a token (fp32: 512).
         max_tokens: the most tokens that any rank of the token group brings; None: the ranks exchange it per call.
         return_lse: also return the log-sum-exp [..., L - shift] (fp32, differentiable, 0 where ignored).
 
@@ -179,7 +179,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         _check_labels(labels_N, valid_N, shard.vocab_size)
         order_N, n_valid = _valid_first(valid_N)
         valid_N, labels_N = valid_N[order_N], labels_N[order_N]
-        hidden_ND = hidden_ND[order_N].masked_fill_(~valid_N[:, None], 0)
+        hidden_ND = _backend(settings).gather_rows(hidden_ND, order_N, n_valid)
         target_N = torch.where(valid_N, shard.local_columns(labels_N), -1).to(torch.int32)
         token_N = order_N.to(torch.int32)
 

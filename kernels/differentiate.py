@@ -6,8 +6,8 @@ Programs take items from a queue (see schedule.py) with one atomic counter:
   - WEIGHT computes BLOCK_D columns of a tile's dC, a product over its kept rows, and writes them once.
 Grid: on Hopper two programs of one warpgroup a multiprocessor, 128 x 128 accumulators each, so that one's additions,
 exponentials and waits run beside the other's products.
-FLOPs: 6·pairs·TILE·D. Bytes: in L2 4·pairs·D of atomics and 4·pairs·D of gathered rows; in memory, by the queue's order,
-dE and E about once a wave, and dC's V·D·2.
+FLOPs: 6·pairs·TILE·D. Bytes: in L2 4·pairs·D of atomics and 4·pairs·D of gathered rows; in memory, by the queue's
+order, dE and E about once a wave, and dC's V·D·2.
 
 Shapes: N tokens, D hidden, V local rows, T tiles, W waves, Q items.
 """

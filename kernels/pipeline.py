@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from . import compact
 from . import refine as refine_stage
-from . import scatter
 from . import summarise as summarise_stage
 from .blocks import LN_2
 from .differentiate import differentiate as differentiate_pairs
@@ -49,12 +49,18 @@ def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: floa
         return refine_stage.refine(logits, estimate, normaliser, eps)
 
 
+def gather_rows(rows_ND: torch.Tensor, order_N: torch.Tensor, n_valid: torch.Tensor) -> torch.Tensor:
+    """out[n] = rows[order[n]] for the first n_valid rows, 0 for the others."""
+    with torch.cuda.device_of(rows_ND):
+        return compact.gather_rows(rows_ND, order_N, n_valid)
+
+
 def scatter_rows(
     rows_ND: torch.Tensor, order_N: torch.Tensor, n_valid: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """out[order[n]] = rows[n] in ``dtype`` for the first n_valid rows, 0 for the others."""
     with torch.cuda.device_of(rows_ND):
-        return scatter.scatter_rows(rows_ND, order_N, n_valid, dtype)
+        return compact.scatter_rows(rows_ND, order_N, n_valid, dtype)
 
 
 def _is_empty(logits: Logits) -> bool:

@@ -101,7 +101,8 @@ class Normaliser(NamedTuple):
 
     @property
     def lse_N(self) -> Tensor:
-        return (self.max_N + self.log_sum_N) * self.unit
+        # One rounding on a GPU, where this is a fused multiply-add.
+        return torch.add(self.log_sum_N * self.unit, self.max_N, alpha=self.unit)
 
     def nll(self, target_N: Tensor) -> Tensor:
         """lse − target logit, by way of the max, which is nearer to both."""

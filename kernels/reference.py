@@ -81,6 +81,12 @@ def differentiate(
     )
 
 
+def gather_rows(rows_ND: Tensor, order_N: Tensor, n_valid: Tensor) -> Tensor:
+    """out[n] = rows[order[n]] for the first n_valid rows, 0 for the others."""
+    valid_N = torch.arange(rows_ND.shape[0], device=rows_ND.device) < n_valid
+    return rows_ND[order_N].masked_fill_(~valid_N[:, None], 0)
+
+
 def scatter_rows(rows_ND: Tensor, order_N: Tensor, n_valid: Tensor, dtype: torch.dtype) -> Tensor:
     """out[order[n]] = rows[n] in ``dtype`` for the first n_valid rows, 0 for the others."""
     valid_N = torch.arange(rows_ND.shape[0], device=rows_ND.device) < n_valid
@@ -97,9 +103,7 @@ def drawing_eps(logits: Logits, tiles: Tiles, lse_N: Tensor, filter_: Filter) ->
     return (mass_N / filter_.most_drawn).clamp_(min=filter_.eps)
 
 
-def _masses(
-    logits: Logits, tiles: Tiles, lse_N: Tensor, filter_: Filter, t: slice, n: slice
-) -> tuple[Tensor, Tensor]:
+def _masses(logits: Logits, tiles: Tiles, lse_N: Tensor, filter_: Filter, t: slice, n: slice) -> tuple[Tensor, Tensor]:
     """The softmax mass of each pair [t, n], and whether it is large. Written so that a NaN is."""
     mass_tn = torch.exp(tiles.lse_TN[t, n] - lse_N[n])
     tile_ids_t = torch.arange(t.start, t.stop, device=mass_tn.device)[:, None]

@@ -5,12 +5,13 @@ of the workspace's ring are a wave. An item is
   - PAIR: recompute the probabilities P of one pair block and store them in the ring,
   - HIDDEN: add P C to dE for one pair block and one chunk of columns of D,
   - WEIGHT: compute dC = Pᵀ E of a tile for one block of columns of D.
-The queue is P(0) P(1) D(0) P(2) D(1) P(3) D(2) ..., with P(w) the PAIR items of wave w and D(w) the others, chunk of D by
-chunk of D: what they touch of dE and E, rows from everywhere but the columns of one chunk, then stays in L2. Without that
-order each of dE's additions is a read and a write of memory.
-An item of D(w) waits until P(w) is done, one of P(w) until D of the wave that held its slots is: both stand a whole phase
-earlier in the queue, so that waits are short; and the earliest unfinished item never waits, so that no number of programs
-can deadlock. With less than three (two) tiles of ring there are two waves (one) at a time.
+The queue is P(0), then for each wave D(w) with P(w + 1) strewn into its first three quarters. P(w) are the PAIR items
+of wave w, bound by the tensor cores; D(w) the others, HIDDEN bound by atomic additions in L2: side by side they use
+both. D(w) goes chunk of D by chunk of D: what it touches of dE and E, rows from everywhere but the columns of one
+chunk, then stays in L2. Without that each of dE's additions is a read and a write of memory.
+An item of D(w) waits until P(w) is done, one of P(w) until D of the wave that held its slots is, w - 3: both stand well
+before it in the queue, so that waits are short; and the earliest unfinished item never waits, so that no number of
+programs can deadlock. A ring of less than three tiles holds two waves (w - 2), or one; then P(w + 1) follows D(w).
 
 Grids: one program; one program a tile. Bytes: 8 an item.
 
@@ -54,6 +55,12 @@ def _before(wave_T, wave, blocks_T):
 
 
 @triton.jit
+def _early_part(items):
+    """Of so many items of D(w), those among which P(w + 1) is strewn: it is then done when D(w + 1) begins."""
+    return items * 3 // 4
+
+
+@triton.jit
 def _schedule_kernel(
     item_Q,
     first_W,
@@ -63,15 +70,15 @@ def _schedule_kernel(
     end_T,
     T,
     wave_step,
-    lead,
     chunks,
     hidden_items,
     weight_items,
+    MIXED: tl.constexpr,
     PAIR_ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Writes the items of a tile to their places, and the sizes of the wave that it begins. Grid: one program a tile."""
+    """Writes a tile's items to their places, and the sizes of the wave that it begins. Grid: one program a tile."""
     tile = tl.program_id(0)
     t = tl.arange(0, TILES)
     blocks_T = tl.cdiv(tl.load(count_T + t, mask=t < T, other=0), PAIR_ROWS)
@@ -79,10 +86,10 @@ def _schedule_kernel(
     blocks = tl.cdiv(tl.load(count_T + tile), PAIR_ROWS)
     start = tl.load(end_T + tile) - blocks
     wave = start // wave_step
+    blocks_earlier, tiles_earlier = _before(wave_T, wave - 1, blocks_T)
     blocks_before, tiles_before = _before(wave_T, wave, blocks_T)
     blocks_through, tiles_through = _before(wave_T, wave + 1, blocks_T)
-    blocks_done, tiles_done = _before(wave_T, wave - lead, blocks_T)
-    blocks_ahead, _ = _before(wave_T, wave + 1 + lead, blocks_T)
+    blocks_after, _ = _before(wave_T, wave + 2, blocks_T)
     wave_blocks, wave_tiles = blocks_through - blocks_before, tiles_through - tiles_before
     if tile == tiles_before:
         tl.store(first_W + wave, blocks_before)
@@ -90,16 +97,28 @@ def _schedule_kernel(
         tl.store(tiles_W + wave, wave_tiles)
     sub = tl.arange(0, BLOCKS)
     packed = tile + (sub.to(tl.int64) << _SUB)
-    place = start + chunks * (blocks_done * hidden_items + tiles_done * weight_items)
-    tl.store(item_Q + place + sub, packed, mask=sub < blocks)
-    place = blocks_ahead + chunks * (blocks_before * hidden_items + tiles_before * weight_items)
-    place += (start - blocks_before) * hidden_items + (tile - tiles_before) * weight_items
+
+    others_earlier = chunks * (blocks_earlier * hidden_items + tiles_earlier * weight_items)
+    others_before = chunks * (blocks_before * hidden_items + tiles_before * weight_items)
+    own = start - blocks_before + sub
+    mates = _early_part(others_before - others_earlier) if MIXED else 0
+    strewn = own + own.to(tl.int64) * mates // max(wave_blocks, 1)
+    place = blocks_before + (others_earlier if MIXED else others_before)
+    tl.store(item_Q + place + strewn, packed, mask=sub < blocks)
+
+    own = (start - blocks_before) * hidden_items + (tile - tiles_before) * weight_items
+    mates = blocks_after - blocks_through if MIXED else 0
+    early = max(_early_part(chunks * (wave_blocks * hidden_items + wave_tiles * weight_items)), 1)
+    queue = item_Q + blocks_through + others_before
     for chunk in range(chunks):
         of_chunk = packed + (tl.cast(chunk, tl.int64) << _CHUNK)
-        tl.store(item_Q + place + sub, of_chunk + _HIDDEN_ITEM, mask=sub < blocks * hidden_items)
-        weights = item_Q + place + blocks * hidden_items + sub
-        tl.store(weights, of_chunk + _WEIGHT_ITEM, mask=sub < weight_items)
-        place += wave_blocks * hidden_items + wave_tiles * weight_items
+        place = own + sub
+        place += tl.minimum(tl.cdiv((place + 1).to(tl.int64) * mates, early), mates)
+        tl.store(queue + place, of_chunk + _HIDDEN_ITEM, mask=sub < blocks * hidden_items)
+        place = own + blocks * hidden_items + sub
+        place += tl.minimum(tl.cdiv((place + 1).to(tl.int64) * mates, early), mates)
+        tl.store(queue + place, of_chunk + _WEIGHT_ITEM, mask=sub < weight_items)
+        own += wave_blocks * hidden_items + wave_tiles * weight_items
 
 
 class Schedule(NamedTuple):
@@ -131,9 +150,15 @@ class Schedule(NamedTuple):
 
 
 def schedule(
-    count_T: torch.Tensor, rows: int, pair_rows: int, ring_blocks: int, chunks: int, hidden_items: int, weight_items: int
+    count_T: torch.Tensor,
+    rows: int,
+    pair_rows: int,
+    ring_blocks: int,
+    chunks: int,
+    hidden_items: int,
+    weight_items: int,
 ) -> Schedule:
-    """The queue for tiles of count_T kept rows, of at most ``rows``, on a ring of ``ring_blocks``: at least one tile."""
+    """The queue for tiles of count_T kept rows, of at most ``rows``, on a ring that holds at least one tile of them."""
     tiles, most_blocks = count_T.shape[0], triton.cdiv(rows, pair_rows)
     waves_at_once = min(3, ring_blocks // most_blocks)
     capacity = min(ring_blocks // waves_at_once, tiles * most_blocks)
@@ -156,10 +181,10 @@ def schedule(
         end_T,
         tiles,
         step,
-        min(waves_at_once - 1, 1),
         chunks,
         hidden_items,
         weight_items,
+        MIXED=waves_at_once > 1,
         PAIR_ROWS=pair_rows,
         BLOCKS=triton.next_power_of_2(max(most_blocks, weight_items)),
         TILES=power,

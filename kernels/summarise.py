@@ -26,6 +26,8 @@ from .tuning import Tuning, num_programs, tuning_for
 
 _LN_2 = tl.constexpr(LN_2)
 _FINISH_ROWS = 16
+Partials = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""(max, Σ exp, reference) of each split, [S, N] each."""
 _COPY_BYTES = 128 << 20  # of the classifier's 8-bit copy: enough columns to fill the GPU several times over
 
 
@@ -289,6 +291,7 @@ def estimate(logits: Logits) -> Estimate:
     blocks_per_split = triton.cdiv(num_blocks, chunks * tuning.splits)
     rows_per_chunk = blocks_per_split * tuning.splits * tuning.block_v
     partials, lse_TN = _empty_partials(logits, triton.cdiv(num_blocks, blocks_per_split), want_tiles=True)
+    max_SN, sumexp_SN, reference_SN = partials
     assert lse_TN is not None
     common_D = common_row(weight_VD)
     hidden, offset_N = quantise_hidden(hidden_ND, common_D)
@@ -300,6 +303,7 @@ def estimate(logits: Logits) -> Estimate:
     norms = []
     for first_row in range(0, vocab, rows_per_chunk):
         v = slice(first_row, first_row + rows_per_chunk)
+        first_split = first_row // (blocks_per_split * tuning.block_v)
         weight_vD = weight_VD[v]
         weight = quantise_weight(weight_vD, common_D, copy_vD[: weight_vD.shape[0]])
         norms.append(weight.norm_R.amax())
@@ -311,7 +315,7 @@ def estimate(logits: Logits) -> Estimate:
         _launch(
             chunk,
             (hidden.scale_R, weight.scale_R, offset_N),
-            partials[:, first_row // (blocks_per_split * tuning.block_v) :],
+            (max_SN[first_split:], sumexp_SN[first_split:], reference_SN[first_split:]),
             lse_TN[first_row // logits.tile :],
             blocks_per_split,
             tuning,
@@ -321,10 +325,14 @@ def estimate(logits: Logits) -> Estimate:
     return Estimate(_finish(logits, partials, tiles), noise_N)
 
 
-def _empty_partials(logits: Logits, splits: int, want_tiles: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(max, Σ exp and reference of each split [3, S, N]; the tiles' log-sum-exps [T, N] if wanted)."""
+def _empty_partials(logits: Logits, splits: int, want_tiles: bool) -> tuple[Partials, torch.Tensor | None]:
+    """(max, Σ exp and reference of each split; the tiles' log-sum-exps [T, N] if wanted)."""
     hidden_ND = logits.hidden_ND
-    partials = hidden_ND.new_empty((3, splits, hidden_ND.shape[0]), dtype=torch.float32)
+    # Apart, since backward keeps the references alone.
+    max_SN, sumexp_SN, reference_SN = (
+        hidden_ND.new_empty((splits, hidden_ND.shape[0]), dtype=torch.float32) for _ in range(3)
+    )
+    partials = (max_SN, sumexp_SN, reference_SN)
     if not want_tiles:
         return partials, None
     lse_dtype = torch.float32 if hidden_ND.dtype == torch.float32 else torch.float16
@@ -334,7 +342,7 @@ def _empty_partials(logits: Logits, splits: int, want_tiles: bool) -> tuple[torc
 def _launch(
     logits: Logits,
     scales: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
-    partials: torch.Tensor,
+    partials: Partials,
     lse_TN: torch.Tensor | None,
     blocks_per_split: int,
     tuning: Tuning,
@@ -349,9 +357,7 @@ def _launch(
         logits.bias_V,
         *(scales or (None, None, None)),
         logits.n_valid,
-        partials[0],
-        partials[1],
-        partials[2],
+        *partials,
         lse_TN,
         rows,
         vocab,
@@ -379,18 +385,19 @@ def _launch(
     )
 
 
-def _finish(logits: Logits, partials: torch.Tensor, tiles: Tiles | None) -> Summary:
+def _finish(logits: Logits, partials: Partials, tiles: Tiles | None) -> Summary:
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     rows, hidden_size = hidden_ND.shape
-    merged = partials.new_empty((3, rows))
+    max_SN, sumexp_SN, _ = partials
+    merged = max_SN.new_empty((3, rows))
     _finish_kernel[(triton.cdiv(rows, _FINISH_ROWS),)](
         hidden_ND,
         weight_VD,
         logits.bias_V,
         logits.target_N,
         logits.n_valid,
-        partials[0],
-        partials[1],
+        max_SN,
+        sumexp_SN,
         merged[0],
         merged[1],
         merged[2],
@@ -400,7 +407,7 @@ def _finish(logits: Logits, partials: torch.Tensor, tiles: Tiles | None) -> Summ
         weight_VD.stride(0),
         logits.logit_scale,
         1.0 if logits.softcap is None else logits.softcap,
-        partials.shape[1],
+        max_SN.shape[0],
         BLOCK_N=_FINISH_ROWS,
         BLOCK_D=256,
         HAS_BIAS=logits.bias_V is not None,

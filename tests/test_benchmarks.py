@@ -180,6 +180,7 @@ def test_the_commands_run_and_write_their_results(
 ) -> None:
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 200, 2000))
     common = ["--tokens", str(tmp_path / "ids.npy"), "--steps", "0", "--rounds", "1", "--device", "cpu"]
+    common += ["--cache", "cache"]
     monkeypatch.chdir(tmp_path)
     for name, options in {
         "loss": "--shapes 512x300x16 --only unbiased eager",
@@ -188,6 +189,7 @@ def test_the_commands_run_and_write_their_results(
     }.items():
         monkeypatch.setattr(sys, "argv", [name, *common, *options.split(), "--out", "results"])
         getattr(benchmarks, name).main()
+    assert len(list(Path("cache").iterdir())) == 2, "stages takes the inputs that loss has trained"
     loss, scaling, stages = (json.loads(path.read_text()) for path in sorted(Path("results").iterdir()))
     row = loss["shapes"]["512x300x16"]["methods"]["cce_dist unbiased"]
     assert row["launch_ms"] > 0 and {"forward_x", "both_x", "peak_mb", "least_workspace_peak_mb"} <= set(row)

@@ -113,7 +113,8 @@ def test_over_64_seeds_the_mean_gradient_is_off_by_its_standard_error(backend: s
     independent, and so are those of different tiles: rows of dE, and dC's tiles, are independent samples of mean z and
     of mean z², and the standard error of the average over them is known from their scatter. 4 of it are allowed. z² is
     expected to be 63/61 (Student's t of 63 degrees of freedom) for normal sums; sums of a few draws of low chance are
-    not quite normal, and 16-bit results are rounded: 5 % more are allowed.
+    not quite normal, and 16-bit results are rounded: 5 % more are allowed. The forward is a full one: estimated
+    log-sum-exps are off by as much as such a mean, and no draw averages that.
     """
     eps, count = 0.09, 64
     problem = make_problem(((64,),), 20 * TILE - 30, 32, dtype=dtype, spread=1.0, ignored=0.0, reduction="none", seed=4)
@@ -127,7 +128,9 @@ def test_over_64_seeds_the_mean_gradient_is_off_by_its_standard_error(backend: s
     assert (mass_NT < eps).float().mean() > 0.8
 
     exact = plain_outcome(problem, torch.float64)
-    runs = [cce_outcome(problem, backend=backend, filter_eps=eps, seed=seed) for seed in range(count)]
+    runs = [
+        cce_outcome(problem, backend=backend, filter_eps=eps, seed=seed, first_pass="full") for seed in range(count)
+    ]
     for name, sample_size in (("dhidden", 1), ("dweight", TILE)):
         gradients = torch.stack([getattr(run, name)[0].double() for run in runs])
         z = (gradients.mean(0) - getattr(exact, name)[0]) / (gradients.std(0) / math.sqrt(count))
