@@ -61,6 +61,12 @@ def _early_part(items):
 
 
 @triton.jit
+def _mates_before(item, mates, early):
+    """How many of ``mates`` items that are strewn among the first ``early`` ones stand before one of them."""
+    return tl.minimum(tl.cdiv((item + 1).to(tl.int64) * mates, early), mates)
+
+
+@triton.jit
 def _schedule_kernel(
     item_Q,
     first_W,
@@ -100,24 +106,27 @@ def _schedule_kernel(
 
     others_earlier = chunks * (blocks_earlier * hidden_items + tiles_earlier * weight_items)
     others_before = chunks * (blocks_before * hidden_items + tiles_before * weight_items)
-    own = start - blocks_before + sub
-    mates = _early_part(others_before - others_earlier) if MIXED else 0
-    strewn = own + own.to(tl.int64) * mates // max(wave_blocks, 1)
-    place = blocks_before + (others_earlier if MIXED else others_before)
-    tl.store(item_Q + place + strewn, packed, mask=sub < blocks)
+    pair = start - blocks_before + sub
+    queue = item_Q + blocks_before + pair
+    if MIXED:
+        early = _early_part(others_before - others_earlier)
+        queue += others_earlier + pair.to(tl.int64) * early // max(wave_blocks, 1)
+    else:
+        queue += others_before
+    tl.store(queue, packed, mask=sub < blocks)
 
     own = (start - blocks_before) * hidden_items + (tile - tiles_before) * weight_items
     mates = blocks_after - blocks_through if MIXED else 0
     early = max(_early_part(chunks * (wave_blocks * hidden_items + wave_tiles * weight_items)), 1)
-    queue = item_Q + blocks_through + others_before
+    others = item_Q + blocks_through + others_before
     for chunk in range(chunks):
         of_chunk = packed + (tl.cast(chunk, tl.int64) << _CHUNK)
-        place = own + sub
-        place += tl.minimum(tl.cdiv((place + 1).to(tl.int64) * mates, early), mates)
-        tl.store(queue + place, of_chunk + _HIDDEN_ITEM, mask=sub < blocks * hidden_items)
-        place = own + blocks * hidden_items + sub
-        place += tl.minimum(tl.cdiv((place + 1).to(tl.int64) * mates, early), mates)
-        tl.store(queue + place, of_chunk + _WEIGHT_ITEM, mask=sub < weight_items)
+        hidden = own + sub
+        queue = others + hidden + _mates_before(hidden, mates, early)
+        tl.store(queue, of_chunk + _HIDDEN_ITEM, mask=sub < blocks * hidden_items)
+        weight = own + blocks * hidden_items + sub
+        queue = others + weight + _mates_before(weight, mates, early)
+        tl.store(queue, of_chunk + _WEIGHT_ITEM, mask=sub < weight_items)
         own += wave_blocks * hidden_items + wave_tiles * weight_items
 
 
