@@ -230,6 +230,7 @@ def _differentiate_kernel(
     head_ptr,
     ready_W,
     done_W,
+    wave_T,
     first_W,
     blocks_W,
     tiles_W,
@@ -271,7 +272,6 @@ def _differentiate_kernel(
     headroom,
     waves_at_once,
     capacity,
-    wave_step,
     block_items,
     tile_items,
     HAS_TAIL: tl.constexpr,
@@ -301,7 +301,7 @@ def _differentiate_kernel(
         kind, tile, sub, chunk = unpack(item)
         count = tl.load(count_T + tile)
         start = tl.load(end_T + tile) - tl.cdiv(count, PAIR_ROWS)
-        wave = start // wave_step
+        wave = tl.load(wave_T + tile)
         ring_row = (wave % waves_at_once * capacity + start - tl.load(first_W + wave)) * PAIR_ROWS
         rows_of_tile = list_TN + tile.to(tl.int64) * N
         columns = tile * TILE + tl.arange(0, TILE)
@@ -463,6 +463,7 @@ def differentiate(
         plan.counters,
         plan.counters[1:],
         plan.counters[1 + waves :],
+        plan.wave_T,
         plan.first_W,
         plan.blocks_W,
         plan.tiles_W,
@@ -494,7 +495,6 @@ def differentiate(
         headroom,
         plan.waves_at_once,
         plan.capacity,
-        plan.step,
         plan.chunks * plan.hidden_items,
         plan.chunks * plan.weight_items,
         HAS_TAIL=tail is not None,

@@ -47,7 +47,7 @@ def peaked(dtype: torch.dtype, tokens: int = 513, seed: int = 0, **options: Any)
     vocab, dim = 5000, 64
     problem = make_problem(((tokens,),), vocab, dim, dtype=torch.float32, seed=seed, **{"reduction": "none", **options})
     centre_TD = torch.randn(-(-vocab // TILE), dim, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-    weight_VD = 0.5 * problem.weight + (2.0 / dim**0.5) * centre_TD.repeat_interleave(TILE, 0)[:vocab]
+    weight_VD = 0.5 * problem.weight + (1.0 / dim**0.5) * centre_TD.repeat_interleave(TILE, 0)[:vocab]
     return replace(problem, hidden=(problem.hidden[0].to(dtype),), weight=weight_VD.to(dtype))
 
 
