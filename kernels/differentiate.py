@@ -30,10 +30,17 @@ def _wait(counter, at_least):
 
 
 @triton.jit
-def _signal(counter):
+def _publish(counter):
     # All threads' stores come before the one release that publishes them.
     tl.debug_barrier()
     tl.atomic_add(counter, 1, sem="release")
+
+
+@triton.jit
+def _leave(counter):
+    # What was read has arrived in all threads; a release would also wait for all that was added to dE.
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="relaxed")
 
 
 @triton.jit
@@ -231,12 +238,11 @@ def _differentiate_kernel(
     ready_W,
     done_W,
     wave_T,
-    first_W,
+    slot_T,
     blocks_W,
     tiles_W,
     list_TN,
     count_T,
-    end_T,
     total_ptr,
     hidden,
     weight,
@@ -271,7 +277,6 @@ def _differentiate_kernel(
     softcap,
     headroom,
     waves_at_once,
-    capacity,
     block_items,
     tile_items,
     HAS_TAIL: tl.constexpr,
@@ -292,17 +297,16 @@ def _differentiate_kernel(
 ):
     num_items = tl.load(total_ptr) * (1 + block_items) + T * tile_items
     factor = tl.load(scale_ptr).to(tl.float32) * scale / headroom
-    index = tl.atomic_add(head_ptr, 1)
+    index = tl.atomic_add(head_ptr, 1, sem="relaxed")
     item = tl.load(item_Q + index, mask=index < num_items, other=0)
     while index < num_items:
         # The next item is fetched now, so that its latency is hidden; it comes later, so nothing new can wait on it.
-        next_index = tl.atomic_add(head_ptr, 1)
+        next_index = tl.atomic_add(head_ptr, 1, sem="relaxed")
         next_item = tl.load(item_Q + next_index, mask=next_index < num_items, other=0)
         kind, tile, sub, chunk = unpack(item)
         count = tl.load(count_T + tile)
-        start = tl.load(end_T + tile) - tl.cdiv(count, PAIR_ROWS)
         wave = tl.load(wave_T + tile)
-        ring_row = (wave % waves_at_once * capacity + start - tl.load(first_W + wave)) * PAIR_ROWS
+        ring_row = tl.load(slot_T + tile) * PAIR_ROWS
         rows_of_tile = list_TN + tile.to(tl.int64) * N
         columns = tile * TILE + tl.arange(0, TILE)
         place = sub * PAIR_ROWS + tl.arange(0, PAIR_ROWS)
@@ -356,7 +360,7 @@ def _differentiate_kernel(
                 items = tl.load(blocks_W + old) * block_items + tl.load(tiles_W + old) * tile_items
                 _wait(done_W + old, items)
             tl.store(_ring_pointers(ring, ring_row + sub * PAIR_ROWS, PAIR_ROWS, TILE), p)
-            _signal(ready_W + wave)
+            _publish(ready_W + wave)
         else:
             _wait(ready_W + wave, tl.load(blocks_W + wave))
             if kind == HIDDEN:
@@ -407,7 +411,7 @@ def _differentiate_kernel(
                     BLOCK_D,
                     BLOCK_K,
                 )
-            _signal(done_W + wave)
+            _leave(done_W + wave)
         index = next_index
         item = next_item
 
@@ -452,7 +456,7 @@ def differentiate(
         chunk_d // tuning.weight_block_d if wants_weight else 0,
     )
     ring = torch.empty(plan.waves_at_once * plan.capacity * block_elements, dtype=hidden_ND.dtype, device=device)
-    waves = plan.first_W.shape[0]
+    waves = plan.wave_T.shape[0]
     unused = plan.counters  # stands in for the pointers that the flags switch off
     _differentiate_kernel[(num_programs(hidden_ND) * tuning.pair_programs,)](
         unused if dhidden_ND is None else dhidden_ND,
@@ -464,12 +468,11 @@ def differentiate(
         plan.counters[1:],
         plan.counters[1 + waves :],
         plan.wave_T,
-        plan.first_W,
+        plan.slot_T,
         plan.blocks_W,
         plan.tiles_W,
         list_TN,
         count_T,
-        plan.end_T,
         plan.total,
         hidden_ND,
         descriptor(weight_VD, logits.tile, tuning.pair_block_d, tma),
@@ -494,7 +497,6 @@ def differentiate(
         1.0 if logits.softcap is None else logits.softcap,
         headroom,
         plan.waves_at_once,
-        plan.capacity,
         plan.chunks * plan.hidden_items,
         plan.chunks * plan.weight_items,
         HAS_TAIL=tail is not None,

@@ -69,13 +69,15 @@ def _before(wave_T, wave, blocks_T):
 def _schedule_kernel(
     item_Q,
     wave_T,
-    first_W,
+    slot_T,
     blocks_W,
     tiles_W,
     count_T,
     end_T,
     T,
     wave_step,
+    waves_at_once,
+    capacity,
     lead,
     chunks,
     hidden_items,
@@ -101,8 +103,8 @@ def _schedule_kernel(
     blocks_ahead, _ = _before(wave_t, wave + 1 + lead, blocks_t)
     wave_blocks, wave_tiles = blocks_through - blocks_before, tiles_through - tiles_before
     tl.store(wave_T + tile, wave)
+    tl.store(slot_T + tile, wave % waves_at_once * capacity + start - blocks_before)
     if tile == tiles_before:
-        tl.store(first_W + wave, blocks_before)
         tl.store(blocks_W + wave, wave_blocks)
         tl.store(tiles_W + wave, wave_tiles)
     sub = tl.arange(0, BLOCKS)
@@ -120,13 +122,13 @@ def _schedule_kernel(
 
 
 class Schedule(NamedTuple):
-    """The queue on the device, and the sizes that say where in the ring a wave's blocks are.
+    """The queue on the device, and where in the ring a tile's blocks are.
 
     Attributes:
         end_T, total: pair blocks up to and with each tile, and of all.
         item_Q: see `unpack`.
-        wave_T: the wave of each tile.
-        first_W, blocks_W, tiles_W: first pair block, pair blocks and tiles of each wave; waves past the last: anything.
+        wave_T, slot_T: the wave of each tile, and the block of the ring where its pair blocks begin.
+        blocks_W, tiles_W: pair blocks and tiles of each wave; of waves past the last: anything.
         counters: zeros: the next item; then for each wave the PAIR items, and the others, that are done.
         waves_at_once, capacity: waves that the ring holds, and pair blocks of each.
         hidden_items, weight_items: of a pair block, and of a tile, in each of the ``chunks``.
@@ -136,7 +138,7 @@ class Schedule(NamedTuple):
     total: torch.Tensor
     item_Q: torch.Tensor
     wave_T: torch.Tensor
-    first_W: torch.Tensor
+    slot_T: torch.Tensor
     blocks_W: torch.Tensor
     tiles_W: torch.Tensor
     counters: torch.Tensor
@@ -161,7 +163,7 @@ def schedule(
     waves_at_once = min(3, ring_blocks // most_blocks)
     capacity = min(ring_blocks // waves_at_once, tiles * most_blocks)
     end_T, total = torch.empty_like(count_T), torch.empty_like(count_T[:1])
-    wave_T, first_W, blocks_W, tiles_W = torch.empty((4, tiles), dtype=torch.int32, device=count_T.device)
+    wave_T, slot_T, blocks_W, tiles_W = torch.empty((4, tiles), dtype=torch.int32, device=count_T.device)
     counters = torch.zeros(2 * tiles + 1, dtype=torch.int32, device=count_T.device)
     items = tiles * (most_blocks * (1 + chunks * hidden_items) + chunks * weight_items)
     item_Q = torch.empty(items, dtype=torch.int64, device=count_T.device)
@@ -170,13 +172,15 @@ def schedule(
     _schedule_kernel[(tiles,)](
         item_Q,
         wave_T,
-        first_W,
+        slot_T,
         blocks_W,
         tiles_W,
         count_T,
         end_T,
         tiles,
         capacity - most_blocks + 1,  # the longest tile may begin at a stretch's last block
+        waves_at_once,
+        capacity,
         min(waves_at_once - 1, 1),
         chunks,
         hidden_items,
@@ -186,6 +190,6 @@ def schedule(
         TILES=power,
     )
     return Schedule(
-        end_T, total, item_Q, wave_T, first_W, blocks_W, tiles_W, counters,
+        end_T, total, item_Q, wave_T, slot_T, blocks_W, tiles_W, counters,
         waves_at_once, capacity, chunks, hidden_items, weight_items,
     )  # fmt: skip

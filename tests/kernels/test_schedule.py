@@ -49,7 +49,9 @@ def test_every_item_stands_once_behind_what_it_waits_for(
         of_wave = [blocks for own, blocks in zip(wave_T, blocks_T, strict=True) if own == wave]
         assert got.blocks_W[wave] == sum(of_wave) <= got.capacity
         assert got.tiles_W[wave] == len(of_wave)
-        assert got.first_W[wave] == sum(blocks_T[: wave_T.index(wave)])
+    for tile, wave in enumerate(wave_T):
+        before = sum(blocks_T[wave_T.index(wave) : tile])
+        assert got.slot_T[tile] == wave % got.waves_at_once * got.capacity + before
     assert 1 <= got.waves_at_once <= 3
     assert got.waves_at_once * got.capacity <= ring_blocks
     places: dict[tuple[bool, int], list[int]] = {}
