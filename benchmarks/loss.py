@@ -110,9 +110,13 @@ def relative_error(x: Tensor, true: Tensor) -> float:
 
 
 def peak_mb(run: Callable[[], tuple[Tensor, ...]], device: str) -> tuple[tuple[Tensor, ...], float]:
-    """What ``run`` returns, and the peak memory beyond it (0 on a CPU)."""
+    """What ``run`` returns, and the peak memory beyond it (0 on a CPU).
+
+    After a first run, with which libraries take workspace that they keep.
+    """
     if device != "cuda":
         return run(), 0.0
+    run()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -50,6 +50,8 @@ LATENCY_MS = 0.01
 
 ELEMENT = 2
 """Bytes of a weight, a gradient and a hidden state in 16-bit training."""
+_PAIR_ROWS, _CHUNK_D = 128, 512
+"""The sparse backward's work items, as on Hopper (kernels/tuning.json): an 8-byte entry of its queue each."""
 OPTIMIZER = 12
 """Bytes of AdamW's state a weight: fp32 weight and two moments."""
 STOCK = "torch.compile"
@@ -203,15 +205,16 @@ def loss_bytes(
 
     Returns:
         The hidden states that it saves and the fp32 dE; the summaries of the tiles that it saves; what the rest of
-        backward takes at its peak: the workspace and the lists of pairs, or the copy of dE at the end (in 16 bits, or
-        in fp32 where ``ranks`` reduce-scatter it).
+        backward takes at its peak: the workspace, the lists of pairs, the tail's (R E) and the queue, or the copy of dE
+        at the end (in 16 bits, or in fp32 where ``ranks`` reduce-scatter it).
     """
     exact = gradient == "exact"
     elements = tokens * hidden
     tiles = -(-rows // TILE)
     workspace = workspace_mb if workspace_mb is not None else default_workspace_mb(tokens, ELEMENT, exact)
     index = 2 if tokens <= 1 << 15 else 4
-    pairs = 0 if exact else tiles * tokens * (index + ELEMENT) + tiles * hidden * (ELEMENT + 4)
+    queue = 8 * tiles * -(-tokens // _PAIR_ROWS) * (1 + -(-hidden // _CHUNK_D))
+    pairs = 0 if exact else tiles * (tokens * index + hidden * ELEMENT) + queue
     scaled = ELEMENT * elements if exact else 0
     at_work = (workspace << 20) + pairs + scaled
     at_end = (ELEMENT if ranks == 1 else 4) * elements

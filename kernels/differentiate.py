@@ -30,17 +30,10 @@ def _wait(counter, at_least):
 
 
 @triton.jit
-def _publish(counter):
-    # All threads' stores come before the one release that publishes them.
+def _signal(counter):
+    # All threads' loads and stores come before the one release.
     tl.debug_barrier()
     tl.atomic_add(counter, 1, sem="release")
-
-
-@triton.jit
-def _leave(counter):
-    # What was read has arrived in all threads; a release would also wait for all that was added to dE.
-    tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="relaxed")
 
 
 @triton.jit
@@ -360,7 +353,7 @@ def _differentiate_kernel(
                 items = tl.load(blocks_W + old) * block_items + tl.load(tiles_W + old) * tile_items
                 _wait(done_W + old, items)
             tl.store(_ring_pointers(ring, ring_row + sub * PAIR_ROWS, PAIR_ROWS, TILE), p)
-            _publish(ready_W + wave)
+            _signal(ready_W + wave)
         else:
             _wait(ready_W + wave, tl.load(blocks_W + wave))
             if kind == HIDDEN:
@@ -411,7 +404,7 @@ def _differentiate_kernel(
                     BLOCK_D,
                     BLOCK_K,
                 )
-            _leave(done_W + wave)
+            _signal(done_W + wave)
         index = next_index
         item = next_item
 

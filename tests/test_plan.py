@@ -19,8 +19,9 @@ from cce_dist.kernels.problem import TILE
 from cce_dist.plan import ELEMENT, GPUS, Job, Setting
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "benchmarks/results").glob("loss-*.json"))
-CALIBRATION = plan.calibrate(FILES, "h200")
+FILES = sorted((ROOT / "benchmarks/results").glob("loss-*-trained-*.json"))
+GPU = "h100"  # the one that was measured
+CALIBRATION = plan.calibrate(FILES, GPU)
 GEMMA = Job(vocab=262144, hidden=2304, tokens=8192, gpus=64, gpu="h100")
 WORDS = ["--vocab", "262144", "--hidden", "2304", "--tokens", "8192", "--gpus", "64"]
 
@@ -30,7 +31,7 @@ def measurements() -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
     shapes: dict[str, Any] = {}
     for file in FILES:
         content = json.loads(file.read_text())
-        shapes |= content["shapes"] if content["steps"] and "H200" in content["gpu"] else {}
+        shapes |= content["shapes"] if GPU in content["gpu"].lower() else {}
     methods = (plan.STOCK, "cce_dist unbiased", "cce_dist filtered", "cce_dist exact")
     rows = [(shape, method, r, r["methods"].get(method, {})) for shape, r in shapes.items() for method in methods]
     return [row for row in rows if "both_ms" in row[3]]
@@ -61,19 +62,23 @@ class TestAgainstMeasurements:
         self, shape: str, method: str, result: dict[str, Any], row: dict[str, Any]
     ) -> None:
         tokens, vocab, hidden = result["num_tokens"], result["vocab_size"], result["hidden_size"]
-        ms = plan.compute_ms(CALIBRATION, method, "h200", tokens, vocab, hidden)
+        ms = plan.compute_ms(CALIBRATION, method, GPU, tokens, vocab, hidden)
         assert ms == pytest.approx(row["both_ms"], rel=0.25)
         if method == plan.STOCK:
             peak = CALIBRATION.logit_bytes[method] * tokens * vocab
         else:
             returned = ELEMENT * tokens * hidden  # the benchmark leaves out the gradients that are returned
             peak = sum(plan.loss_bytes(tokens, vocab, hidden, method.split()[1], None, 1)) - returned
-        assert peak == pytest.approx(row["peak_mb"] * 1e6, rel=0.15)
+        measured = row["peak_mb"]
+        if method in ("cce_dist unbiased", "cce_dist filtered"):
+            # Both hold as much; the first of a process was measured with the workspace that cuBLAS then takes and keeps.
+            measured = min(result["methods"][f"cce_dist {mode}"]["peak_mb"] for mode in ("unbiased", "filtered"))
+        assert peak == pytest.approx(measured * 1e6, rel=0.15)
 
     def test_the_error_that_is_printed_is_the_largest_of_the_fit(self) -> None:
         assert 0 < CALIBRATION.error < 0.25
         fits = [
-            plan.compute_ms(CALIBRATION, m, "h200", r["num_tokens"], r["vocab_size"], r["hidden_size"]) / row["both_ms"]
+            plan.compute_ms(CALIBRATION, m, GPU, r["num_tokens"], r["vocab_size"], r["hidden_size"]) / row["both_ms"]
             for _, m, r, row in MEASURED
         ]
         assert max(abs(fit - 1) for fit in fits) <= CALIBRATION.error + 1e-9
@@ -82,15 +87,18 @@ class TestAgainstMeasurements:
         content = json.loads(FILES[-1].read_text())
         (tmp_path / "initial.json").write_text(json.dumps({**content, "steps": 0}))
         with pytest.raises(ValueError, match="no measurement of a GPU among a100, h100"):
-            plan.calibrate([tmp_path / "initial.json"], "h200")
+            plan.calibrate([tmp_path / "initial.json"], GPU)
 
-    @pytest.mark.parametrize(("name", "key"), [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100")])
+    @pytest.mark.parametrize(("name", "key"), [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100")])
     def test_the_gpu_of_a_file_is_known_by_its_name(self, tmp_path: Path, name: str, key: str) -> None:
         content = json.loads(FILES[-1].read_text())
         (tmp_path / "other.json").write_text(json.dumps({**content, "gpu": name}))
         assert plan.calibrate([tmp_path / "other.json", *FILES], key).gpu == key
         (tmp_path / "other.json").write_text(json.dumps({**content, "gpu": "NVIDIA GH200 480GB"}))
-        assert plan.calibrate([tmp_path / "other.json", *FILES], "b200") == plan.calibrate(FILES, "b200")
+        got, expected = (plan.calibrate(files, "b200") for files in ([tmp_path / "other.json", *FILES], FILES))
+        assert (got.gpu, got.shapes) == (expected.gpu, expected.shapes)
+        for name, coefficients in expected.forward.items():
+            assert got.forward[name] == pytest.approx(coefficients)
 
     def test_new_measurements_change_the_plan(self, tmp_path: Path) -> None:
         content = json.loads(FILES[-1].read_text())
@@ -98,8 +106,8 @@ class TestAgainstMeasurements:
             for row in result["methods"].values():
                 row.update({key: 3 * row[key] for key in ("forward_ms", "both_ms") if key in row})
         (tmp_path / "slow.json").write_text(json.dumps(content))
-        slow = plan.calibrate([tmp_path / "slow.json"], "h200")
-        fast = plan.calibrate(FILES[-1:], "h200")
+        slow = plan.calibrate([tmp_path / "slow.json"], GPU)
+        fast = plan.calibrate(FILES[-1:], GPU)
         ms = [plan.vocabulary_parallel(GEMMA, c, 1).compute for c in (fast, slow)]
         assert ms[1] == pytest.approx(3 * ms[0])
 
@@ -210,9 +218,10 @@ class TestCommand:
     def test_the_table_marks_the_recommendation_and_says_what_it_rests_on(
         self, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
-        assert main(["plan", *WORDS, "--gpu", "h100", "--plot", str(tmp_path / "plan.png")]) == 0
+        assert main(["plan", *WORDS, "--gpu", "h200", "--plot", str(tmp_path / "plan.png")]) == 0
         said = capsys.readouterr().out
-        best = plan.recommend(plan.settings(GEMMA, CALIBRATION), GPUS["h100"].memory)
+        job = GEMMA._replace(gpu="h200")
+        best = plan.recommend(plan.settings(job, CALIBRATION), GPUS["h200"].memory)
         assert best is not None
         (marked,) = [line for line in said.splitlines() if line.rstrip().endswith("<--")]
         assert marked.strip().startswith(f"{best.name} ")
@@ -237,7 +246,7 @@ class TestCommand:
         assert "Gradient: exact" in from_files
 
     def test_a_workspace_that_large_groups_would_refuse_leaves_them_out(self) -> None:
-        assert plan.group_sizes(GEMMA._replace(workspace_mb=64)) == [1, 2, 4, 8, 16]
+        assert plan.group_sizes(GEMMA._replace(workspace_mb=64)) == [1, 2, 4, 8, 16, 32]
 
     def test_a_head_that_fits_nowhere_is_said_with_exit_code_1(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["plan", *WORDS, "--head-gb", "0.5"]) == 1

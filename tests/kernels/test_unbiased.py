@@ -119,10 +119,10 @@ def test_over_64_seeds_the_mean_gradient_is_off_by_its_standard_error(backend: s
     not quite normal: 5 % more are allowed. The forward is a full one: estimated log-sum-exps are off by as much as such
     a mean, and no draw averages that.
     """
-    eps, count = 0.09, 64
+    eps, count = 0.2, 64
     problem = make_problem(((64,),), 20 * TILE - 30, 32, dtype=dtype, spread=1.0, ignored=0.0, reduction="none", seed=4)
     draw = torch.Generator().manual_seed(4)
-    centre_TD = (0.4 / math.sqrt(32)) * torch.randn(20, 32, generator=draw).to(DEVICE)
+    centre_TD = (0.2 / math.sqrt(32)) * torch.randn(20, 32, generator=draw).to(DEVICE)
     weight = (problem.weight.float() + centre_TD.repeat_interleave(TILE, 0)[: 20 * TILE - 30]).to(dtype).float()
     problem = replace(problem, weight=weight)  # dC returns in fp32
     softmax_NV = (problem.hidden[0].float() @ weight.T).softmax(1)
@@ -138,10 +138,10 @@ def test_over_64_seeds_the_mean_gradient_is_off_by_its_standard_error(backend: s
     for name, sample_size in (("dhidden", 1), ("dweight", TILE)):
         gradients = torch.stack([getattr(run, name)[0].double() for run in runs])
         truth = getattr(exact, name)[0]
-        rounding = (getattr(rounded, name)[0] - truth).square().mean().sqrt()
-        deviation = gradients.std(0)
-        assert rounding < 0.5 * deviation.square().mean().sqrt() / math.sqrt(count), "or it would hide a bias"
-        z = (gradients.mean(0) - truth) / (deviation.square() / count + rounding.square()).sqrt()
+        rounding = (getattr(rounded, name)[0] - truth).square().mean(1, keepdim=True)
+        variance = gradients.var(0) / count
+        assert rounding.mean() < 0.1 * variance.mean(), "or it would hide a bias"
+        z = (gradients.mean(0) - truth) / (variance + rounding).sqrt()
         samples = z.split(sample_size)
         means, squares = (torch.stack([(x**power).mean() for x in samples]) for power in (1, 2))
         error = 4 / math.sqrt(len(samples))
