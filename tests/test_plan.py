@@ -71,7 +71,7 @@ class TestAgainstMeasurements:
             peak = sum(plan.loss_bytes(tokens, vocab, hidden, method.split()[1], None, 1)) - returned
         measured = row["peak_mb"]
         if method in ("cce_dist unbiased", "cce_dist filtered"):
-            # Both hold as much; the first of a process was measured with the workspace that cuBLAS then takes and keeps.
+            # Both hold as much; the first of a process was measured with the workspace that cuBLAS takes and keeps.
             measured = min(result["methods"][f"cce_dist {mode}"]["peak_mb"] for mode in ("unbiased", "filtered"))
         assert peak == pytest.approx(measured * 1e6, rel=0.15)
 
