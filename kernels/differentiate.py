@@ -377,7 +377,7 @@ def _differentiate_kernel(
                     CHUNK_D,
                     HIDDEN_D,
                 )
-            else:
+            elif chunk * CHUNK_D + sub * BLOCK_D < D:  # the last chunk may be cut off
                 _weight_item(
                     tile,
                     columns,

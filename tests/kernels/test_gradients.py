@@ -19,7 +19,7 @@ from dense import (
 )
 from reference import DEVICE, GPU_BF16, relative_error
 
-from cce_dist.kernels import pipeline, reference
+from cce_dist.kernels import pipeline, reference, tuning
 from cce_dist.kernels.problem import TILE, Filter, Logits, Wanted
 
 EPS = 2.0**-4
@@ -68,6 +68,17 @@ def test_gradients_follow_the_formula(case: dict[str, Any], filter_: Filter, bac
     assert relative_error(got.weight_VD, expected[1]) < 3e-6
     if logits.bias_V is not None:
         assert relative_error(got.bias_V, expected[2]) < 3e-6
+
+
+@pytest.mark.parametrize("workspace", [1 << 20, 1 << 12], ids=["wide", "narrow"])
+def test_several_chunks_of_hidden_columns_the_last_cut_off_follow_the_formula(workspace: int) -> None:
+    base = tuning.tuning_for(torch.empty(1, 1, device=DEVICE))
+    logits = make_clear_logits(70, 4 * TILE - 40, 2 * base.weight_block_d + 5, EPS)
+    expected = gradients(logits, dense(logits), make_upstream(logits), MODES["unbiased"])
+    with tuning.forced(base._replace(chunk_d=2 * base.weight_block_d)):
+        got = differentiate(pipeline, logits, MODES["unbiased"], EVERYTHING._replace(workspace_bytes=workspace))
+    for x, y in zip(got, expected, strict=True):
+        assert relative_error(x, y) < 3e-6
 
 
 @every_backend
