@@ -449,7 +449,6 @@ def differentiate(
         chunk_d // tuning.weight_block_d if wants_weight else 0,
     )
     ring = torch.empty(plan.waves_at_once * plan.capacity * block_elements, dtype=hidden_ND.dtype, device=device)
-    waves = plan.wave_T.shape[0]
     unused = plan.counters  # stands in for the pointers that the flags switch off
     _differentiate_kernel[(num_programs(hidden_ND) * tuning.pair_programs,)](
         unused if dhidden_ND is None else dhidden_ND,
@@ -459,7 +458,7 @@ def differentiate(
         plan.item_Q,
         plan.counters,
         plan.counters[1:],
-        plan.counters[1 + waves :],
+        plan.counters[1 + logits.num_tiles :],
         plan.wave_T,
         plan.slot_T,
         plan.blocks_W,

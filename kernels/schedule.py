@@ -38,17 +38,17 @@ def unpack(item):
 
 
 @triton.jit
-def _offsets_kernel(count_T, end_T, total_ptr, T, PAIR_ROWS: tl.constexpr, TILES: tl.constexpr):
-    """Where each tile's pair blocks end in the order of all pair blocks. Grid: one program."""
-    t = tl.arange(0, TILES)
-    blocks = tl.cdiv(tl.load(count_T + t, mask=t < T, other=0), PAIR_ROWS)
-    tl.store(end_T + t, tl.cumsum(blocks, 0), mask=t < T)
-    tl.store(total_ptr, tl.sum(blocks, 0))
+def _blocks(t, T, count_T, PAIR_ROWS: tl.constexpr):
+    return tl.cdiv(tl.load(count_T + t, mask=(t >= 0) & (t < T), other=0), PAIR_ROWS)
 
 
 @triton.jit
-def _blocks(t, T, count_T, PAIR_ROWS: tl.constexpr):
-    return tl.cdiv(tl.load(count_T + t, mask=(t >= 0) & (t < T), other=0), PAIR_ROWS)
+def _offsets_kernel(count_T, end_T, total_ptr, T, PAIR_ROWS: tl.constexpr, TILES: tl.constexpr):
+    """Where each tile's pair blocks end in the order of all pair blocks. Grid: one program."""
+    t = tl.arange(0, TILES)
+    blocks = _blocks(t, T, count_T, PAIR_ROWS)
+    tl.store(end_T + t, tl.cumsum(blocks, 0), mask=t < T)
+    tl.store(total_ptr, tl.sum(blocks, 0))
 
 
 @triton.jit
@@ -125,7 +125,7 @@ class Schedule(NamedTuple):
     """The queue on the device, and where in the ring a tile's blocks are.
 
     Attributes:
-        end_T, total: pair blocks up to and with each tile, and of all.
+        total: pair blocks of all tiles.
         item_Q: see `unpack`.
         wave_T, slot_T: the wave of each tile, and the block of the ring where its pair blocks begin.
         blocks_W, tiles_W: pair blocks and tiles of each wave; of waves past the last: anything.
@@ -134,7 +134,6 @@ class Schedule(NamedTuple):
         hidden_items, weight_items: of a pair block, and of a tile, in each of the ``chunks``.
     """
 
-    end_T: torch.Tensor
     total: torch.Tensor
     item_Q: torch.Tensor
     wave_T: torch.Tensor
@@ -190,6 +189,6 @@ def schedule(
         TILES=power,
     )
     return Schedule(
-        end_T, total, item_Q, wave_T, slot_T, blocks_W, tiles_W, counters,
+        total, item_Q, wave_T, slot_T, blocks_W, tiles_W, counters,
         waves_at_once, capacity, chunks, hidden_items, weight_items,
     )  # fmt: skip
