@@ -48,6 +48,7 @@ def shard_of(inputs: Inputs, rank: int = 0, world: int = 1, gradient: str = "unb
         None,
         shard.local_columns(labels_N),
         arange_N,
+        arange_N,
         shard.tile_keys(TILE, labels_N.device),
         torch.full((1,), tokens, dtype=torch.int32, device=labels_N.device),
         1.0,

@@ -1,7 +1,7 @@
 """The loss: cross-entropy of hidden · weightᵀ whose logits are never formed, on a whole or a sharded vocabulary.
 
 The path of a token: `linear_cross_entropy` checks and flattens; `_LinearCrossEntropy` gathers the ranks' tokens where
-they differ, moves the valid ones to the front, has the backend summarise this rank's rows (`kernels`), and merges the
+they differ, puts the valid ones first, has the backend summarise this rank's rows (`kernels`), and merges the
 shards' log-sum-exps and target logits (`collectives`); after a first pass in 8 bits they are refined and merged again.
 Backward hands the backend the global log-sum-exp, keeps dC on its rank and sums dE over the ranks, while the backend
 computes dC.
@@ -177,14 +177,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         workspace = workspace_bytes(settings, labels_N.shape[0], hidden_ND.element_size())
         valid_N = labels_N != settings.ignore_index
         _check_labels(labels_N, valid_N, shard.vocab_size)
-        order_N, n_valid = _valid_first(valid_N)
+        order_N, place_N, n_valid = _valid_first(valid_N)
         valid_N, labels_N = valid_N[order_N], labels_N[order_N]
-        hidden_ND = _backend(settings).gather_rows(hidden_ND, order_N, n_valid)
+        hidden_ND = hidden_ND if hidden_ND.stride(1) == 1 else hidden_ND.contiguous()
         target_N = torch.where(valid_N, shard.local_columns(labels_N), -1).to(torch.int32)
-        token_N = order_N.to(torch.int32)
+        tokens = (target_N, order_N.to(torch.int32), place_N, n_valid)
 
         needs_grad = grad_enabled and any(ctx.needs_input_grad[:3])
-        logits = _logits(hidden_ND, weight_VD, bias_V, target_N, token_N, n_valid, shard, settings)
+        logits = _logits(hidden_ND, weight_VD, bias_V, *tokens, shard, settings)
         with torch.autocast(hidden_nD.device.type, enabled=False):
             backend = _backend(settings)
             if settings.first_pass == "fp8":
@@ -200,7 +200,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ctx.shard, ctx.settings, ctx.most, ctx.num_tokens = shard, settings, most, labels_n.shape[0]
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(
-                hidden_ND, weight_VD, bias_V, target_N, token_N, order_N, valid_N, n_valid, seed,
+                hidden_ND, weight_VD, bias_V, *tokens, order_N, valid_N, seed,
                 normaliser.max_N, normaliser.log_sum_N, *(summary.tiles or (None, None))[:2],
             )  # fmt: skip
             ctx.unit, ctx.workspace = normaliser.unit, workspace
@@ -216,13 +216,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         shard: VocabShard = ctx.shard
         settings: Settings = ctx.settings
         (
-            hidden_ND, weight_VD, bias_V, target_N, token_N, order_N, valid_N, n_valid, seed,
+            hidden_ND, weight_VD, bias_V, target_N, token_N, place_N, n_valid, order_N, valid_N, seed,
             max_N, log_sum_N, tile_lse_TN, reference_SN,
         ) = ctx.saved_tensors  # fmt: skip
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         with torch.autocast(hidden_ND.device.type, enabled=False):
             upstream = _upstream(grad_nll_n, grad_lse_n, max_N.dtype, order_N, valid_N, ctx.num_tokens, ctx.most, shard)
-            logits = _logits(hidden_ND, weight_VD, bias_V, target_N, token_N, n_valid, shard, settings)
+            logits = _logits(hidden_ND, weight_VD, bias_V, target_N, token_N, place_N, n_valid, shard, settings)
             finish: Callable[[], Tensor] | None = None
 
             def reduce_hidden(partial_ND: Tensor) -> None:
@@ -261,6 +261,7 @@ def _logits(
     bias_V: Tensor | None,
     target_N: Tensor,
     token_N: Tensor,
+    place_N: Tensor,
     n_valid: Tensor,
     shard: VocabShard,
     settings: Settings,
@@ -273,6 +274,7 @@ def _logits(
         None if bias_V is None else bias_V[:rows].contiguous(),
         target_N,
         token_N,
+        place_N,
         shard.tile_keys(TILE, hidden_ND.device),
         n_valid,
         settings.logit_scale,
@@ -315,13 +317,15 @@ def _check_labels(labels_N: Tensor, valid_N: Tensor, vocab_size: int) -> None:
         )
 
 
-def _valid_first(valid_N: Tensor) -> tuple[Tensor, Tensor]:
-    """A permutation that brings the valid tokens to the front in their order, and their number as int32 [1]."""
+def _valid_first(valid_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A permutation that brings the valid tokens to the front in their order, its inverse (int32), and their number as
+    int32 [1]."""
     before_N = valid_N.cumsum(0)
     n_valid = before_N[-1:] if valid_N.shape[0] else before_N.new_zeros(1)
     index_N = torch.arange(valid_N.shape[0], device=valid_N.device)
     place_N = torch.where(valid_N, before_N - 1, n_valid + index_N - before_N)
-    return torch.empty_like(index_N).scatter_(0, place_N, index_N), n_valid.to(torch.int32)
+    order_N = torch.empty_like(index_N).scatter_(0, place_N, index_N)
+    return order_N, place_N.to(torch.int32), n_valid.to(torch.int32)
 
 
 def _draw_seed(settings: Settings, device: torch.device) -> Tensor:

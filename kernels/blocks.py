@@ -98,9 +98,8 @@ def descriptor(matrix: torch.Tensor, rows: int, columns: int, tma: bool) -> Any:
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
-def can_use_tma(logits: Logits) -> bool:
+def can_use_tma(*matrices: torch.Tensor) -> bool:
     """Rows must start at multiples of 16 bytes."""
-    matrices = (logits.hidden_ND, logits.weight_VD)
     return all(x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in matrices)
 
 

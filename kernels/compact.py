@@ -1,4 +1,4 @@
-"""Compaction: the valid rows to the front, and, the last step of dE, rows back to where they were.
+"""Compaction: the valid tokens' rows to the front, for what computes on all; and dE's rows back to where they were.
 
 Grid: (blocks of rows, blocks of D). Bytes: each element read and written once, where torch takes two or three passes.
 
@@ -9,51 +9,61 @@ import torch
 import triton
 import triton.language as tl
 
+from .problem import Logits
+
 _ROWS, _BLOCK_D = 4, 1024
 
 
 @triton.jit
-def _gather_rows_kernel(out_ND, rows_ND, order_N, n_valid_ptr, N, D, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _gather_rows_kernel(out_ND, rows_ND, token_N, n_valid_ptr, N, D, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (n < N)[:, None] & (d < D)[None, :]
     valid = (n < tl.load(n_valid_ptr))[:, None]
-    place = tl.load(order_N + n, mask=n < N, other=0)
-    x = tl.load(rows_ND + place[:, None].to(tl.int64) * stride + d[None, :], mask=inside & valid, other=0.0)
+    token = tl.load(token_N + n, mask=n < N, other=0)
+    x = tl.load(rows_ND + token[:, None].to(tl.int64) * stride + d[None, :], mask=inside & valid, other=0.0)
     tl.store(out_ND + n[:, None].to(tl.int64) * D + d[None, :], x, mask=inside)
 
 
 @triton.jit
-def _scatter_rows_kernel(out_ND, rows_ND, order_N, n_valid_ptr, N, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _scatter_rows_kernel(out_ND, rows_ND, token_N, n_valid_ptr, N, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (n < N)[:, None] & (d < D)[None, :]
     valid = (n < tl.load(n_valid_ptr))[:, None]
     x = tl.load(rows_ND + n[:, None].to(tl.int64) * D + d[None, :], mask=inside & valid, other=0.0)
-    place = tl.load(order_N + n, mask=n < N, other=0)
-    tl.store(out_ND + place[:, None].to(tl.int64) * D + d[None, :], x.to(out_ND.dtype.element_ty), mask=inside)
+    token = tl.load(token_N + n, mask=n < N, other=0)
+    tl.store(out_ND + token[:, None].to(tl.int64) * D + d[None, :], x.to(out_ND.dtype.element_ty), mask=inside)
+
+
+def compacted(logits: Logits) -> torch.Tensor:
+    """The hidden states in the order of the other tensors, 0 for tokens that are not valid."""
+    rows_ND = logits.hidden_ND
+    rows, columns = rows_ND.shape
+    out_ND = rows_ND.new_empty((rows, columns))
+    if out_ND.numel():
+        grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _BLOCK_D))
+        _gather_rows_kernel[grid](
+            out_ND,
+            rows_ND,
+            logits.token_N,
+            logits.n_valid,
+            rows,
+            columns,
+            rows_ND.stride(0),
+            ROWS=_ROWS,
+            BLOCK_D=_BLOCK_D,
+        )
+    return out_ND
 
 
 def scatter_rows(
-    rows_ND: torch.Tensor, order_N: torch.Tensor, n_valid: torch.Tensor, dtype: torch.dtype
+    rows_ND: torch.Tensor, token_N: torch.Tensor, n_valid: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """out[order[n]] = rows[n] in ``dtype`` for the first n_valid rows, 0 for the others."""
+    """out[token[n]] = rows[n] in ``dtype`` for the first n_valid rows, 0 for the others."""
     rows, columns = rows_ND.shape
     out_ND = torch.empty((rows, columns), dtype=dtype, device=rows_ND.device)
     if out_ND.numel():
         grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _BLOCK_D))
-        _scatter_rows_kernel[grid](out_ND, rows_ND, order_N, n_valid, rows, columns, ROWS=_ROWS, BLOCK_D=_BLOCK_D)
-    return out_ND
-
-
-def gather_rows(rows_ND: torch.Tensor, order_N: torch.Tensor, n_valid: torch.Tensor) -> torch.Tensor:
-    """out[n] = rows[order[n]] for the first n_valid rows, 0 for the others."""
-    rows, columns = rows_ND.shape
-    out_ND = rows_ND.new_empty((rows, columns))
-    rows_ND = rows_ND if columns == 0 or rows_ND.stride(1) == 1 else rows_ND.contiguous()
-    if out_ND.numel():
-        grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _BLOCK_D))
-        _gather_rows_kernel[grid](
-            out_ND, rows_ND, order_N, n_valid, rows, columns, rows_ND.stride(0), ROWS=_ROWS, BLOCK_D=_BLOCK_D
-        )
+        _scatter_rows_kernel[grid](out_ND, rows_ND, token_N, n_valid, rows, columns, ROWS=_ROWS, BLOCK_D=_BLOCK_D)
     return out_ND

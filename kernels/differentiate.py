@@ -79,7 +79,7 @@ def _weight_item(
     d,
     count,
     ring_row,
-    rows_of_tile,
+    tokens_of_tile,
     dweight_VD,
     dbias_V,
     ring,
@@ -105,10 +105,10 @@ def _weight_item(
         pi = tl.load(pi_V + columns, mask=columns < V, other=0.0)
     gradient = tl.zeros([TILE, BLOCK_D], tl.float32)
     for k in tl.range(0, count, BLOCK_K, num_stages=STAGES):
-        place = k + tl.arange(0, BLOCK_K)
-        n = tl.load(rows_of_tile + place, mask=place < count, other=0).to(tl.int32)
+        listed = k + tl.arange(0, BLOCK_K)
+        token = tl.load(tokens_of_tile + listed, mask=listed < count, other=0).to(tl.int32)
         p = tl.load(_ring_pointers(ring, ring_row + k, BLOCK_K, TILE))
-        e = load_rows(hidden, n, place < count, d, D, stride_hidden, BLOCK_D)
+        e = load_rows(hidden, token, listed < count, d, D, stride_hidden, BLOCK_D)
         gradient = tl.dot(p.T, e, gradient, input_precision=PRECISION)
     d_range = d + tl.arange(0, BLOCK_D)
     if HAS_TAIL:
@@ -131,6 +131,7 @@ def _weight_item(
 @triton.jit
 def _pair_probabilities(
     n,
+    token,
     valid,
     tile,
     columns,
@@ -173,7 +174,7 @@ def _pair_probabilities(
 ):
     """P of one pair block: (a·softmax − b·[target])·f'·k·headroom, zero past the kept rows and columns."""
     products = products_of_rows(
-        n,
+        token,
         valid,
         tile,
         hidden,
@@ -236,6 +237,7 @@ def _differentiate_kernel(
     tiles_W,
     list_TN,
     count_T,
+    place_N,
     total_ptr,
     hidden,
     weight,
@@ -300,14 +302,16 @@ def _differentiate_kernel(
         count = tl.load(count_T + tile)
         wave = tl.load(wave_T + tile)
         ring_row = tl.load(slot_T + tile) * PAIR_ROWS
-        rows_of_tile = list_TN + tile.to(tl.int64) * N
+        tokens_of_tile = list_TN + tile.to(tl.int64) * N
         columns = tile * TILE + tl.arange(0, TILE)
-        place = sub * PAIR_ROWS + tl.arange(0, PAIR_ROWS)
-        valid = place < count
+        listed = sub * PAIR_ROWS + tl.arange(0, PAIR_ROWS)
+        valid = listed < count
         if kind == PAIR:
-            n = tl.load(rows_of_tile + place, mask=valid, other=0).to(tl.int32)
+            token = tl.load(tokens_of_tile + listed, mask=valid, other=0).to(tl.int32)
+            n = tl.load(place_N + token, mask=valid, other=0)
             p = _pair_probabilities(
                 n,
+                token,
                 valid,
                 tile,
                 columns,
@@ -357,7 +361,8 @@ def _differentiate_kernel(
         else:
             _wait(ready_W + wave, tl.load(blocks_W + wave))
             if kind == HIDDEN:
-                n = tl.load(rows_of_tile + place, mask=valid, other=0).to(tl.int32)
+                token = tl.load(tokens_of_tile + listed, mask=valid, other=0).to(tl.int32)
+                n = tl.load(place_N + token, mask=valid, other=0)
                 _hidden_item(
                     tl.load(_ring_pointers(ring, ring_row + sub * PAIR_ROWS, PAIR_ROWS, TILE)),
                     n,
@@ -384,7 +389,7 @@ def _differentiate_kernel(
                     chunk * CHUNK_D + sub * BLOCK_D,
                     count,
                     ring_row,
-                    rows_of_tile,
+                    tokens_of_tile,
                     dweight_VD,
                     dbias_V,
                     ring,
@@ -426,7 +431,7 @@ def differentiate(
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     (rows, hidden_size), vocab, device = hidden_ND.shape, weight_VD.shape[0], hidden_ND.device
     tuning = tuning_for(hidden_ND)
-    tma = tuning.tma and can_use_tma(logits)
+    tma = tuning.tma and can_use_tma(weight_VD)
     wants_weight = dweight_VD is not None or dbias_V is not None
     if wants_weight and dweight_VD is None:  # dC is written along with dbias
         dweight_VD = torch.empty_like(weight_VD)
@@ -438,7 +443,7 @@ def differentiate(
     ring_blocks = max(
         workspace_bytes // (block_elements * hidden_ND.element_size()), triton.cdiv(rows, tuning.pair_rows)
     )
-    list_TN, count_T = selection.kept_rows()
+    list_TN, count_T = selection.kept_tokens()
     plan = schedule(
         count_T,
         rows,
@@ -465,6 +470,7 @@ def differentiate(
         plan.tiles_W,
         list_TN,
         count_T,
+        logits.place_N,
         plan.total,
         hidden_ND,
         descriptor(weight_VD, logits.tile, tuning.pair_block_d, tma),

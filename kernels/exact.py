@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .blocks import can_use_tma, descriptor, load_block, logits_of, precision
+from .compact import compacted
 from .problem import Logits, Normaliser, Upstream
 from .tuning import tuning_for
 
@@ -92,10 +93,10 @@ def differentiate_exactly(
     workspace_bytes: int,
 ) -> None:
     """Adds to ``dhidden_ND`` (fp32, without the factor scale·s) and writes ``dweight_VD`` and ``dbias_V``."""
-    hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
+    hidden_ND, weight_VD = compacted(logits), logits.weight_VD
     (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
     tuning = tuning_for(hidden_ND)
-    tma = tuning.tma and can_use_tma(logits)
+    tma = tuning.tma and can_use_tma(hidden_ND, weight_VD)
     factor = upstream.scale * (logits.logit_scale / headroom)
     # P of a chunk, and where dC is not bf16 the chunk of dC in fp32, fit the workspace.
     row_bytes = max(rows * hidden_ND.element_size(), 4 * hidden_size)

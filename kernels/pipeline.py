@@ -18,7 +18,7 @@ from .differentiate import differentiate as differentiate_pairs
 from .exact import differentiate_exactly, product
 from .problem import Estimate, Filter, Gradients, Logits, Normaliser, Summary, Tiles, Upstream, Wanted
 from .select import Selection
-from .tail import tail_means
+from .tail import tail_means, tail_product
 
 # fp16 has no range for small probabilities; they are at most about 2 before this factor.
 _PROBABILITY_HEADROOM = {torch.float16: 2.0**14}
@@ -49,18 +49,12 @@ def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: floa
         return refine_stage.refine(logits, estimate, normaliser, eps)
 
 
-def gather_rows(rows_ND: torch.Tensor, order_N: torch.Tensor, n_valid: torch.Tensor) -> torch.Tensor:
-    """out[n] = rows[order[n]] for the first n_valid rows, 0 for the others."""
-    with torch.cuda.device_of(rows_ND):
-        return compact.gather_rows(rows_ND, order_N, n_valid)
-
-
 def scatter_rows(
-    rows_ND: torch.Tensor, order_N: torch.Tensor, n_valid: torch.Tensor, dtype: torch.dtype
+    rows_ND: torch.Tensor, token_N: torch.Tensor, n_valid: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """out[order[n]] = rows[n] in ``dtype`` for the first n_valid rows, 0 for the others."""
+    """out[token[n]] = rows[n] in ``dtype`` for the first n_valid rows, 0 for the others."""
     with torch.cuda.device_of(rows_ND):
-        return compact.scatter_rows(rows_ND, order_N, n_valid, dtype)
+        return compact.scatter_rows(rows_ND, token_N, n_valid, dtype)
 
 
 def _is_empty(logits: Logits) -> bool:
@@ -139,10 +133,7 @@ def _differentiate(
 def _tail(
     logits: Logits, selection: Selection, upstream: Upstream, headroom: float, wants_hidden: bool
 ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Rᵀ c̃, with which dE begins; and π_V, (R E)_TD, (Σ R)_T, which the weight items of `differentiate` add to dC.
-
-    In bf16 (R E) is rounded like R; fp16 has no range for it.
-    """
+    """Rᵀ c̃, with which dE begins; and π_V, (R E)_TD, (Σ R)_T, which the weight items of `differentiate` add to dC."""
     dtype = logits.hidden_ND.dtype
     own_headroom = _TAIL_HEADROOM.get(dtype, 1.0)
     factor = upstream.scale.float() * logits.logit_scale
@@ -154,8 +145,4 @@ def _tail(
     if dhidden_ND is not None and late is not None:
         dhidden_ND *= late
     ratio = headroom / own_headroom
-    if dtype == torch.bfloat16:
-        tail_TD = tail_TN @ logits.hidden_ND
-    else:
-        tail_TD = product(tail_TN, logits.hidden_ND).mul_(ratio)
-    return dhidden_ND, (pi_V, tail_TD, tail_TN.sum(1, dtype=torch.float32) * ratio)
+    return dhidden_ND, (pi_V, tail_product(logits, tail_TN, ratio), tail_TN.sum(1, dtype=torch.float32) * ratio)

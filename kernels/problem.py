@@ -1,7 +1,7 @@
 """What the kernels compute on: one shard's logits, never formed, and what forward leaves for backward.
 
-Shapes: N tokens (compacted: the valid ones first), D hidden, V local classifier rows, T tiles of ``tile`` consecutive
-rows, S splits of the vocabulary.
+Shapes: N tokens, D hidden, V local classifier rows, T tiles of ``tile`` consecutive rows, S splits of the vocabulary.
+Tokens are compacted, the valid ones first, in every [N] and [T, N] but the hidden states, which stay where they are.
 """
 
 import math
@@ -20,11 +20,13 @@ class Logits(NamedTuple):
     """z_ij = f(s·(e_i·c_j + bias_j)) with f(x) = softcap·tanh(x / softcap), or the identity.
 
     Attributes:
-        hidden_ND: fp32, fp16 or bf16 (fp64 in the torch backend), contiguous; rows from n_valid on are zero.
+        hidden_ND: fp32, fp16 or bf16 (fp64 in the torch backend), contiguous rows, in the order before compaction; what
+            stands in the rows of tokens that are not valid is never used.
         weight_VD: in the dtype of hidden, contiguous rows.
         bias_V: or None.
         target_N: int32, the local column of the row's label, −1 where it is on another shard or the row is not valid.
-        token_N: int32, the row's place in the batch before compaction: a name for it, for random draws.
+        token_N: int32, the row's place before compaction: its row of hidden_ND, and its name for random draws.
+        place_N: int32, the inverse of token_N: where a row of hidden_ND stands among the compacted.
         tile_key_T: int32, a name for each tile that no other shard uses.
         n_valid: int32 [1], on the device.
     """
@@ -34,6 +36,7 @@ class Logits(NamedTuple):
     bias_V: Tensor | None
     target_N: Tensor
     token_N: Tensor
+    place_N: Tensor
     tile_key_T: Tensor
     n_valid: Tensor
     logit_scale: float

@@ -35,6 +35,8 @@ def _quantise_kernel(
     offset_R,
     x_RD,
     common_D,
+    token_R,
+    n_valid_ptr,
     R,
     D,
     stride_x,
@@ -43,13 +45,19 @@ def _quantise_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Rows less the common one (``SUBTRACT``), or rows whose product with it is stored in offset_R."""
+    """Rows less the common one (``SUBTRACT``); or the rows token_R, of which n_valid count and the others are zero,
+    and in offset_R their products with the common row."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    use = r < R
+    source = r
+    if not SUBTRACT:
+        use = use & (r < tl.load(n_valid_ptr))
+        source = tl.load(token_R + r, mask=use, other=0)
     largest = tl.zeros([ROWS], tl.float32)
     fourths = tl.zeros([ROWS], tl.float32)  # NaN where a row holds NaN or inf; the max alone would drop NaN
     offset = tl.zeros([ROWS], tl.float32)
     for d in range(0, D, BLOCK_D):
-        x, common = _load(x_RD, common_D, r, d, R, D, stride_x, SUBTRACT, BLOCK_D)
+        x, common = _load(x_RD, common_D, source, use, d, D, stride_x, SUBTRACT, BLOCK_D)
         largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
         fourths += tl.sum((x * x) * (x * x), 1)
         if not SUBTRACT:
@@ -58,7 +66,7 @@ def _quantise_kernel(
     largest = tl.where(is_finite, tl.where(largest == 0, 1.0, largest), float("nan"))
     factor = LARGEST / largest
     for d in range(0, D, BLOCK_D):
-        x, common = _load(x_RD, common_D, r, d, R, D, stride_x, SUBTRACT, BLOCK_D)
+        x, common = _load(x_RD, common_D, source, use, d, D, stride_x, SUBTRACT, BLOCK_D)
         columns = d + tl.arange(0, BLOCK_D)
         pointers = quantised_RD + r[:, None].to(tl.int64) * D + columns[None, :]
         inside = (r < R)[:, None] & (columns < D)[None, :]
@@ -70,11 +78,13 @@ def _quantise_kernel(
 
 
 @triton.jit
-def _load(x_RD, common_D, r, d, R, D, stride_x, SUBTRACT: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load(x_RD, common_D, source, use, d, D, stride_x, SUBTRACT: tl.constexpr, BLOCK_D: tl.constexpr):
     """BLOCK_D columns of the rows, less the common row if ``SUBTRACT``, and of the common row."""
     columns = d + tl.arange(0, BLOCK_D)
-    inside = (r < R)[:, None] & (columns < D)[None, :]
-    x = tl.load(x_RD + r[:, None].to(tl.int64) * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    inside = use[:, None] & (columns < D)[None, :]
+    x = tl.load(x_RD + source[:, None].to(tl.int64) * stride_x + columns[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
     common = tl.load(common_D + columns, mask=columns < D, other=0.0)
     if SUBTRACT:
         x = tl.where(inside, x - common[None, :], 0.0)
@@ -97,16 +107,18 @@ def common_row(weight_VD: torch.Tensor) -> torch.Tensor:
 
 def quantise_weight(weight_VD: torch.Tensor, common_D: torch.Tensor, memory_VD: torch.Tensor) -> Quantised:
     """weight − common row, in ``memory_VD``."""
-    return _quantise(weight_VD, common_D, memory_VD, None, 1 + _SHRINKAGE)
+    return _quantise(weight_VD, common_D, memory_VD, None, None, None, 1 + _SHRINKAGE)
 
 
-def quantise_hidden(hidden_ND: torch.Tensor, common_D: torch.Tensor) -> tuple[Quantised, torch.Tensor]:
-    """hidden, and hidden · common row [N]."""
+def quantise_hidden(
+    hidden_ND: torch.Tensor, common_D: torch.Tensor, token_N: torch.Tensor, n_valid: torch.Tensor
+) -> tuple[Quantised, torch.Tensor]:
+    """hidden, compacted, and hidden · common row [N]."""
     rows, columns = hidden_ND.shape
     offset_N = torch.empty(rows, dtype=torch.float32, device=hidden_ND.device)
     memory_ND = torch.empty(hidden_ND.shape, dtype=storage_dtype(hidden_ND), device=hidden_ND.device)
     correction = 1 + _SHRINKAGE + _CUT_PER_COLUMN * columns
-    return _quantise(hidden_ND, common_D, memory_ND, offset_N, correction), offset_N
+    return _quantise(hidden_ND, common_D, memory_ND, offset_N, token_N, n_valid, correction), offset_N
 
 
 def storage_dtype(x: torch.Tensor) -> torch.dtype:
@@ -119,6 +131,8 @@ def _quantise(
     common_D: torch.Tensor,
     out_RD: torch.Tensor,
     offset_R: torch.Tensor | None,
+    token_R: torch.Tensor | None,
+    n_valid: torch.Tensor | None,
     correction: float,
 ) -> Quantised:
     rows, columns = x_RD.shape
@@ -130,6 +144,8 @@ def _quantise(
         offset_R,
         x_RD,
         common_D,
+        token_R,
+        n_valid,
         rows,
         columns,
         x_RD.stride(0),

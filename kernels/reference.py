@@ -21,6 +21,7 @@ SMALLEST_DRAW = 2.0**-32
 
 def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary:
     """Max, Σ exp and target logit of each row, and the log-sum-exp of each (tile, row) when ``want_tiles``."""
+    logits = _compacted(logits)
     rows = logits.hidden_ND.shape[0]
     sumexp_N = torch.zeros(rows, dtype=logits.accumulator, device=logits.hidden_ND.device)
     max_N, target_N = torch.full_like(sumexp_N, -torch.inf), torch.zeros_like(sumexp_N)
@@ -51,6 +52,7 @@ def differentiate(
 
     ``hidden_ready`` is not called: here dE is complete no sooner than dC.
     """
+    logits = _compacted(logits)
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     dtype, scale = logits.accumulator, upstream.scale * logits.logit_scale
     dhidden_ND = torch.zeros_like(hidden_ND, dtype=dtype)
@@ -81,17 +83,18 @@ def differentiate(
     )
 
 
-def gather_rows(rows_ND: Tensor, order_N: Tensor, n_valid: Tensor) -> Tensor:
-    """out[n] = rows[order[n]] for the first n_valid rows, 0 for the others."""
-    valid_N = torch.arange(rows_ND.shape[0], device=rows_ND.device) < n_valid
-    return rows_ND[order_N].masked_fill_(~valid_N[:, None], 0)
-
-
-def scatter_rows(rows_ND: Tensor, order_N: Tensor, n_valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """out[order[n]] = rows[n] in ``dtype`` for the first n_valid rows, 0 for the others."""
+def scatter_rows(rows_ND: Tensor, token_N: Tensor, n_valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """out[token[n]] = rows[n] in ``dtype`` for the first n_valid rows, 0 for the others."""
     valid_N = torch.arange(rows_ND.shape[0], device=rows_ND.device) < n_valid
     rows_ND = torch.where(valid_N[:, None], rows_ND, 0).to(dtype)
-    return torch.empty_like(rows_ND).index_copy_(0, order_N, rows_ND)
+    return torch.empty_like(rows_ND).index_copy_(0, token_N, rows_ND)
+
+
+def _compacted(logits: Logits) -> Logits:
+    """With the hidden states in the order of the other tensors, 0 for tokens that are not valid."""
+    hidden_ND = logits.hidden_ND[logits.token_N]
+    valid_N = _valid(logits, slice(0, hidden_ND.shape[0]))
+    return logits._replace(hidden_ND=hidden_ND.masked_fill_(~valid_N[:, None], 0))
 
 
 def drawing_eps(logits: Logits, tiles: Tiles, lse_N: Tensor, filter_: Filter) -> Tensor:

@@ -6,8 +6,8 @@ weighted with their mass: on trained models a quarter of what rounding logits to
 that the estimate may be off by more than a nat, eps is lowered by as much, down to all pairs in full: then nothing
 rests on the estimate.
 
-Grid: of the products (tiles, 16), each program taking every 16th block of PAIR_ROWS kept rows of its tile; of the sums
-(blocks of rows, blocks of tiles). FLOPs: 2·pairs·TILE·D. No atomics: the result is the same in every run.
+Grid: of the products (tiles, 16), each program taking every 16th block of PAIR_ROWS tokens kept with its tile; of the
+sums (blocks of rows, blocks of tiles). FLOPs: 2·pairs·TILE·D. No atomics: the result is the same in every run.
 
 Shapes: N tokens, D hidden, V local rows, T tiles, B blocks of tiles.
 """
@@ -32,6 +32,7 @@ def _large_pairs_kernel(
     exact_TN,
     list_TN,
     count_T,
+    place_N,
     hidden,
     weight,
     bias,
@@ -51,16 +52,16 @@ def _large_pairs_kernel(
     PAIR_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """exact_TN[tile, n] = log2 Σ exp2(z) over the tile's columns, for the rows that are listed."""
+    """exact_TN[tile, n] = log2 Σ exp2(z) over the tile's columns, for the tokens that are listed."""
     tile = tl.program_id(0)
     count = tl.load(count_T + tile)
     columns = tile * TILE + tl.arange(0, TILE)
     for first in range(tl.program_id(1) * PAIR_ROWS, count, PAIR_ROWS * tl.num_programs(1)):
-        place = first + tl.arange(0, PAIR_ROWS)
-        valid = place < count
-        n = tl.load(list_TN + tile.to(tl.int64) * N + place, mask=valid, other=0).to(tl.int32)
+        listed = first + tl.arange(0, PAIR_ROWS)
+        valid = listed < count
+        token = tl.load(list_TN + tile.to(tl.int64) * N + listed, mask=valid, other=0).to(tl.int32)
         products = products_of_rows(
-            n,
+            token,
             valid,
             tile,
             hidden,
@@ -79,6 +80,7 @@ def _large_pairs_kernel(
         z, _slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
         max_n = finite(tl.max(z, 1))
         exact_n = max_n + tl.log2(tl.sum(tl.exp2(z - max_n[:, None]), 1))
+        n = tl.load(place_N + token, mask=valid, other=0)
         tl.store(exact_TN + tile.to(tl.int64) * N + n, exact_n, mask=valid)
 
 
@@ -134,15 +136,16 @@ def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: floa
     assert tiles is not None
     (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
     tuning = tuning_for(hidden_ND)
-    tma = tuning.tma and can_use_tma(logits)
+    tma = tuning.tma and can_use_tma(weight_VD)
     margin_N = (estimate.noise_N * _DEVIATIONS - _TOLERATED).clamp_(min=0) / LN_2
     selection = Selection(logits, tiles, normaliser.max_N + normaliser.log_sum_N - margin_N, Filter("filtered", eps))
-    list_TN, count_T = selection.kept_rows()
+    list_TN, count_T = selection.kept_tokens()
     exact_TN = torch.empty(tiles.lse_TN.shape, dtype=torch.float32, device=hidden_ND.device)
     _large_pairs_kernel[(logits.num_tiles, _PROGRAMS_PER_TILE)](
         exact_TN,
         list_TN,
         count_T,
+        logits.place_N,
         hidden_ND,
         descriptor(weight_VD, logits.tile, tuning.pair_block_d, tma),
         logits.bias_V,

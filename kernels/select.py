@@ -97,7 +97,7 @@ def _list_kernel(
     HAS_UNIFORM: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The kept rows of each tile, in order, and their number. Grid: one program a tile. Bytes: 2·T·N read."""
+    """The tokens kept with each tile, in order, and their number. Grid: one program a tile. Bytes: 2·T·N read."""
     tile = tl.program_id(0)
     n_valid = tl.load(n_valid_ptr)
     key = tl.load(tile_key_T + tile)
@@ -126,7 +126,8 @@ def _list_kernel(
         )
         kept = (weight != 0).to(tl.int32)
         place = count + tl.cumsum(kept, 0) - 1
-        tl.store(list_TN + tile.to(tl.int64) * N + place, n.to(list_TN.dtype.element_ty), mask=kept != 0)
+        token = tl.load(token_N + n, mask=kept != 0, other=0)
+        tl.store(list_TN + tile.to(tl.int64) * N + place, token.to(list_TN.dtype.element_ty), mask=kept != 0)
         count += tl.sum(kept, 0)
     tl.store(count_T + tile, count)
 
@@ -254,8 +255,8 @@ class Selection:
         )
         return (mass_BN.sum(0) / filter_.most_drawn).clamp_(min=filter_.eps)
 
-    def kept_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kept rows of each tile [T, N] (the first count of each; 16 bits where they suffice) and count_T."""
+    def kept_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens kept with each tile [T, N] (the first count of each; 16 bits where they suffice) and count_T."""
         dtype = torch.int16 if self.rows <= 1 << 15 else torch.int32
         list_TN = torch.empty((self.num_tiles, self.rows), dtype=dtype, device=self.n_valid.device)
         count_T = torch.empty(self.num_tiles, dtype=torch.int32, device=self.n_valid.device)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .blocks import LN_2, can_use_tma, descriptor, finite, load_block, logits_of, precision, softcapped
+from .compact import compacted
 from .problem import Estimate, Logits, Summary, Tiles
 from .quantise import NOISE, common_row, quantise_hidden, quantise_weight, storage_dtype
 from .tuning import Tuning, num_programs, tuning_for
@@ -221,6 +222,7 @@ def _finish_kernel(
     weight,
     bias,
     target,
+    token_N,
     n_valid_ptr,
     max_SN,
     sumexp_SN,
@@ -254,11 +256,12 @@ def _finish_kernel(
         max_n = new_max_n
     target_n = tl.load(target + n, mask=valid, other=-1)
     owned = target_n >= 0
+    token_n = tl.load(token_N + n, mask=owned, other=0)
     product_n = tl.zeros([BLOCK_N], tl.float32)
     for d in range(0, D, BLOCK_D):
         columns = d + tl.arange(0, BLOCK_D)
         use = owned[:, None] & (columns[None, :] < D)
-        e = tl.load(hidden + n[:, None].to(tl.int64) * stride_hidden + columns[None, :], mask=use, other=0.0)
+        e = tl.load(hidden + token_n[:, None].to(tl.int64) * stride_hidden + columns[None, :], mask=use, other=0.0)
         c = tl.load(weight + target_n[:, None].to(tl.int64) * stride_weight + columns[None, :], mask=use, other=0.0)
         product_n += tl.sum(e.to(tl.float32) * c.to(tl.float32), 1)
     if HAS_BIAS:
@@ -275,7 +278,8 @@ def summarise(logits: Logits, want_tiles: bool) -> Summary:
     num_blocks = triton.cdiv(logits.weight_VD.shape[0], tuning.block_v)
     blocks_per_split = triton.cdiv(num_blocks, tuning.splits)
     partials, lse_TN = _empty_partials(logits, triton.cdiv(num_blocks, blocks_per_split), want_tiles)
-    _launch(logits, None, partials, lse_TN, blocks_per_split, tuning)
+    dense = logits._replace(hidden_ND=compacted(logits))
+    _launch(dense, None, partials, lse_TN, blocks_per_split, tuning)
     tiles_per_split = blocks_per_split * tuning.block_v // logits.tile
     return _finish(logits, partials, None if lse_TN is None else Tiles(lse_TN, partials[2], tiles_per_split))
 
@@ -294,7 +298,7 @@ def estimate(logits: Logits) -> Estimate:
     max_SN, sumexp_SN, reference_SN = partials
     assert lse_TN is not None
     common_D = common_row(weight_VD)
-    hidden, offset_N = quantise_hidden(hidden_ND, common_D)
+    hidden, offset_N = quantise_hidden(hidden_ND, common_D, logits.token_N, logits.n_valid)
     copy_vD = torch.empty(
         (min(rows_per_chunk, vocab), hidden_size),
         dtype=storage_dtype(hidden_ND),
@@ -347,10 +351,13 @@ def _launch(
     blocks_per_split: int,
     tuning: Tuning,
 ) -> None:
-    """Fills the partials of the splits of ``logits``; ``scales`` = (row scale, column scale, offset) of 8-bit ones."""
+    """Fills the partials of the splits of ``logits``, whose hidden states are compacted.
+
+    ``scales`` = (row scale, column scale, offset) of 8-bit ones.
+    """
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
-    tma = tuning.tma and can_use_tma(logits)
+    tma = tuning.tma and can_use_tma(hidden_ND, weight_VD)
     _summarise_kernel[(num_programs(hidden_ND),)](
         descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
         descriptor(weight_VD, tuning.block_v, tuning.block_d, tma),
@@ -395,6 +402,7 @@ def _finish(logits: Logits, partials: Partials, tiles: Tiles | None) -> Summary:
         weight_VD,
         logits.bias_V,
         logits.target_N,
+        logits.token_N,
         logits.n_valid,
         max_SN,
         sumexp_SN,

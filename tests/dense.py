@@ -40,24 +40,29 @@ def make_logits(
     softcap: float | None = None,
     seed: int = 0,
 ) -> Logits:
-    """Peaked logits, part of it ``shared`` by the rows of a tile: a good part of the (row, tile) pairs is small."""
+    """Peaked logits, part of it ``shared`` by the rows of a tile: a good part of the (row, tile) pairs is small.
+
+    The hidden states of tokens that are not valid are NaN.
+    """
     draw = torch.Generator().manual_seed(seed)
     num_valid = rows if num_valid is None else num_valid
     tiles = -(-vocab // TILE)
     hidden_ND = torch.randn(rows, hidden_size, generator=draw)
-    hidden_ND[num_valid:] = 0
+    hidden_ND[num_valid:] = torch.nan
     centre_TD = shared * torch.randn(tiles, hidden_size, generator=draw)
     weight_VD = 0.5 * torch.randn(vocab, hidden_size, generator=draw) + centre_TD.repeat_interleave(TILE, 0)[:vocab]
     bias_V = 0.3 * torch.randn(vocab, generator=draw) if bias else None
     target_N = torch.randint(-1, vocab, (rows,), generator=draw)
     target_N[num_valid:] = -1
     order_N = torch.randperm(rows, generator=draw)
+    place_N = order_N.argsort()
     return Logits(
-        hidden_ND.to(DEVICE, dtype),
+        hidden_ND[place_N].to(DEVICE, dtype),
         weight_VD.to(DEVICE, dtype),
         None if bias_V is None else bias_V.to(DEVICE),
         target_N.to(DEVICE, torch.int32),
         order_N.to(DEVICE, torch.int32),
+        place_N.to(DEVICE, torch.int32),
         torch.arange(0, vocab, TILE, dtype=torch.int32, device=DEVICE),
         torch.tensor([num_valid], dtype=torch.int32, device=DEVICE),
         spread / math.sqrt(hidden_size),
@@ -76,10 +81,12 @@ def make_clear_logits(rows: int, vocab: int, hidden_size: int, eps: float, **opt
     near_NT = (chance_NT.log().abs() < 0.03) | ((chance_NT / 0.3).log().abs() < 0.03)
     clear_N = (~near_NT.any(1)).nonzero()[:rows, 0]
     assert clear_N.shape[0] == rows
+    place_N = logits.token_N[clear_N].argsort()
     return logits._replace(
-        hidden_ND=logits.hidden_ND[clear_N],
+        hidden_ND=valid_hidden(logits)[clear_N][place_N],
         target_N=logits.target_N[clear_N],
-        token_N=logits.token_N[clear_N],
+        token_N=place_N.argsort().to(torch.int32),
+        place_N=place_N.to(torch.int32),
         n_valid=torch.full_like(logits.n_valid, rows),
     )
 
@@ -96,9 +103,13 @@ def make_upstream(logits: Logits, seed: int = 1) -> Upstream:
     return Upstream(a_N, b_N, scale)
 
 
+def valid_hidden(logits: Logits) -> Tensor:
+    """The hidden states of the valid tokens, compacted."""
+    return logits.hidden_ND[logits.token_N[: int(logits.n_valid)].long()]
+
+
 def dense(logits: Logits) -> Dense:
-    n = slice(int(logits.n_valid))
-    x_NV = logits.hidden_ND[n].double() @ logits.weight_VD.double().T
+    x_NV = valid_hidden(logits).double() @ logits.weight_VD.double().T
     if logits.bias_V is not None:
         x_NV = x_NV + logits.bias_V.double()
     x_NV = x_NV * logits.logit_scale
@@ -174,5 +185,8 @@ def gradients(logits: Logits, d: Dense, upstream: Upstream, filter_: Filter) -> 
             p_NV = p_NV + tail_NT.repeat_interleave(logits.tile, 1)[:, :vocab] * profiles(logits, d, filter_.eps)
     p_NV = p_NV * float(upstream.scale)
     p_NV_scaled = p_NV * logits.logit_scale
-    hidden_ND = logits.hidden_ND[:num_valid].double()
-    return p_NV_scaled @ logits.weight_VD.double(), p_NV_scaled.T @ hidden_ND, p_NV_scaled.sum(0)
+    return (
+        p_NV_scaled @ logits.weight_VD.double(),
+        p_NV_scaled.T @ valid_hidden(logits).double(),
+        p_NV_scaled.sum(0),
+    )

@@ -48,14 +48,21 @@ floats = lambda *shape: torch.zeros(shape)
 ints = lambda n: torch.zeros(n, dtype=torch.int32)
 hidden, weight = floats(N, D).to(DTYPE), floats(V, D).to(DTYPE)
 logits = Logits(
-    hidden, weight, floats(V) if BIAS else None, ints(N), ints(N), ints(V // TILE), ints(1), 1.0, 30.0 if BIAS else None
+    hidden,
+    weight,
+    floats(V) if BIAS else None,
+    *(ints(N) for _ in range(3)),
+    ints(V // TILE),
+    ints(1),
+    1.0,
+    30.0 if BIAS else None,
 )
 with tuning.forced(table):
     summary = summarise.summarise(logits, True)
     if DTYPE.itemsize == 2:
         e, c = hidden.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
-        quantise._quantise(hidden, floats(D), e, floats(N), 1.0)
-        quantise._quantise(weight, floats(D), c, None, 1.0)
+        quantise._quantise(hidden, floats(D), e, floats(N), ints(N), ints(1), 1.0)
+        quantise._quantise(weight, floats(D), c, None, None, None, 1.0)
         in_8_bits = logits._replace(hidden_ND=e, weight_VD=c)
         partials = tuple(floats(16, N) for _ in range(3))
         summarise._launch(
@@ -74,7 +81,8 @@ with tuning.forced(table):
             logits, selection, normaliser, upstream, dhidden, dweight, None, whole_tail, 1.0, 1 << 20
         )
     exact.differentiate_exactly(logits, normaliser, upstream, None, None, floats(V), 1.0, 1 << 20)
-    rows = compact.gather_rows(hidden, torch.arange(N), ints(1))
+    compact.compacted(logits)
+    tail.tail_product(logits, floats(V // TILE, N).to(DTYPE), 1.0)
     compact.scatter_rows(floats(N, D), torch.arange(N), ints(1), DTYPE)
 most = 232448 // (table.pair_programs if DTYPE.itemsize == 2 else 1) - 1024  # a program's own 1 KB
 assert max(shared["_differentiate_kernel"]) <= most, shared

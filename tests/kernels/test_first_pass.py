@@ -16,7 +16,7 @@ from sharded import assert_ranks_no_worse, make_rank_problem
 from cce_dist import linear_cross_entropy
 from cce_dist.kernels import pipeline
 from cce_dist.kernels.problem import TILE, Normaliser
-from cce_dist.kernels.quantise import common_row, quantise_hidden, quantise_weight, storage_dtype
+from cce_dist.kernels.quantise import Quantised, common_row, quantise_hidden, quantise_weight, storage_dtype
 
 EPS = 2.0**-5
 FP8: dict[str, Any] = {"backend": "triton", "first_pass": "fp8"}
@@ -29,10 +29,17 @@ def rounding(rows: int = 40, columns: int = 300) -> tuple[torch.Tensor, torch.Te
     return hidden_ND.half().to(DEVICE), weight_VD.half().to(DEVICE)
 
 
+def compacted(hidden_ND: torch.Tensor, common_D: torch.Tensor) -> tuple[Quantised, torch.Tensor]:
+    """Of hidden states that stand in reverse order."""
+    rows = hidden_ND.shape[0]
+    token_N = torch.arange(rows - 1, -1, -1, dtype=torch.int32, device=DEVICE)
+    return quantise_hidden(hidden_ND.flip(0), common_D, token_N, torch.full_like(token_N[:1], rows))
+
+
 def test_rows_are_rounded_to_three_bits_of_mantissa_relative_to_the_common_row() -> None:
     hidden_ND, weight_VD = rounding()
     common_D = common_row(weight_VD)
-    hidden, offset_N = quantise_hidden(hidden_ND, common_D)
+    hidden, offset_N = compacted(hidden_ND, common_D)
     weight = quantise_weight(weight_VD, common_D, torch.empty_like(weight_VD, dtype=storage_dtype(weight_VD)))
     rest_VD = weight_VD.float() - common_D
     for quantised, true in ((hidden, hidden_ND.float()), (weight, rest_VD)):
@@ -48,7 +55,7 @@ def test_rows_are_rounded_to_three_bits_of_mantissa_relative_to_the_common_row()
 def test_a_row_that_is_not_finite_becomes_nan_alone(value: float) -> None:
     hidden_ND, weight_VD = rounding()
     hidden_ND[3, 299] = value
-    hidden, _ = quantise_hidden(hidden_ND, common_row(weight_VD))
+    hidden, _ = compacted(hidden_ND, common_row(weight_VD))
     got_ND = hidden.rows_RD.float() * hidden.scale_R[:, None]
     assert got_ND[3].isnan().all()
     assert got_ND.isfinite().all(1).sum() == 39
@@ -57,7 +64,7 @@ def test_a_row_that_is_not_finite_becomes_nan_alone(value: float) -> None:
 def test_a_row_of_zeros_stays_one() -> None:
     hidden_ND, weight_VD = rounding()
     hidden_ND[5] = 0
-    hidden, _ = quantise_hidden(hidden_ND, common_row(weight_VD))
+    hidden, _ = compacted(hidden_ND, common_row(weight_VD))
     assert not (hidden.rows_RD[5].float() * hidden.scale_R[5]).any()
 
 

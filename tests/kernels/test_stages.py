@@ -81,11 +81,11 @@ def kept_pairs(backend: ModuleType, logits: Logits, filter_: Filter, lse_N: Tens
         everything = slice(0, logits.num_tiles), slice(0, num_valid)
         eps_N = reference.drawing_eps(logits, tiles, lse_N, filter_)
         return reference.keep(logits, tiles, lse_N, eps_N, filter_, *everything)[0].T != 0
-    rows_TN, count_T = Selection(logits, tiles, lse_N / LN_2, filter_).kept_rows()
+    token_TN, count_T = Selection(logits, tiles, lse_N / LN_2, filter_).kept_tokens()
     kept_NT = torch.zeros(num_valid, logits.num_tiles, dtype=torch.bool, device=DEVICE)
     for tile, count in enumerate(count_T.tolist()):
-        rows = rows_TN[tile, :count].long()
-        assert (rows[1:] > rows[:-1]).all(), "rows of a tile must be listed in order, once"
+        rows = logits.place_N[token_TN[tile, :count].long()].long()
+        assert (rows[1:] > rows[:-1]).all(), "tokens of a tile must be listed in order, once"
         kept_NT[rows, tile] = True
     return kept_NT
 
@@ -106,7 +106,7 @@ def test_pairs_above_eps_and_those_of_targets_are_kept(case: dict[str, Any], mod
 @pytest.mark.parametrize("mode", ["filtered", "unbiased"])
 def test_a_row_of_nan_is_kept_in_every_tile(mode: Any, backend: ModuleType) -> None:
     logits = make_logits()
-    logits.hidden_ND[3, 2] = torch.nan
+    logits.hidden_ND[logits.token_N[3], 2] = torch.nan
     lse_N = padded_lse(logits, dense(logits))
     assert lse_N[3].isnan()
     kept_NT = kept_pairs(backend, logits, Filter(mode, EPS, uniform=0.9), lse_N)

@@ -13,7 +13,18 @@ from types import ModuleType
 
 import pytest
 import torch
-from dense import EVERYTHING, Dense, dense, gradients, is_large, make_logits, make_upstream, normaliser, profiles
+from dense import (
+    EVERYTHING,
+    Dense,
+    dense,
+    gradients,
+    is_large,
+    make_logits,
+    make_upstream,
+    normaliser,
+    profiles,
+    valid_hidden,
+)
 from reference import DEVICE, TRITON_DTYPES, cce_outcome, make_problem, plain_outcome
 from torch import Tensor
 
@@ -31,7 +42,7 @@ def error_bound(logits: Logits, d: Dense, upstream: Upstream, count: int, most_d
     a_N = upstream.softmax_N[: d.lse_N.shape[0]].abs().double()
     eps_N = ((d.mass_NT * small_NT).sum(1) / most_drawn).clamp(min=EPS)
     each = eps_N / (2 * count) * float(upstream.scale) * logits.logit_scale
-    hidden_norm_N = logits.hidden_ND[: d.lse_N.shape[0]].double().norm(dim=1)
+    hidden_norm_N = valid_hidden(logits).double().norm(dim=1)
     dhidden_N, dweight_V = torch.zeros_like(d.lse_N), []
     for tile, columns in enumerate(torch.arange(off_NV.shape[1], device=DEVICE).split(TILE)):
         use_N = small_NT[:, tile] * a_N * each
