@@ -4,6 +4,7 @@ Programs take items from a queue (see schedule.py) with one atomic counter:
   - PAIR recomputes P of one pair block ([PAIR_ROWS, TILE]: a product over D) and stores it in 16 bits in the ring,
   - HIDDEN adds CHUNK_D columns of P C_tile to dE (fp32 atomics: rows of a tile lie anywhere),
   - WEIGHT computes BLOCK_D columns of a tile's dC, a product over its kept rows, and writes them once.
+Where one chunk holds all of D, a PAIR item adds to dE itself, from registers.
 Grid: on Hopper two programs of one warpgroup a multiprocessor, 128 x 128 accumulators each, so that one's additions,
 exponentials and waits run beside the other's products.
 FLOPs: 6·pairs·TILE·D. Bytes: in L2 4·pairs·D of atomics and 4·pairs·D of gathered rows; in memory, by the queue's
@@ -18,7 +19,7 @@ import triton.language as tl
 
 from .blocks import can_use_tma, descriptor, load_block, load_rows, logits_of, precision, products_of_rows
 from .problem import Logits, Normaliser, Upstream
-from .schedule import HIDDEN, PAIR, schedule, unpack
+from .schedule import PAIR, WEIGHT, schedule, unpack
 from .select import Selection, pair_weight
 from .tuning import num_programs, tuning_for
 
@@ -282,6 +283,8 @@ def _differentiate_kernel(
     HAS_SOFTCAP: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    ADD_AT_ONCE: tl.constexpr,
+    USE_RING: tl.constexpr,
     PAIR_ROWS: tl.constexpr,
     PAIR_D: tl.constexpr,
     PAIR_STAGES: tl.constexpr,
@@ -352,15 +355,64 @@ def _differentiate_kernel(
                 PAIR_D,
                 PAIR_STAGES,
             ).to(ring.dtype.element_ty)
-            if wave >= waves_at_once:
-                old = wave - waves_at_once
-                items = tl.load(blocks_W + old) * block_items + tl.load(tiles_W + old) * tile_items
-                _wait(done_W + old, items)
-            tl.store(_ring_pointers(ring, ring_row + sub * PAIR_ROWS, PAIR_ROWS, TILE), p)
-            _signal(ready_W + wave)
+            if USE_RING:
+                if wave >= waves_at_once:
+                    old = wave - waves_at_once
+                    items = tl.load(blocks_W + old) * block_items + tl.load(tiles_W + old) * tile_items
+                    _wait(done_W + old, items)
+                tl.store(_ring_pointers(ring, ring_row + sub * PAIR_ROWS, PAIR_ROWS, TILE), p)
+                _signal(ready_W + wave)
+            if ADD_AT_ONCE:
+                _hidden_item(
+                    p,
+                    n,
+                    valid,
+                    tile,
+                    0,
+                    dhidden_ND,
+                    weight_of_hidden,
+                    V,
+                    D,
+                    stride_weight,
+                    factor,
+                    TILE,
+                    TMA,
+                    PRECISION,
+                    PAIR_STAGES,
+                    CHUNK_D,
+                    HIDDEN_D,
+                )
         else:
             _wait(ready_W + wave, tl.load(blocks_W + wave))
-            if kind == HIDDEN:
+            if kind == WEIGHT:
+                if chunk * CHUNK_D + sub * BLOCK_D < D:  # the last chunk may be cut off
+                    _weight_item(
+                        tile,
+                        columns,
+                        chunk * CHUNK_D + sub * BLOCK_D,
+                        count,
+                        ring_row,
+                        tokens_of_tile,
+                        dweight_VD,
+                        dbias_V,
+                        ring,
+                        hidden,
+                        pi_V,
+                        tail_TD,
+                        tail_T,
+                        V,
+                        D,
+                        stride_hidden,
+                        factor,
+                        HAS_TAIL,
+                        TILE,
+                        HAS_BIAS,
+                        PRECISION,
+                        PAIR_STAGES,
+                        BLOCK_D,
+                        BLOCK_K,
+                    )
+            elif not ADD_AT_ONCE:
                 token = tl.load(tokens_of_tile + listed, mask=valid, other=0).to(tl.int32)
                 n = tl.load(place_N + token, mask=valid, other=0)
                 _hidden_item(
@@ -381,33 +433,6 @@ def _differentiate_kernel(
                     PAIR_STAGES,
                     CHUNK_D,
                     HIDDEN_D,
-                )
-            elif chunk * CHUNK_D + sub * BLOCK_D < D:  # the last chunk may be cut off
-                _weight_item(
-                    tile,
-                    columns,
-                    chunk * CHUNK_D + sub * BLOCK_D,
-                    count,
-                    ring_row,
-                    tokens_of_tile,
-                    dweight_VD,
-                    dbias_V,
-                    ring,
-                    hidden,
-                    pi_V,
-                    tail_TD,
-                    tail_T,
-                    V,
-                    D,
-                    stride_hidden,
-                    factor,
-                    HAS_TAIL,
-                    TILE,
-                    HAS_BIAS,
-                    PRECISION,
-                    PAIR_STAGES,
-                    BLOCK_D,
-                    BLOCK_K,
                 )
             _signal(done_W + wave)
         index = next_index
@@ -437,8 +462,9 @@ def differentiate(
         dweight_VD = torch.empty_like(weight_VD)
     if logits.bias_V is not None and dbias_V is None:
         dbias_V = torch.empty(vocab, dtype=torch.float32, device=device)
-    wants_hidden = dhidden_ND is not None
     chunk_d = max(tuning.chunk_d, tuning.weight_block_d)
+    chunks = triton.cdiv(hidden_size, chunk_d)
+    add_at_once = dhidden_ND is not None and chunks == 1
     block_elements = tuning.pair_rows * logits.tile
     ring_blocks = max(
         workspace_bytes // (block_elements * hidden_ND.element_size()), triton.cdiv(rows, tuning.pair_rows)
@@ -449,8 +475,8 @@ def differentiate(
         rows,
         tuning.pair_rows,
         ring_blocks,
-        triton.cdiv(hidden_size, chunk_d),
-        int(wants_hidden),
+        chunks,
+        int(dhidden_ND is not None and not add_at_once),
         chunk_d // tuning.weight_block_d if wants_weight else 0,
     )
     ring = torch.empty(plan.waves_at_once * plan.capacity * block_elements, dtype=hidden_ND.dtype, device=device)
@@ -502,6 +528,8 @@ def differentiate(
         HAS_SOFTCAP=logits.softcap is not None,
         TMA=tma,
         PRECISION=precision(logits),
+        ADD_AT_ONCE=add_at_once,
+        USE_RING=wants_weight or not add_at_once,
         PAIR_ROWS=tuning.pair_rows,
         PAIR_D=tuning.pair_block_d,
         PAIR_STAGES=tuning.pair_stages,

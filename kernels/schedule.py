@@ -3,7 +3,7 @@
 The kept rows of a tile, cut into blocks of PAIR_ROWS, are its "pair blocks". Consecutive tiles whose blocks fit a third
 of the workspace's ring are a wave. An item is
   - PAIR: recompute the probabilities P of one pair block and store them in the ring,
-  - HIDDEN: add P C to dE for one pair block and one chunk of columns of D,
+  - HIDDEN: add P C to dE for one pair block and one chunk of columns of D (none where PAIR does that too),
   - WEIGHT: compute dC = Pᵀ E of a tile for one block of columns of D.
 The queue is P(0) P(1) D(0) P(2) D(1) P(3) D(2) ..., with P(w) the PAIR items of wave w and D(w) the others, chunk of D
 by chunk of D: what they touch of dE and E, rows from everywhere but the columns of one chunk, then stays in L2. Without
