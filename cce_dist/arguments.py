@@ -18,7 +18,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _EXACT_WORKSPACE_MB = 256
-_SPARSE_WORKSPACE_MB = 32
+_SPARSE_WORKSPACE_MB = 64
 
 
 class Settings(NamedTuple):
@@ -151,8 +151,6 @@ def check_settings(
 def workspace_bytes(settings: Settings, num_tokens: int, element_size: int) -> int:
     """The memory that backward may use, for all tokens that the loss works on: equal on all ranks.
 
-    The default is sixteen times the least where that is more: a smaller one makes the sparse backward wait.
-
     Raises:
         ValueError: where ``workspace_mb`` is less than one tile of probabilities of all tokens.
     """
@@ -174,9 +172,12 @@ def least_workspace_mb(num_tokens: int, element_size: int) -> int:
 
 
 def default_workspace_mb(num_tokens: int, element_size: int, exact: bool) -> int:
-    """What ``workspace_mb=None`` stands for."""
+    """What ``workspace_mb=None`` stands for.
+
+    With fewer probabilities at hand the sparse backward waits for them, and tiles of many tokens need more.
+    """
     least_mb = least_workspace_mb(num_tokens, element_size)
-    return max(_EXACT_WORKSPACE_MB, least_mb) if exact else max(_SPARSE_WORKSPACE_MB, 16 * least_mb)
+    return max(_EXACT_WORKSPACE_MB, least_mb) if exact else _SPARSE_WORKSPACE_MB + 8 * least_mb
 
 
 def contract(hidden: Tensor, bias_V: Tensor | None, shard: VocabShard, settings: Settings) -> Mapping[str, Any]:
@@ -229,8 +230,8 @@ def _eps(filter_eps: float | str, gradient: Gradient, vocab_size: int) -> float:
         return filter_eps
     is_large = vocab_size >= 100_000
     if gradient == "filtered":
-        return 2.0**-9.25 if is_large else 2.0**-10
-    return 2.0**-9.5 if is_large else 2.0**-9
+        return 2.0**-9.4 if is_large else 2.0**-10.25
+    return (2.0**-9.3 if vocab_size >= 200_000 else 2.0**-9.5) if is_large else 2.0**-9
 
 
 def _backend(backend: Backend, hidden: Tensor) -> Literal["triton", "torch"]:

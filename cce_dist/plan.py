@@ -50,7 +50,7 @@ LATENCY_MS = 0.01
 
 ELEMENT = 2
 """Bytes of a weight, a gradient and a hidden state in 16-bit training."""
-_PAIR_ROWS, _CHUNK_D = 128, 512
+_PAIR_ROWS, _CHUNK_D, _AT_ONCE_D = 128, 512, 1024
 """The sparse backward's work items, as on Hopper (kernels/tuning.json): an 8-byte entry of its queue each."""
 OPTIMIZER = 12
 """Bytes of AdamW's state a weight: fp32 weight and two moments."""
@@ -204,22 +204,22 @@ def loss_bytes(
     """What the loss holds beside its inputs and dC, for 16-bit ``tokens`` by ``rows`` of the classifier.
 
     Returns:
-        The hidden states that it saves and the fp32 dE; the summaries of the tiles that it saves; what the rest of
-        backward takes at its peak: the workspace, the lists of pairs, the tail's (R E) and the queue, or the copy of dE
-        at the end (in 16 bits, or in fp32 where ``ranks`` reduce-scatter it).
+        The hidden states of all ranks that it saves and the fp32 dE; the summaries of the tiles that it saves; what the
+        rest of backward takes at its peak: the workspace, and the tail's (R E) and the queue of pairs, or two copies of
+        the hidden states; or the copy of dE at the end (in 16 bits, or in fp32 where ``ranks`` reduce-scatter it).
     """
     exact = gradient == "exact"
     elements = tokens * hidden
     tiles = -(-rows // TILE)
     workspace = workspace_mb if workspace_mb is not None else default_workspace_mb(tokens, ELEMENT, exact)
-    index = 2 if tokens <= 1 << 15 else 4
-    queue = 8 * tiles * -(-tokens // _PAIR_ROWS) * (1 + -(-hidden // _CHUNK_D))
-    pairs = 0 if exact else tiles * (tokens * index + hidden * ELEMENT) + queue
-    scaled = ELEMENT * elements if exact else 0
-    at_work = (workspace << 20) + pairs + scaled
+    chunks = 0 if hidden <= _AT_ONCE_D else -(-hidden // _CHUNK_D)
+    queue = 8 * tiles * -(-tokens // _PAIR_ROWS) * (1 + chunks)
+    beside = 2 * ELEMENT * elements if exact else ELEMENT * tiles * hidden + queue
+    at_work = (workspace << 20) + beside
     at_end = (ELEMENT if ranks == 1 else 4) * elements
     summaries = 0 if exact else ELEMENT * tiles * tokens
-    return float((ELEMENT + 4) * elements), float(summaries), float(max(at_work, at_end))
+    gathered = 0 if ranks == 1 else ELEMENT * elements
+    return float(gathered + 4 * elements), float(summaries), float(max(at_work, at_end))
 
 
 def check(job: Job) -> None:

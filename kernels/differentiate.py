@@ -2,6 +2,7 @@
 
 Programs take items from a queue (see schedule.py) with one atomic counter:
   - PAIR recomputes P of one pair block ([PAIR_ROWS, TILE]: a product over D) and stores it in 16 bits in the ring,
+    with its tokens,
   - HIDDEN adds CHUNK_D columns of P C_tile to dE (fp32 atomics: rows of a tile lie anywhere),
   - WEIGHT computes BLOCK_D columns of a tile's dC, a product over its kept rows, and writes them once.
 Where one chunk holds all of D, a PAIR item adds to dE itself, from registers.
@@ -80,10 +81,10 @@ def _weight_item(
     d,
     count,
     ring_row,
-    tokens_of_tile,
     dweight_VD,
     dbias_V,
     ring,
+    ring_token,
     hidden,
     pi_V,
     tail_TD,
@@ -107,7 +108,7 @@ def _weight_item(
     gradient = tl.zeros([TILE, BLOCK_D], tl.float32)
     for k in tl.range(0, count, BLOCK_K, num_stages=STAGES):
         listed = k + tl.arange(0, BLOCK_K)
-        token = tl.load(tokens_of_tile + listed, mask=listed < count, other=0).to(tl.int32)
+        token = tl.load(ring_token + ring_row + listed)
         p = tl.load(_ring_pointers(ring, ring_row + k, BLOCK_K, TILE))
         e = load_rows(hidden, token, listed < count, d, D, stride_hidden, BLOCK_D)
         gradient = tl.dot(p.T, e, gradient, input_precision=PRECISION)
@@ -228,6 +229,7 @@ def _differentiate_kernel(
     dweight_VD,
     dbias_V,
     ring,
+    ring_token,
     item_Q,
     head_ptr,
     ready_W,
@@ -237,6 +239,7 @@ def _differentiate_kernel(
     blocks_W,
     tiles_W,
     list_TN,
+    stride_list,
     count_T,
     place_N,
     total_ptr,
@@ -305,12 +308,11 @@ def _differentiate_kernel(
         count = tl.load(count_T + tile)
         wave = tl.load(wave_T + tile)
         ring_row = tl.load(slot_T + tile) * PAIR_ROWS
-        tokens_of_tile = list_TN + tile.to(tl.int64) * N
         columns = tile * TILE + tl.arange(0, TILE)
         listed = sub * PAIR_ROWS + tl.arange(0, PAIR_ROWS)
         valid = listed < count
         if kind == PAIR:
-            token = tl.load(tokens_of_tile + listed, mask=valid, other=0).to(tl.int32)
+            token = tl.load(list_TN + tile.to(tl.int64) * stride_list + listed, mask=valid, other=0).to(tl.int32)
             n = tl.load(place_N + token, mask=valid, other=0)
             p = _pair_probabilities(
                 n,
@@ -361,6 +363,7 @@ def _differentiate_kernel(
                     items = tl.load(blocks_W + old) * block_items + tl.load(tiles_W + old) * tile_items
                     _wait(done_W + old, items)
                 tl.store(_ring_pointers(ring, ring_row + sub * PAIR_ROWS, PAIR_ROWS, TILE), p)
+                tl.store(ring_token + ring_row + listed, token)
                 _signal(ready_W + wave)
             if ADD_AT_ONCE:
                 _hidden_item(
@@ -392,10 +395,10 @@ def _differentiate_kernel(
                         chunk * CHUNK_D + sub * BLOCK_D,
                         count,
                         ring_row,
-                        tokens_of_tile,
                         dweight_VD,
                         dbias_V,
                         ring,
+                        ring_token,
                         hidden,
                         pi_V,
                         tail_TD,
@@ -413,7 +416,7 @@ def _differentiate_kernel(
                         BLOCK_K,
                     )
             elif not ADD_AT_ONCE:
-                token = tl.load(tokens_of_tile + listed, mask=valid, other=0).to(tl.int32)
+                token = tl.load(ring_token + ring_row + listed)
                 n = tl.load(place_N + token, mask=valid, other=0)
                 _hidden_item(
                     tl.load(_ring_pointers(ring, ring_row + sub * PAIR_ROWS, PAIR_ROWS, TILE)),
@@ -447,12 +450,17 @@ def differentiate(
     dhidden_ND: torch.Tensor | None,
     dweight_VD: torch.Tensor | None,
     dbias_V: torch.Tensor | None,
-    tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
     headroom: float,
     workspace_bytes: int,
+    scratch_VD: torch.Tensor | None = None,
 ) -> None:
     """Adds the kept pairs to ``dhidden_ND`` (fp32) and writes ``dweight_VD`` and ``dbias_V``, with
-    ``tail`` = (π_V, (R E)_TD, (Σ R)_T)."""
+    ``tail`` = (π_V, (R E)_TD, (Σ R)_T where there is a bias).
+
+    ``scratch_VD``: memory that the lists of kept pairs may take, dC's: a tile's list is read for the last time before
+    its rows are written.
+    """
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     (rows, hidden_size), vocab, device = hidden_ND.shape, weight_VD.shape[0], hidden_ND.device
     tuning = tuning_for(hidden_ND)
@@ -469,7 +477,7 @@ def differentiate(
     ring_blocks = max(
         workspace_bytes // (block_elements * hidden_ND.element_size()), triton.cdiv(rows, tuning.pair_rows)
     )
-    list_TN, count_T = selection.kept_tokens()
+    list_TN, count_T = selection.kept_tokens(scratch_VD)
     plan = schedule(
         count_T,
         rows,
@@ -479,13 +487,16 @@ def differentiate(
         int(dhidden_ND is not None and not add_at_once),
         chunk_d // tuning.weight_block_d if wants_weight else 0,
     )
-    ring = torch.empty(plan.waves_at_once * plan.capacity * block_elements, dtype=hidden_ND.dtype, device=device)
+    ring_rows = plan.waves_at_once * plan.capacity * tuning.pair_rows
+    ring = torch.empty(ring_rows * logits.tile, dtype=hidden_ND.dtype, device=device)
+    ring_token = torch.empty(ring_rows, dtype=torch.int32, device=device)
     unused = plan.counters  # stands in for the pointers that the flags switch off
     _differentiate_kernel[(num_programs(hidden_ND) * tuning.pair_programs,)](
         unused if dhidden_ND is None else dhidden_ND,
         unused if dweight_VD is None else dweight_VD,
         unused if dbias_V is None else dbias_V,
         ring,
+        ring_token,
         plan.item_Q,
         plan.counters,
         plan.counters[1:],
@@ -495,6 +506,7 @@ def differentiate(
         plan.blocks_W,
         plan.tiles_W,
         list_TN,
+        list_TN.stride(0),
         count_T,
         logits.place_N,
         plan.total,

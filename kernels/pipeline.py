@@ -18,7 +18,7 @@ from .differentiate import differentiate as differentiate_pairs
 from .exact import differentiate_exactly, product
 from .problem import Estimate, Filter, Gradients, Logits, Normaliser, Summary, Tiles, Upstream, Wanted
 from .select import Selection
-from .tail import tail_means, tail_product
+from .tail import tail_means
 
 # fp16 has no range for small probabilities; they are at most about 2 before this factor.
 _PROBABILITY_HEADROOM = {torch.float16: 2.0**14}
@@ -108,7 +108,7 @@ def _differentiate(
     if sparse and tiles is not None and not empty:
         selection = Selection(logits, tiles, normaliser.max_N + normaliser.log_sum_N, filter_)
         if filter_.tail or filter_.mode == "unbiased":
-            dhidden_ND, tail = _tail(logits, selection, upstream, headroom, wanted.hidden)
+            dhidden_ND, tail = _tail(logits, selection, upstream, headroom, wanted.hidden, dweight_VD)
     if wanted.hidden and dhidden_ND is None:
         dhidden_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=device)
     if empty:
@@ -123,7 +123,7 @@ def _differentiate(
             passes = [(dhidden_ND, None, None), (None, dweight_VD, dbias_V)]
         for outputs in passes:
             differentiate_pairs(
-                logits, selection, normaliser, upstream, *outputs, tail, headroom, wanted.workspace_bytes
+                logits, selection, normaliser, upstream, *outputs, tail, headroom, wanted.workspace_bytes, dweight_VD
             )
             if hidden_ready is not None and outputs[0] is not None:
                 hidden_ready(outputs[0])
@@ -131,18 +131,32 @@ def _differentiate(
 
 
 def _tail(
-    logits: Logits, selection: Selection, upstream: Upstream, headroom: float, wants_hidden: bool
-) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Rᵀ c̃, with which dE begins; and π_V, (R E)_TD, (Σ R)_T, which the weight items of `differentiate` add to dC."""
+    logits: Logits,
+    selection: Selection,
+    upstream: Upstream,
+    headroom: float,
+    wants_hidden: bool,
+    scratch_VD: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Rᵀ c̃, with which dE begins; and what the weight items of `differentiate` add to dC: π_V, (R E)_TD and, if there
+    is a bias, (Σ R)_T.
+
+    In bf16 (R E) is rounded like R; fp16 has no range for it. ``scratch_VD``: dC, to be written later.
+    """
     dtype = logits.hidden_ND.dtype
     own_headroom = _TAIL_HEADROOM.get(dtype, 1.0)
     factor = upstream.scale.float() * logits.logit_scale
     # fp16 has no range for means times the gradient's scale.
     late = factor / own_headroom if dtype == torch.float16 else None
     pi_V, mean_TD = tail_means(logits, selection, factor if late is None else torch.ones_like(factor))
-    tail_TN = selection.tail_rows(upstream, dtype, own_headroom)
+    tail_TN = selection.tail_rows(upstream, dtype, own_headroom, scratch_VD)
+    ratio = headroom / own_headroom
+    if dtype == torch.bfloat16:  # before dE, so that the copy of the hidden states is gone then
+        tail_TD = tail_TN @ compact.compacted(logits)
+    else:
+        tail_TD = product(tail_TN, compact.compacted(logits)).mul_(ratio)
     dhidden_ND = product(tail_TN.T, mean_TD) if wants_hidden else None
     if dhidden_ND is not None and late is not None:
         dhidden_ND *= late
-    ratio = headroom / own_headroom
-    return dhidden_ND, (pi_V, tail_product(logits, tail_TN, ratio), tail_TN.sum(1, dtype=torch.float32) * ratio)
+    tail_T = None if logits.bias_V is None else tail_TN.sum(1, dtype=torch.float32) * ratio
+    return dhidden_ND, (pi_V, tail_TD, tail_T)

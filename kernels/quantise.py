@@ -53,15 +53,17 @@ def _quantise_kernel(
     if not SUBTRACT:
         use = use & (r < tl.load(n_valid_ptr))
         source = tl.load(token_R + r, mask=use, other=0)
-    largest = tl.zeros([ROWS], tl.float32)
-    fourths = tl.zeros([ROWS], tl.float32)  # NaN where a row holds NaN or inf; the max alone would drop NaN
-    offset = tl.zeros([ROWS], tl.float32)
+    # Reduced over columns once, at the end.
+    largest = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    fourths = tl.zeros([ROWS, BLOCK_D], tl.float32)  # NaN where a row holds NaN or inf; the max alone would drop NaN
+    offset = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for d in range(0, D, BLOCK_D):
         x, common = _load(x_RD, common_D, source, use, d, D, stride_x, SUBTRACT, BLOCK_D)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
-        fourths += tl.sum((x * x) * (x * x), 1)
+        largest = tl.maximum(largest, tl.abs(x))
+        fourths += (x * x) * (x * x)
         if not SUBTRACT:
-            offset += tl.sum(x * common[None, :], 1)
+            offset += x * common[None, :]
+    largest, fourths = tl.max(largest, 1), tl.sum(fourths, 1)
     is_finite = (fourths == fourths) & (largest < float("inf"))
     largest = tl.where(is_finite, tl.where(largest == 0, 1.0, largest), float("nan"))
     factor = LARGEST / largest
@@ -74,7 +76,7 @@ def _quantise_kernel(
     tl.store(scale_R + r, largest * correction, mask=r < R)
     tl.store(norm_R + r, tl.sqrt(tl.sqrt(fourths)), mask=r < R)
     if not SUBTRACT:
-        tl.store(offset_R + r, offset, mask=r < R)
+        tl.store(offset_R + r, tl.sum(offset, 1), mask=r < R)
 
 
 @triton.jit

@@ -78,6 +78,7 @@ def pair_weight(
 @triton.jit
 def _list_kernel(
     list_TN,
+    stride_list,
     count_T,
     tile_lse_TN,
     reference_SN,
@@ -101,6 +102,7 @@ def _list_kernel(
     tile = tl.program_id(0)
     n_valid = tl.load(n_valid_ptr)
     key = tl.load(tile_key_T + tile)
+    list_of_tile = list_TN + tile.to(tl.int64) * stride_list
     count = 0
     for row in range(0, n_valid, ROWS):
         n = row + tl.arange(0, ROWS)
@@ -127,7 +129,7 @@ def _list_kernel(
         kept = (weight != 0).to(tl.int32)
         place = count + tl.cumsum(kept, 0) - 1
         token = tl.load(token_N + n, mask=kept != 0, other=0)
-        tl.store(list_TN + tile.to(tl.int64) * N + place, token.to(list_TN.dtype.element_ty), mask=kept != 0)
+        tl.store(list_of_tile + place, token.to(list_TN.dtype.element_ty), mask=kept != 0)
         count += tl.sum(kept, 0)
     tl.store(count_T + tile, count)
 
@@ -135,6 +137,7 @@ def _list_kernel(
 @triton.jit
 def _tail_rows_kernel(
     tail_TN,
+    stride_tail,
     upstream_N,
     tile_lse_TN,
     reference_SN,
@@ -181,7 +184,7 @@ def _tail_rows_kernel(
     )
     upstream = tl.load(upstream_N + n, mask=valid, other=0.0)
     tail = tl.where((weight == 1) | (valid == 0), 0.0, upstream * mass * (1 - weight) * headroom)
-    tl.store(tail_TN + tile.to(tl.int64) * N + n, tail.to(tail_TN.dtype.element_ty), mask=n < N)
+    tl.store(tail_TN + tile.to(tl.int64) * stride_tail + n, tail.to(tail_TN.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -255,13 +258,27 @@ class Selection:
         )
         return (mass_BN.sum(0) / filter_.most_drawn).clamp_(min=filter_.eps)
 
-    def kept_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens kept with each tile [T, N] (the first count of each; 16 bits where they suffice) and count_T."""
+    def _matrix(self, dtype: torch.dtype, scratch_VD: torch.Tensor | None) -> torch.Tensor:
+        """[T, N] to be written: a row where a tile's rows of dC will stand, if those suffice; else in new memory."""
+        shape = (self.num_tiles, self.rows)
+        if scratch_VD is not None and scratch_VD.nbytes % dtype.itemsize == 0:
+            memory = scratch_VD.view(-1).view(dtype)
+            stride = self.flags["TILE"] * scratch_VD.stride(0) * scratch_VD.element_size() // dtype.itemsize
+            if min(stride, memory.shape[0] - (self.num_tiles - 1) * stride) >= self.rows:
+                return memory.as_strided(shape, (stride, 1))
+        return torch.empty(shape, dtype=dtype, device=self.n_valid.device)
+
+    def kept_tokens(self, scratch_VD: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens kept with each tile [T, N] (the first count of each; 16 bits where they suffice) and count_T.
+
+        In memory of ``scratch_VD``, see `_matrix`.
+        """
         dtype = torch.int16 if self.rows <= 1 << 15 else torch.int32
-        list_TN = torch.empty((self.num_tiles, self.rows), dtype=dtype, device=self.n_valid.device)
+        list_TN = self._matrix(dtype, scratch_VD)
         count_T = torch.empty(self.num_tiles, dtype=torch.int32, device=self.n_valid.device)
         _list_kernel[(self.num_tiles,)](
             list_TN,
+            list_TN.stride(0),
             count_T,
             *self.tensors,
             self.tile_key_T,
@@ -273,11 +290,14 @@ class Selection:
         )
         return list_TN, count_T
 
-    def tail_rows(self, upstream: Upstream, dtype: torch.dtype, headroom: float) -> torch.Tensor:
-        """R_TN in ``dtype``, times ``headroom``."""
-        tail_TN = torch.empty((self.num_tiles, self.rows), dtype=dtype, device=self.n_valid.device)
+    def tail_rows(
+        self, upstream: Upstream, dtype: torch.dtype, headroom: float, scratch_VD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """R_TN in ``dtype``, times ``headroom``, in memory of ``scratch_VD``, see `_matrix`."""
+        tail_TN = self._matrix(dtype, scratch_VD)
         _tail_rows_kernel[(self.num_tiles, triton.cdiv(self.rows, _ROWS))](
             tail_TN,
+            tail_TN.stride(0),
             upstream.softmax_N,
             *self.tensors,
             self.tile_key_T,

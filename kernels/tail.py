@@ -2,12 +2,10 @@
 
 π_j = Σ_i p_ij f'_ij / Σ_i s_i over about 128 sampled rows whose pair with the tile is not large (it must not depend on
 what is drawn, or the unbiased gradient would not be); it sums to 1 in a tile without softcap, and is uniform where the
-sample has no mass. c̃_t = Σ_j π_j c_j. With R from `select`: dE += Rᵀ c̃ and dC_j += π_j (R E)_t, two small products;
-the second, here, reads the hidden states of valid tokens where they are.
+sample has no mass. c̃_t = Σ_j π_j c_j. With R from `select`: dE += Rᵀ c̃ and dC_j += π_j (R E)_t, two small products.
 
-Grid of the means: one program of one warpgroup a tile, two on a Hopper multiprocessor. FLOPs: 2·128·V·D. Bytes: V·D·2
-read from memory, and again, backwards, so that the last that was read is still in L2.
-Grid of R E: (blocks of tiles, blocks of D). FLOPs: 2·T·N·D. Bytes: R and E once a block of D or of tiles, from L2.
+Grid: one program of one warpgroup a tile, two on a Hopper multiprocessor. FLOPs: 2·128·V·D. Bytes: V·D·2 read from
+memory, and again, backwards, so that the last that was read is still in L2.
 
 Shapes: N tokens, D hidden, V local rows, T tiles.
 """
@@ -16,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import can_use_tma, descriptor, load_block, load_rows, logits_of, precision, products_of_rows
+from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, products_of_rows
 from .problem import Logits
 from .select import Selection, pair_mass
 from .tuning import tuning_for
@@ -139,69 +137,3 @@ def tail_means(logits: Logits, selection: Selection, factor: torch.Tensor) -> tu
         num_warps=tuning.pair_warps,
     )
     return pi_V, mean_TD
-
-
-@triton.jit
-def _tail_product_kernel(
-    product_TD,
-    tail_TN,
-    hidden,
-    token_N,
-    n_valid_ptr,
-    factor,
-    T,
-    N,
-    D,
-    stride_hidden,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    first_d = tl.program_id(1) * BLOCK_D
-    n_valid = tl.load(n_valid_ptr)
-    products = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for first_n in tl.range(0, n_valid, BLOCK_N, num_stages=STAGES):
-        n = first_n + tl.arange(0, BLOCK_N)
-        valid = n < n_valid
-        places = tail_TN + t[:, None].to(tl.int64) * N + n[None, :]
-        tail = tl.load(places, mask=(t < T)[:, None] & valid[None, :], other=0.0)
-        token = tl.load(token_N + n, mask=valid, other=0)
-        e = load_rows(hidden, token, valid, first_d, D, stride_hidden, BLOCK_D)
-        products = tl.dot(tail, e, products, input_precision=PRECISION)
-    d = first_d + tl.arange(0, BLOCK_D)
-    places = product_TD + t[:, None].to(tl.int64) * D + d[None, :]
-    inside = (t < T)[:, None] & (d < D)[None, :]
-    tl.store(places, (products * factor).to(product_TD.dtype.element_ty), mask=inside)
-
-
-def tail_product(logits: Logits, tail_TN: torch.Tensor, factor: float) -> torch.Tensor:
-    """factor·(R E)_TD, in bf16 if R is, which rounds it alike; fp16 has no range for it, so then in fp32."""
-    hidden_ND = logits.hidden_ND
-    rows, hidden_size = hidden_ND.shape
-    tuning = tuning_for(hidden_ND)
-    dtype = torch.bfloat16 if tail_TN.dtype == torch.bfloat16 else torch.float32
-    product_TD = torch.empty((logits.num_tiles, hidden_size), dtype=dtype, device=hidden_ND.device)
-    block = tuning.pair_rows
-    grid = (triton.cdiv(logits.num_tiles, block), triton.cdiv(hidden_size, tuning.weight_block_d))
-    _tail_product_kernel[grid](
-        product_TD,
-        tail_TN,
-        hidden_ND,
-        logits.token_N,
-        logits.n_valid,
-        factor,
-        logits.num_tiles,
-        rows,
-        hidden_size,
-        hidden_ND.stride(0),
-        BLOCK_T=block,
-        BLOCK_D=tuning.weight_block_d,
-        BLOCK_N=tuning.weight_block_k,
-        PRECISION=precision(logits),
-        STAGES=tuning.pair_stages,
-        num_warps=tuning.pair_warps,
-    )
-    return product_TD

@@ -82,7 +82,6 @@ with tuning.forced(table):
         )
     exact.differentiate_exactly(logits, normaliser, upstream, None, None, floats(V), 1.0, 1 << 20)
     compact.compacted(logits)
-    tail.tail_product(logits, floats(V // TILE, N).to(DTYPE), 1.0)
     compact.scatter_rows(floats(N, D), torch.arange(N), ints(1), DTYPE)
 most = 232448 // (table.pair_programs if DTYPE.itemsize == 2 else 1) - 1024  # a program's own 1 KB
 assert max(shared["_differentiate_kernel"]) <= most, shared

@@ -16,7 +16,13 @@ CASES = {
     "one tile": ([96], 96, 3),
     "tiles without rows last": ([5, 96, 0, 0, 0], 96, 9),
 }
-SIZES = {"dE and dC": (3, 1, 2), "dE alone": (2, 1, 0), "dC alone": (2, 0, 3), "dE with P": (1, 0, 1), "P alone": (1, 0, 0)}
+SIZES = {
+    "dE and dC": (3, 1, 2),
+    "dE alone": (2, 1, 0),
+    "dC alone": (2, 0, 3),
+    "dE with P": (1, 0, 1),
+    "P alone": (1, 0, 0),
+}
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
