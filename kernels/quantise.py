@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 LARGEST = tl.constexpr(448.0)
-_ROWS, _BLOCK_D = 8, 512
+_ROWS = 4
 NOISE = 0.037
 """Relative error of a rounded product e_d·c_d; a sum's is at most NOISE·‖e‖₄·‖c‖₄ (Cauchy-Schwarz on Σ e²c²)."""
 # Rounding to e4m3 shrinks a vector along itself by the variance of its relative error: measured 7e-4 on random and on
@@ -154,7 +154,7 @@ def _quantise(
         correction / LARGEST.value,
         SUBTRACT=offset_R is None,
         ROWS=_ROWS,
-        BLOCK_D=_BLOCK_D,
+        BLOCK_D=1024 if columns > 3072 else 512,  # measured on an H100
     )
     if not out_RD.is_cuda:
         out_RD.copy_(out_RD.to(torch.float8_e4m3fn))
