@@ -1,5 +1,6 @@
 """What all tests share: the environment, and the pool of ranks."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -20,7 +21,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 torch.set_num_threads(1)
 
+import interpreter  # noqa: E402
 from ranks import RankPool  # noqa: E402
+
+interpreter.quicken()
 
 # Files that need an optional framework to be imported are left out where it is not installed.
 _NEEDS = {
@@ -45,6 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not look at it over and over."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
