@@ -23,6 +23,9 @@ What a case may rely on:
 
 After a failure or a timeout the processes are killed, and the next case gets new ones. A case that leaves global state
 behind in its process (a framework's own registries) should be followed by ``ranks.close()``, to the same end.
+
+Without a GPU new processes are forks of a server that has done nothing but import what this session's tests import, so
+that they are there at once; a fork cannot use CUDA, so that with a GPU each of them imports it all again.
 """
 
 import faulthandler
@@ -52,6 +55,17 @@ import torch.multiprocessing as mp
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_HEAR_OTHER_RANKS = 5.0
 _SECONDS_TO_DUMP_STACKS = 3.0
+# What takes long to import, starts no thread, and keeps no state of what it is used for until it is used.
+_SLOW_IMPORTS = (
+    "pytest",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "triton.runtime.interpreter",
+    "transformers.models.gemma.modeling_gemma",
+    "transformers.models.llama.modeling_llama",
+    "deepspeed.runtime.zero.muon.original_muon",  # and torch.compile with it
+)
 
 
 class _RankTraceback(Exception):
@@ -112,10 +126,13 @@ class RankPool:
     def _start(self) -> None:
         if self._processes:
             return
-        context = mp.get_context("spawn")
+        context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        context.set_forkserver_preload([name for name in _SLOW_IMPORTS if name.split(".")[0] in sys.modules])
+        environment = dict(os.environ)  # a fork would have that of the first start
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs, self._stacks(rank)), daemon=True)
+            arguments = (rank, theirs, self._stacks(rank), environment)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -162,8 +179,10 @@ class RankPool:
         return results
 
 
-def _serve(rank: int, pipe: Connection, stacks: str) -> None:
+def _serve(rank: int, pipe: Connection, stacks: str, environment: dict[str, str]) -> None:
     """The life of a rank: a case at a time until the pool closes the pipe."""
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     pipe.send_bytes(b"started")
     with Path(stacks).open("w") as stacks_file:
@@ -197,6 +216,10 @@ def _run_case(rank: int, case: dict[str, Any], arguments: bytes) -> Any:
         MASTER_PORT=str(case["port"]),
     )
     function: Any = _import(case["module"], case["file"])
+    if "triton" in sys.modules:
+        import interpreter
+
+        interpreter.quicken()
     for name in case["function"].split("."):
         function = getattr(function, name)
     args = pickle.loads(arguments)
