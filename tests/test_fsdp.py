@@ -39,7 +39,7 @@ from cce_dist.config import CCEConfig
 from cce_dist.fsdp import adopt, shard_head
 
 EXACT = CCEConfig(gradient="exact", materialize="raise")
-STEPS = 5
+STEPS = 3  # an error of the state that steps leave shows in the third one's loss
 SLOW_START = 240.0  # a rank's first case imports transformers
 HIDDEN = 32
 
@@ -404,7 +404,7 @@ FULL = [
     [pytest.param(world, case, id=f"{world} ranks,{case}") for world, case in FAST]
     + [pytest.param(world, case, id=f"{world} ranks,{case}", marks=pytest.mark.full) for world, case in FULL],
 )
-def test_five_clipped_adamw_steps_equal_the_plain_model(ranks: RankPool, world: int, case: Case) -> None:
+def test_clipped_adamw_steps_equal_the_plain_model(ranks: RankPool, world: int, case: Case) -> None:
     expected = _train_plain(case, world)
     for record in ranks.run(world, _train_sharded, case, timeout=SLOW_START):
         _assert_equal(record, expected)
@@ -552,13 +552,13 @@ def test_real_logits_in_training_have_the_gradient_of_the_plain_model(ranks: Ran
 
 
 def _adopted_late(case: Case) -> Record:
-    """Two steps of stock FSDP2 and an evaluation, then the head is adopted."""
+    """A step of stock FSDP2 and an evaluation, then the head is adopted."""
     model, rank = _build(case), dist.get_rank()
     _shard(model, replace(case, entry="stock"), _mesh(case))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     record = Record([], [], {})
     for step in range(STEPS):
-        if step == 2:
+        if step == 1:
             with torch.no_grad():
                 model(_batch(case, step, 0, rank)[0])
             adopt(model, config=EXACT)
