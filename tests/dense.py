@@ -4,6 +4,7 @@ Shapes: N tokens (the valid ones first), D hidden, V local rows, T tiles.
 """
 
 import math
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -131,11 +132,16 @@ def padded_lse(logits: Logits, d: Dense) -> Tensor:
 
 def normaliser(backend: ModuleType, logits: Logits, d: Dense) -> Normaliser:
     """The log-sum-exp as the backend's `differentiate` takes it."""
-    unit = backend.summarise(logits, False, 1 << 20).unit
+    unit = _unit(backend)
     max_N = torch.zeros_like(padded_lse(logits, d))
     max_N[: d.lse_N.shape[0]] = d.z_NV.amax(1)
     max_N /= unit
     return Normaliser(max_N, padded_lse(logits, d) / unit - max_N, unit)
+
+
+@cache
+def _unit(backend: ModuleType) -> float:
+    return float(backend.summarise(make_logits(1, 1, 1), False, 1 << 20).unit)
 
 
 def is_large(logits: Logits, d: Dense, eps: float) -> Tensor:

@@ -55,10 +55,10 @@ def mean_gradient(
     backend: ModuleType, logits: Logits, d: Dense, upstream: Upstream, count: int, most_drawn: float
 ) -> list[Tensor]:
     tiles = backend.summarise(logits, True, 1 << 20).tiles
-    total: list[Tensor] = []
+    norm, total = normaliser(backend, logits, d), list[Tensor]()
     for k in range(count):
         filter_ = Filter("unbiased", EPS, most_drawn=most_drawn, uniform=(k + 0.5) / count)
-        got = backend.differentiate(logits, tiles, normaliser(backend, logits, d), upstream, filter_, EVERYTHING)
+        got = backend.differentiate(logits, tiles, norm, upstream, filter_, EVERYTHING)
         total = (
             [x.double() / count for x in got]
             if not total
