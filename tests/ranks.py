@@ -24,6 +24,9 @@ What a case may rely on:
 After a failure or a timeout the processes are killed, and the next case gets new ones. A case that leaves global state
 behind in its process (a framework's own registries) should be followed by ``ranks.close()``, to the same end.
 
+So do processes in which many groups are left: torch keeps some in caches, and each has a thread of gloo's that wakes up
+a hundred times a second.
+
 Without a GPU new processes are forks of a server that has done nothing but import what this session's tests import, so
 that they are there at once; a fork cannot use CUDA, so that with a GPU each of them imports it all again.
 """
@@ -55,9 +58,11 @@ import torch.multiprocessing as mp
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_HEAR_OTHER_RANKS = 5.0
 _SECONDS_TO_DUMP_STACKS = 3.0
+_MOST_THREADS = 100
 # What takes long to import, starts no thread, and keeps no state of what it is used for until it is used.
 _SLOW_IMPORTS = (
     "pytest",
+    "torch._dynamo.debug_utils",  # what the first use of a function that torch.compile must not touch imports
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
@@ -89,6 +94,8 @@ class RankPool:
         """Calls ``function(*args)`` on ranks 0 to ``world - 1`` of a new process group; returns what each returned."""
         if not 1 <= world <= self.size:
             raise ValueError(f"world must be 1 to {self.size}, the size of the pool; got {world}.")
+        if any(_threads(process.pid) > _MOST_THREADS for process in self._processes):
+            self.close()
         self._start()
         self._cases += 1
         case = {
@@ -267,6 +274,13 @@ def _failure(error: BaseException) -> bytes:
     except Exception:  # whatever keeps it from being pickled
         reply = pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}"), text))
     return reply
+
+
+def _threads(pid: int) -> int:
+    try:
+        return len(list(Path(f"/proc/{pid}/task").iterdir()))
+    except OSError:  # it has died, or this is not Linux
+        return 0
 
 
 def _free_port() -> int:
