@@ -1,6 +1,7 @@
 """The pool of ranks itself: what every distributed test relies on."""
 
 import os
+import threading
 import time
 from dataclasses import dataclass
 
@@ -48,6 +49,30 @@ def test_a_case_gets_a_group_of_exactly_its_ranks(ranks: RankPool, world: int) -
 def test_groups_of_one_case_do_not_reach_the_next(ranks: RankPool) -> None:
     for _ in range(3):
         assert ranks.run(4, _subgroup_sum) == [1, 1, 5, 5]
+
+
+def _pid_of_many_threads(count: int) -> int:
+    for _ in range(count):
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    return os.getpid()
+
+
+def test_processes_with_many_threads_are_replaced(ranks: RankPool) -> None:
+    first, again, after = (ranks.run(2, _pid_of_many_threads, count) for count in (0, 150, 0))
+    assert first == again
+    assert not set(first) & set(after)
+
+
+def _variable() -> str | None:
+    return os.environ.get("CCE_DIST_TESTS_OF_THE_POOL")
+
+
+def test_new_processes_have_the_environment_of_their_start(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("one", "two"):
+        monkeypatch.setenv("CCE_DIST_TESTS_OF_THE_POOL", value)
+        ranks.close()
+        assert ranks.run(2, _variable) == [value] * 2
+    ranks.close()
 
 
 @pytest.mark.full
