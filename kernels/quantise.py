@@ -23,8 +23,8 @@ NOISE = 0.037
 # trained rows. Sums of 8-bit products are cut, not rounded: measured on an H200, 2 to 9e-6 for 32 columns.
 _SHRINKAGE = 7e-4
 _CUT_PER_COLUMN = 4e-6 / 32
-# What `torch.mean` over every so many rows gives is near enough to the mean.
-_MEAN_STRIDE = 16
+# The mean of so many rows is near enough to that of all.
+_MEAN_ROWS = 4096
 
 
 @triton.jit
@@ -103,7 +103,7 @@ class Quantised(NamedTuple):
 
 def common_row(weight_VD: torch.Tensor) -> torch.Tensor:
     """A row near the mean of all, [D] in fp32; zero where it would not be finite."""
-    mean_D = weight_VD[::_MEAN_STRIDE].mean(0, dtype=torch.float32)
+    mean_D = weight_VD[:: max(weight_VD.shape[0] // _MEAN_ROWS, 1)].mean(0, dtype=torch.float32)
     return torch.where(mean_D.isfinite(), mean_D, 0.0)
 
 

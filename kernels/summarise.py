@@ -310,7 +310,7 @@ def estimate(logits: Logits) -> Estimate:
         first_split = first_row // (blocks_per_split * tuning.block_v)
         weight_vD = weight_VD[v]
         weight = quantise_weight(weight_vD, common_D, copy_vD[: weight_vD.shape[0]])
-        norms.append(weight.norm_R.amax())
+        norms.append(weight.norm_R)
         chunk = logits._replace(
             hidden_ND=hidden.rows_RD,
             weight_VD=weight.rows_RD,
@@ -324,7 +324,7 @@ def estimate(logits: Logits) -> Estimate:
             blocks_per_split,
             tuning,
         )
-    noise_N = hidden.norm_R * torch.stack(norms).amax() * (NOISE * abs(logits.logit_scale))
+    noise_N = hidden.norm_R * torch.cat(norms).amax() * (NOISE * abs(logits.logit_scale))
     tiles = Tiles(lse_TN, partials[2], blocks_per_split * tuning.block_v // logits.tile)
     return Estimate(_finish(logits, partials, tiles), noise_N)
 
