@@ -7,63 +7,33 @@ sample has no mass. c̃_t = Σ_j π_j c_j. With R from `select`: dE += Rᵀ c̃ 
 Grid: one program of one warpgroup a tile, two on a Hopper multiprocessor. FLOPs: 2·128·V·D. Bytes: V·D·2 read from
 memory, and again, backwards, so that the last that was read is still in L2.
 
-Shapes: N tokens, D hidden, V local rows, T tiles, S sampled tokens.
+Shapes: N tokens, D hidden, V local rows, T tiles.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .blocks import can_use_tma, descriptor, load_block, logits_of, precision
+from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, products_of_rows
 from .problem import Logits
 from .select import Selection, pair_mass
 from .tuning import tuning_for
 
 SAMPLED_ROWS = 128
-_ROWS, _BLOCK_D = 4, 1024
-
-
-@triton.jit
-def _sample(k, n_valid, SAMPLES: tl.constexpr):
-    """The compacted row of sample k: evenly spaced."""
-    return (k.to(tl.int64) * n_valid // SAMPLES).to(tl.int32)
-
-
-@triton.jit
-def _sample_kernel(
-    sampled_SD,
-    hidden,
-    token_N,
-    n_valid_ptr,
-    D,
-    stride_hidden,
-    SAMPLES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The sampled hidden states, which every tile is multiplied with. Grid: (blocks of samples, blocks of D)."""
-    n_valid = tl.load(n_valid_ptr)
-    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    sample = _sample(k, n_valid, SAMPLES)
-    valid = sample < n_valid
-    token = tl.load(token_N + sample, mask=valid, other=0)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    rows = hidden + token[:, None].to(tl.int64) * stride_hidden + d[None, :]
-    e = tl.load(rows, mask=valid[:, None] & (d < D)[None, :], other=0.0)
-    tl.store(sampled_SD + k[:, None] * D + d[None, :], e, mask=(d < D)[None, :])
 
 
 @triton.jit
 def _tail_mean_kernel(
     pi_V,
     mean_TD,
-    sampled,
+    hidden,
     weight,
     bias,
     tile_lse_TN,
     reference_SN,
     lse2_N,
     target_N,
+    token_N,
     n_valid_ptr,
     factor_ptr,
     eps,
@@ -71,6 +41,7 @@ def _tail_mean_kernel(
     tiles_per_split,
     V,
     D,
+    stride_hidden,
     stride_weight,
     scale,
     softcap,
@@ -85,13 +56,25 @@ def _tail_mean_kernel(
 ):
     tile = tl.program_id(0)
     n_valid = tl.load(n_valid_ptr)
-    sample = _sample(tl.arange(0, SAMPLES), n_valid, SAMPLES)
+    sample = (tl.arange(0, SAMPLES).to(tl.int64) * n_valid // SAMPLES).to(tl.int32)
     valid = sample < n_valid
-    products = tl.zeros([SAMPLES, TILE], tl.float32)
-    for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-        e = load_block(sampled, 0, d, SAMPLES, D, D, SAMPLES, BLOCK_D, TMA)
-        c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
-        products = tl.dot(e, c.T, products, input_precision=PRECISION)
+    products = products_of_rows(
+        tl.load(token_N + sample, mask=valid, other=0),
+        valid,
+        tile,
+        hidden,
+        weight,
+        V,
+        D,
+        stride_hidden,
+        stride_weight,
+        SAMPLES,
+        TILE,
+        BLOCK_D,
+        TMA,
+        PRECISION,
+        STAGES,
+    )
     columns = tile * TILE + tl.arange(0, TILE)
     z, slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     _, large = pair_mass(
@@ -122,34 +105,24 @@ def tail_means(logits: Logits, selection: Selection, factor: torch.Tensor) -> tu
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     vocab, hidden_size = weight_VD.shape
     tuning = tuning_for(hidden_ND)
-    sampled_SD = hidden_ND.new_empty((SAMPLED_ROWS, hidden_size))
-    _sample_kernel[(SAMPLED_ROWS // _ROWS, triton.cdiv(hidden_size, _BLOCK_D))](
-        sampled_SD,
-        hidden_ND,
-        logits.token_N,
-        logits.n_valid,
-        hidden_size,
-        hidden_ND.stride(0),
-        SAMPLES=SAMPLED_ROWS,
-        ROWS=_ROWS,
-        BLOCK_D=_BLOCK_D,
-    )
-    tma = tuning.tma and can_use_tma(sampled_SD, weight_VD)
+    tma = tuning.tma and can_use_tma(weight_VD)
     pi_V = torch.empty(vocab, dtype=torch.float32, device=hidden_ND.device)
     mean_TD = torch.empty((logits.num_tiles, hidden_size), dtype=hidden_ND.dtype, device=hidden_ND.device)
     _tail_mean_kernel[(logits.num_tiles,)](
         pi_V,
         mean_TD,
-        descriptor(sampled_SD, SAMPLED_ROWS, tuning.pair_block_d, tma),
+        hidden_ND,
         descriptor(weight_VD, logits.tile, tuning.pair_block_d, tma),
         logits.bias_V,
         *selection.masses,
+        logits.token_N,
         logits.n_valid,
         factor,
         selection.draw[2],
         *selection.sizes,
         vocab,
         hidden_size,
+        hidden_ND.stride(0),
         weight_VD.stride(0),
         logits.logit_scale,
         1.0 if logits.softcap is None else logits.softcap,

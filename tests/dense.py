@@ -141,7 +141,7 @@ def normaliser(backend: ModuleType, logits: Logits, d: Dense) -> Normaliser:
 
 @cache
 def _unit(backend: ModuleType) -> float:
-    return float(backend.summarise(make_logits(1, 1, 1), False, 1 << 20).unit)
+    return float(backend.summarise(make_logits(1, 1, 1, dtype=torch.float16), False, 1 << 20).unit)
 
 
 def is_large(logits: Logits, d: Dense, eps: float) -> Tensor:
