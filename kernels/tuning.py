@@ -29,7 +29,7 @@ class Tuning(NamedTuple):
             holds block_n rows by block_v columns of logits, a whole number of tiles.
         row_group: row blocks that run side by side, so that their hidden states stay in L2 while the classifier passes.
         splits: vocabulary splits of summarise.
-        flat_below: the largest D for which summarise walks over tiles and D in one loop.
+        flat_below: the largest D for which summarise walks over tiles and D in one loop (in 8 bits: twice that).
         tma: load tiles through tensor descriptors.
         pair_rows: rows of a block of kept pairs in the sparse backward.
         pair_block_d, pair_stages: its steps along D.
@@ -60,7 +60,8 @@ class Tuning(NamedTuple):
 
     def for_8_bits(self) -> "Tuning":
         """The same for a summary of 8-bit copies: as many bytes along D."""
-        return self._replace(block_d=2 * self.block_d) if self.tma else self
+        flat = self._replace(flat_below=2 * self.flat_below)
+        return flat._replace(block_d=2 * self.block_d) if self.tma else flat
 
 
 class Row(NamedTuple):
