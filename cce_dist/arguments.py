@@ -231,7 +231,9 @@ def _eps(filter_eps: float | str, gradient: Gradient, vocab_size: int) -> float:
     is_large = vocab_size >= 100_000
     if gradient == "filtered":
         return 2.0**-9.4 if is_large else 2.0**-10.25
-    return (2.0**-9.3 if vocab_size >= 200_000 else 2.0**-9.5) if is_large else 2.0**-9
+    if vocab_size >= 200_000:
+        return 2.0**-9.3
+    return 2.0**-9.5 if is_large else 2.0**-9
 
 
 def _backend(backend: Backend, hidden: Tensor) -> Literal["triton", "torch"]:

@@ -26,7 +26,7 @@ import triton.language as tl
 PAIR, HIDDEN, WEIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _SUB, _CHUNK, _KIND = tl.constexpr(24), tl.constexpr(48), tl.constexpr(56)  # first bits; the tile stands below
 _MASK = tl.constexpr((1 << 24) - 1)
-_HIDDEN_ITEM, _WEIGHT_ITEM = tl.constexpr(1 << 56), tl.constexpr(2 << 56)
+_HIDDEN_ITEM, _WEIGHT_ITEM = tl.constexpr(HIDDEN.value << 56), tl.constexpr(WEIGHT.value << 56)
 
 
 @triton.jit
