@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from cce_dist.config import Backend, FirstPass, Gradient
+from cce_dist.config import Agreeing, Backend, CCEConfig, FirstPass, Gradient
 from cce_dist.kernels.problem import TILE
 from cce_dist.shard import VocabShard
 
@@ -33,15 +33,19 @@ class Settings(NamedTuple):
     gradient: Gradient
     tail: bool
     filter_eps: float
-    seed: int | None
+    seed: int | Tensor | None
     backend: Literal["triton", "torch"]
     first_pass: Literal["full", "fp8"]
     workspace_mb: int | None
     max_tokens: int | None
+    agreement: Agreeing
 
 
 def check_tensors(hidden: Any, weight_VD: Any, labels: Any, bias_V: Any, shard: VocabShard) -> None:
     """Raises TypeError or ValueError where shapes, dtypes or devices do not fit together or to the shard."""
+    for name, x in (("hidden", hidden), ("weight", weight_VD), ("labels", labels), ("bias", bias_V)):
+        if not isinstance(x, Tensor) and not (name == "bias" and x is None):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
     for name, x in (("hidden", hidden), ("weight", weight_VD), ("bias", bias_V)):
         _require(bool(x is None or x.is_floating_point()), f"{name} must be a floating-point tensor", _dtype(x))
     _require(hidden.dtype in _DTYPES, "hidden must be fp32, fp16, bf16 or fp64", hidden.dtype)
@@ -87,6 +91,7 @@ def check_settings(
     needs_grad: bool,
     workspace_mb: Any,
     max_tokens: Any,
+    agreement: Any,
 ) -> Settings:
     """Checks and resolves the settings of a call; raises ValueError that names the argument."""
     _require(_is_int(ignore_index), "ignore_index must be an int", ignore_index)
@@ -98,25 +103,35 @@ def check_settings(
     _require(logit_scale is None or _is_number(logit_scale), "logit_scale must be a finite float or None", logit_scale)
     for name, value, allowed in (
         ("reduction", reduction, get_args(Reduction)),
-        ("gradient", gradient, get_args(Gradient)),
+        ("gradient", gradient, (*get_args(Gradient), None)),
         ("backend", backend, get_args(Backend)),
         ("first_pass", first_pass, get_args(FirstPass)),
         ("tail", tail, (True, False)),
+        ("agreement", agreement, get_args(Agreeing)),
     ):
         _require(
             any(value is a or (isinstance(value, str) and value == a) for a in allowed),
             f"{name} must be one of {allowed}",
             value,
         )
-    is_count = num_valid_tokens is None or _is_int(num_valid_tokens)
+    is_count = num_valid_tokens is None or (_is_int(num_valid_tokens) and num_valid_tokens >= 0)
     is_scalar = isinstance(num_valid_tokens, Tensor) and num_valid_tokens.ndim == 0
-    _require(is_count or is_scalar, "num_valid_tokens must be an int, a 0-d tensor or None", num_valid_tokens)
+    _require(
+        is_count or is_scalar, "num_valid_tokens must be an int, 0 or more, a 0-d tensor or None", num_valid_tokens
+    )
     _require(
         num_valid_tokens is None or reduction == "mean", 'num_valid_tokens goes with reduction="mean"', repr(reduction)
     )
     is_eps = filter_eps == "auto" if isinstance(filter_eps, str) else _is_number(filter_eps) and 0 <= filter_eps < 1
     _require(is_eps, 'filter_eps must be "auto" or in [0, 1)', filter_eps)
-    _require(seed is None or (_is_int(seed) and -(2**63) <= seed < 2**63), "seed must be a 64-bit int or None", seed)
+    if isinstance(seed, Tensor):
+        is_seed = seed.ndim == 0 and seed.dtype == torch.int64 and seed.device == hidden.device
+        _require(
+            is_seed, f"a tensor as seed must be int64, 0-d, on {hidden.device}", f"{_shown(seed)} on {seed.device}"
+        )
+    else:
+        is_seed = seed is None or (_is_int(seed) and -(2**63) <= seed < 2**63)
+        _require(is_seed, "seed must be a 64-bit int, a 0-d int64 tensor or None", seed)
     tokens = labels.numel()
     _require(
         max_tokens is None or (_is_int(max_tokens) and max_tokens >= tokens),
@@ -128,8 +143,16 @@ def check_settings(
         "workspace_mb must be an int, 1 or more, or None",
         workspace_mb,
     )
-    exact = gradient == "exact" or filter_eps == 0
+    _require(
+        agreement == "every_call" or shard.token_group is None or max_tokens is not None,
+        'agreement="first_call" needs max_tokens where each rank brings its own tokens, since the ranks do not '
+        "exchange their numbers then",
+        max_tokens,
+    )
     resolved = _backend(backend, hidden)
+    if gradient is None:
+        gradient = choose_gradient(resolved, None if filter_eps == "auto" else filter_eps)
+    exact = gradient == "exact" or filter_eps == 0
     return Settings(
         ignore_index,
         shift,
@@ -145,7 +168,31 @@ def check_settings(
         "full" if exact or not needs_grad else _first_pass(first_pass, hidden, resolved),
         workspace_mb,
         max_tokens,
+        agreement,
     )
+
+
+def check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """Raises ValueError for a label out of range. On CUDA a device-side assertion does, which does not wait."""
+    legal = ((labels >= 0) & (labels < vocab_size)) | (labels == ignore_index)
+    message = f"labels must be in [0, {vocab_size}) or ignore_index"
+    if labels.is_cuda:
+        torch._assert_async(legal.all(), f"{message}.")
+    elif not legal.all():
+        raise ValueError(
+            f"{message}, got {labels[~legal].unique()[:8].tolist()}; check the tokenizer's vocabulary size."
+        )
+
+
+def choose_gradient(backend: str, filter_eps: float | None) -> Gradient:
+    """What ``gradient=None`` stands for: the torch backend is fastest with "exact", Triton with "unbiased"."""
+    return "unbiased" if backend == "triton" or filter_eps is not None else "exact"
+
+
+def gradient_on(config: CCEConfig, device: torch.device) -> Gradient:
+    """The gradient that a config means on a device, for 16- and 32-bit training."""
+    triton = config.backend == "triton" or (config.backend == "auto" and device.type == "cuda")
+    return config.gradient or choose_gradient("triton" if triton else "torch", config.filter_eps)
 
 
 def workspace_bytes(settings: Settings, num_tokens: int, element_size: int) -> int:
@@ -180,15 +227,20 @@ def default_workspace_mb(num_tokens: int, element_size: int, exact: bool) -> int
     return max(_EXACT_WORKSPACE_MB, least_mb) if exact else _SPARSE_WORKSPACE_MB + 8 * least_mb
 
 
-def contract(hidden: Tensor, bias_V: Tensor | None, shard: VocabShard, settings: Settings) -> Mapping[str, Any]:
-    """What every rank of the vocabulary group must say alike, by name."""
+def contract(
+    hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, shard: VocabShard, settings: Settings
+) -> Mapping[str, Any]:
+    """What every rank of the vocabulary group must say alike in a call, by name."""
     counted = "" if settings.num_valid_tokens is None else " with num_valid_tokens"
     return {
         "vocab_size": shard.vocab_size,
+        "grad mode": torch.is_grad_enabled(),
         "hidden's last dimension": hidden.shape[-1],
         "hidden's dtype": str(hidden.dtype),
         "hidden's need of a gradient": hidden.requires_grad,
+        "weight's need of a gradient": weight_VD.requires_grad,
         "bias": bias_V is not None,
+        "bias's need of a gradient": bias_V is not None and bias_V.requires_grad,
         "token_group": shard.token_group is not None,
         "count_group": shard.count_group is not None,
         "reduce_dtype": str(shard.reduce_dtype),
@@ -196,8 +248,8 @@ def contract(hidden: Tensor, bias_V: Tensor | None, shard: VocabShard, settings:
         **{
             name: getattr(settings, name)
             for name in (
-                "ignore_index", "softcap", "logit_scale", "gradient", "tail", "filter_eps", "backend", "first_pass",
-                "workspace_mb", "max_tokens",
+                "ignore_index", "shift", "softcap", "logit_scale", "gradient", "tail", "filter_eps", "backend",
+                "first_pass", "workspace_mb", "max_tokens", "agreement",
             )
         },
     }  # fmt: skip
@@ -205,10 +257,14 @@ def contract(hidden: Tensor, bias_V: Tensor | None, shard: VocabShard, settings:
 
 def _require(holds: bool, rule: str, got: Any) -> None:
     if not holds:
-        shown = f"shape {list(got.shape)}" if isinstance(got, Tensor) else got
+        shown = _shown(got) if isinstance(got, Tensor) else got
         raise ValueError(
             f"{rule}; got {shown!r}." if isinstance(shown, str) and shown is got else f"{rule}; got {shown}."
         )
+
+
+def _shown(x: Tensor) -> str:
+    return f"shape {list(x.shape)}" if x.ndim else f"a 0-d {x.dtype} tensor"
 
 
 def _dtype(x: Any) -> Any:

@@ -119,7 +119,7 @@ def plan(arguments: Sequence[str]) -> int:
             gpus=parsed.gpus,
             gpu=parsed.gpu.lower(),
             gpus_per_node=parsed.gpus_per_node,
-            gradient=parsed.gradient or (section.gradient if section else "unbiased"),
+            gradient=parsed.gradient or (section and section.gradient) or "unbiased",
             workspace_mb=section.workspace_mb if section else None,
             network=parsed.network_gbit and parsed.network_gbit * 1e9 / 8,
         )

@@ -8,26 +8,29 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 Gradient = Literal["unbiased", "exact", "filtered"]
 Backend = Literal["auto", "triton", "torch"]
 FirstPass = Literal["auto", "full", "fp8"]
+Agreeing = Literal["every_call", "first_call"]
 
 
 class CCEConfig(BaseModel):
     """Settings of the loss. An unknown key or a bad value raises, naming the key, the value and what is allowed.
 
-    Where a key is ``None`` the loss chooses (``filter_eps`` by mode, ``workspace_mb`` by mode and number of tokens).
+    Where a key is ``None`` the loss chooses (``gradient`` by backend, ``filter_eps`` by mode, ``workspace_mb`` by mode
+    and number of tokens).
     The string "auto" is not a value here: accelerate rejects it inside a DeepSpeed JSON.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     enabled: bool = True
-    gradient: Gradient = "unbiased"
+    gradient: Gradient | None = None
     tail: bool = True
     filter_eps: float | None = Field(default=None, ge=0.0, lt=1.0)
     backend: Backend = "auto"
     first_pass: FirstPass = "auto"
     workspace_mb: int | None = Field(default=None, ge=1)
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(default=None, ge=1)
+    agreement: Agreeing = "every_call"
     vocab_parallel_size: int | None = Field(default=None, ge=1)
     materialize: Literal["warn", "raise"] = "warn"
 
@@ -42,6 +45,7 @@ class CCEConfig(BaseModel):
             "workspace_mb": self.workspace_mb,
             "seed": self.seed,
             "max_tokens": self.max_tokens,
+            "agreement": self.agreement,
         }
 
     @classmethod

@@ -1,14 +1,16 @@
 """The loss: cross-entropy of hidden · weightᵀ whose logits are never formed, on a whole or a sharded vocabulary.
 
-The path of a token: `linear_cross_entropy` checks and flattens; `_LinearCrossEntropy` gathers the ranks' tokens where
-they differ, puts the valid ones first, has the backend summarise this rank's rows (`kernels`), and merges the
-shards' log-sum-exps and target logits (`collectives`); after a first pass in 8 bits they are refined and merged again.
+The path of a token: `linear_cross_entropy` checks, agrees with the other ranks' hosts on the call (`shard.agreement`)
+and flattens; `_LinearCrossEntropy` gathers the ranks' tokens where they differ, puts the valid ones first, has the
+backend summarise this rank's rows (`kernels`), and merges the shards' log-sum-exps and target logits (`collectives`);
+after a first pass in 8 bits they are refined and merged again.
 Backward hands the backend the global log-sum-exp, keeps dC on its rank and sums dE over the ranks, while the backend
 computes dC.
 
 Shapes: n tokens of this rank, N tokens of the token group, D hidden, V local rows of the classifier.
 """
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, overload
@@ -17,21 +19,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as ShardPlacement
+from torch.utils.weak import WeakIdKeyDictionary
 
-from cce_dist.arguments import Reduction, Settings, check_settings, check_tensors, contract, workspace_bytes
+from cce_dist.arguments import (
+    Reduction,
+    Settings,
+    check_labels,
+    check_settings,
+    check_tensors,
+    contract,
+    workspace_bytes,
+)
 from cce_dist.collectives import (
     gather_tokens,
     group_mean,
     merge_softmax,
-    most_tokens,
     start_all_reduce,
     start_reduce_scatter,
+    token_fingerprint,
 )
-from cce_dist.config import Backend, FirstPass, Gradient
+from cce_dist.config import Agreeing, Backend, FirstPass, Gradient
 from cce_dist.kernels import reference
 from cce_dist.kernels.problem import MOST_DRAWN, TILE, Filter, Gradients, Logits, Normaliser, Tiles, Upstream, Wanted
 from cce_dist.shard import VocabShard
+from cce_dist.shard.agreement import Agreement
+from cce_dist.shard.groups import ranks_of
 
 
 @overload
@@ -55,26 +69,32 @@ def linear_cross_entropy(  # type: ignore[misc]
     logit_scale: float | None = None,
     reduction: Reduction = "mean",
     num_valid_tokens: int | Tensor | None = None,
-    gradient: Gradient = "unbiased",
+    gradient: Gradient | None = None,
     tail: bool = True,
     filter_eps: float | Literal["auto"] = "auto",
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     backend: Backend = "auto",
     first_pass: FirstPass = "auto",
     workspace_mb: int | None = None,
     max_tokens: int | None = None,
+    agreement: Agreeing = "every_call",
     return_lse: bool = False,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of z = softcap·tanh(logit_scale·(hidden · weightᵀ + bias) / softcap) against labels.
 
     Source of the method: "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009. Every rank of
-    ``shard.vocab_group`` must make the call in every step, also with no token or no valid label.
+    ``shard.vocab_group`` must make the call in every step, also with no token or no valid label. Settings may change
+    from call to call, on all ranks alike.
 
     Args:
         hidden: [..., D], fp32, fp16, bf16 (or fp64 with the torch backend); cast to the autocast dtype under autocast.
+            A DTensor on a 1-D mesh, as a tensor-parallel body gives it: the ranks of ``token_group`` bring the tokens
+            that they hold, other ranks all tokens.
         weight: [V, D], this rank's rows; cast to hidden's dtype, its gradient returns in its own. A DTensor must be
             Shard(0) on a 1-D mesh: rows and group come from it, and its gradient is a DTensor.
-        labels: [...], integers in [0, vocab_size) over the GLOBAL vocabulary, or ``ignore_index``.
+        labels: [...], integers in [0, vocab_size) over the GLOBAL vocabulary, or ``ignore_index``. Ranks that bring the
+            same tokens must bring the same labels, which is checked (on CUDA by a device-side assertion).
         bias: [V], this rank's.
         shard: which global rows these are, and the process groups. None: all rows, in this process alone.
         shift: position l of hidden is compared with label l + shift, along labels' last axis.
@@ -83,34 +103,45 @@ def linear_cross_entropy(  # type: ignore[misc]
             tokens of ``shard.count_group``, the same value on every rank of it; NaN where there is no valid token.
         num_valid_tokens: with "mean", divide this rank's sum by this instead (an int, or a 0-d tensor).
         gradient: "exact"; "unbiased": negligible parts of the softmax are sampled, exact in expectation; "filtered":
-            they are replaced by their mean (``tail``), or dropped (``tail=False``).
+            they are replaced by their mean (``tail``), or dropped (``tail=False``). None: "exact" with the torch
+            backend, "unbiased" with Triton's kernels or where ``filter_eps`` is given.
         filter_eps: softmax mass below which 128 consecutive rows are negligible to a token; 0 makes any mode exact.
-        seed: of the sampling; None: drawn from the default generator of the device.
+        seed: of the sampling. None: drawn from the default generator of the device, anew in each call. An int: the
+            start of a sequence, which all calls of this process with that int go on with, also those of a captured
+            CUDA graph. A 0-d int64 tensor on hidden's device: its value at the time of the call; the caller changes it.
         backend: "triton" (CUDA), "torch" (any device), "auto": triton on CUDA.
         first_pass: "fp8": forward finds the parts of the softmax that matter from 8-bit copies of hidden and weight,
             then computes those in full: half the time, and an error of the loss below that of bf16 logits. "full": all
             in hidden's precision. "auto": fp8 where it was measured to pay (16-bit training on Hopper, with a filter).
         workspace_mb: memory that backward may use for recomputed probabilities, at least 256 bytes a token (fp32: 512).
         max_tokens: the most tokens that any rank of the token group brings; None: the ranks exchange it per call.
+        agreement: "every_call": the hosts exchange a few numbers in each call, so that what any of them knows of a
+            fault is an error on every rank. "first_call": only in the first call with given settings; later the others
+            wait for a rank that has raised until their group's timeout. It needs ``max_tokens`` with a token group, and
+            no group that moves CPU tensors. The replay of a CUDA graph exchanges nothing.
         return_lse: also return the log-sum-exp [..., L - shift] (fp32, differentiable, 0 where ignored).
 
     Returns:
         The loss in fp32 (fp64 for fp64), or (loss, lse).
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit; at the first call with a shard on every rank of its
-            group. A label out of range raises on every rank: on CUDA as a device-side assertion.
+        ValueError, TypeError: for arguments that do not fit, on every rank of the vocabulary group (there a
+            ValueError), before anything is computed. On CUDA a label out of range is a device-side assertion, on every
+            rank. A ``shard`` that is none, and what happens in backward, concern the rank alone.
     """
-    for name, x in (("hidden", hidden), ("weight", weight), ("labels", labels), ("bias", bias)):
-        if not isinstance(x, Tensor) and not (name == "bias" and x is None):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
-    weight_VD, shard = _resolve(weight, shard)
-    bias_V = bias.to_local(grad_placements=bias.placements) if isinstance(bias, DTensor) else bias
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    settings, fault = None, None
+    if shard is not None and not isinstance(shard, VocabShard):
+        raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}.")
+    shard = shard if shard is not None else _own_shard(weight)
+    settings, fault, tokens, equal = None, None, 0, {}
     try:
+        if unknown:
+            raise TypeError(f"linear_cross_entropy takes no argument {', '.join(unknown)}.")
+        weight_VD, bias_V = _local(weight), _local(bias)
+        hidden, labels, whole = _held_tokens(hidden, labels, shard)
         check_tensors(hidden, weight_VD, labels, bias_V, shard)
+        tokens = labels.numel()
+        if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         settings = check_settings(
             hidden,
             labels,
@@ -131,16 +162,33 @@ def linear_cross_entropy(  # type: ignore[misc]
             and any(x.requires_grad for x in (hidden, weight_VD, bias_V) if x is not None),
             workspace_mb=workspace_mb,
             max_tokens=max_tokens,
+            agreement=agreement,
         )
+        equal = {**contract(hidden, weight_VD, bias_V, shard, settings), "hidden is a DTensor in parts": bool(whole)}
+        if shard.token_group is None:
+            workspace_bytes(settings, tokens, hidden.element_size())
+        if not whole and not labels.is_cuda:
+            check_labels(_shifted(labels.long(), shift, ignore_index), ignore_index, shard.vocab_size)
     except (TypeError, ValueError) as error:
-        fault = str(error)  # raised by agree, on every rank
-    same_tokens = {"number of tokens": labels.numel()} if shard.token_group is None else {}
-    shard.agree({} if settings is None else contract(hidden, bias_V, shard, settings), same_tokens, fault)
+        fault = error  # told to every rank, and raised there
+    agreed = Agreement(
+        shard,
+        tokens,
+        equal,
+        fault,
+        every_call=agreement != "first_call",
+        counts=settings is not None and settings.reduction == "mean" and settings.num_valid_tokens is None,
+    )
+    if fault is not None or whole:
+        agreed.most_tokens()
     assert settings is not None
-
+    if whole:
+        hidden, labels = _redistributed(hidden), _redistributed(labels)
+        check_labels(_shifted(labels.long(), shift, ignore_index), ignore_index, shard.vocab_size)
     labels_n = _shifted(labels.long(), shift, ignore_index).reshape(-1)
+    hidden_nD = hidden.reshape(-1, hidden.shape[-1])
     nll_n, lse_n = _LinearCrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight_VD, bias_V, labels_n, shard, settings, torch.is_grad_enabled()
+        hidden_nD, weight_VD, bias_V, labels_n, shard, settings, agreed, torch.is_grad_enabled()
     )
     loss = _reduce(nll_n, labels_n, labels, shard, settings)
     return (loss, _unflatten(lse_n, labels, shift)) if return_lse else loss
@@ -171,12 +219,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_n: Tensor,
         shard: VocabShard,
         settings: Settings,
+        agreed: Agreement,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
-        hidden_ND, labels_N, most = _gather(hidden_nD, labels_n, shard, settings)
+        hidden_ND, labels_N, most = _gather(hidden_nD, labels_n, shard, settings, agreed)
         workspace = workspace_bytes(settings, labels_N.shape[0], hidden_ND.element_size())
         valid_N = labels_N != settings.ignore_index
-        _check_labels(labels_N, valid_N, shard.vocab_size)
+        if labels_N.is_cuda:
+            check_labels(labels_N, settings.ignore_index, shard.vocab_size)
+        same_labels = token_fingerprint(labels_N) if shard.same_tokens else None
         order_N, place_N, n_valid = _valid_first(valid_N)
         valid_N, labels_N = valid_N[order_N], labels_N[order_N]
         hidden_ND = hidden_ND if hidden_ND.stride(1) == 1 else hidden_ND.contiguous()
@@ -189,11 +240,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             backend = _backend(settings)
             if settings.first_pass == "fp8":
                 estimate = backend.estimate(logits)
-                estimated, _ = merge_softmax(estimate.summary, shard.vocab_group)
+                agreed.most_tokens()
+                estimated, _ = merge_softmax(estimate.summary, shard.vocab_group, same_labels)
+                same_labels = None
                 summary = backend.refine(logits, estimate, estimated, settings.filter_eps)
             else:
                 summary = backend.summarise(logits, needs_grad and settings.gradient != "exact", workspace)
-            normaliser, target_logit_N = merge_softmax(summary, shard.vocab_group)
+            agreed.most_tokens()
+            normaliser, target_logit_N = merge_softmax(summary, shard.vocab_group, same_labels)
         seed = _draw_seed(settings, hidden_nD.device) if needs_grad and settings.gradient == "unbiased" else None
 
         if needs_grad:
@@ -248,10 +302,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden_nD,
             _with_padding(gradients.weight_VD, weight_VD),
             _with_padding(grad_bias_V, bias_V),
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 5,
         )
 
 
@@ -295,26 +346,16 @@ def _backend(settings: Settings) -> ModuleType:
     return pipeline
 
 
-def _gather(hidden_nD: Tensor, labels_n: Tensor, shard: VocabShard, settings: Settings) -> tuple[Tensor, Tensor, int]:
+def _gather(
+    hidden_nD: Tensor, labels_n: Tensor, shard: VocabShard, settings: Settings, agreed: Agreement
+) -> tuple[Tensor, Tensor, int]:
     """All tokens of the token group, each rank's part padded to the most that any rank brings."""
     if shard.token_group is None:
         return hidden_nD, labels_n, labels_n.shape[0]
-    host_group = shard.host_group
-    assert host_group is not None
-    most = settings.max_tokens if settings.max_tokens is not None else most_tokens(labels_n.shape[0], host_group)
+    most = agreed.most_tokens() if settings.max_tokens is None else settings.max_tokens
+    agreed.most_tokens()
     labels_N = gather_tokens(labels_n, most, shard.token_group, fill=settings.ignore_index)
     return gather_tokens(hidden_nD, most, shard.token_group), labels_N, most
-
-
-def _check_labels(labels_N: Tensor, valid_N: Tensor, vocab_size: int) -> None:
-    legal = ((labels_N >= 0) & (labels_N < vocab_size)) | ~valid_N
-    message = f"labels must be in [0, {vocab_size}) or ignore_index"
-    if labels_N.is_cuda:
-        torch._assert_async(legal.all(), f"{message}.")
-    elif not legal.all():
-        raise ValueError(
-            f"{message}, got {labels_N[~legal].unique()[:8].tolist()}; check the tokenizer's vocabulary size."
-        )
 
 
 def _valid_first(valid_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -328,10 +369,27 @@ def _valid_first(valid_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return order_N, place_N.to(torch.int32), n_valid.to(torch.int32)
 
 
+_NEXT_SEED = 0x9E3779B97F4A7C15 - 2**64  # as a signed number
+_seeds: dict[tuple[int, torch.device], Tensor] = {}
+
+
 def _draw_seed(settings: Settings, device: torch.device) -> Tensor:
-    if settings.seed is not None:
-        return torch.full((1,), settings.seed, dtype=torch.int64, device=device)
-    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    """int64 [1], of this call alone: backward, and a recomputed forward's backward, get it with the saved tensors."""
+    if settings.seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if isinstance(settings.seed, Tensor):
+        return settings.seed.detach().reshape(1).clone()
+    key = settings.seed, device
+    if key not in _seeds:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"seed={settings.seed} is used for the first time inside of a CUDA graph capture, where its sequence "
+                "would start anew at each replay: call the loss once before capturing, or pass a tensor as seed."
+            )
+        _seeds[key] = torch.full((1,), settings.seed, dtype=torch.int64, device=device)
+    seed = _seeds[key].clone()
+    _seeds[key] += _NEXT_SEED
+    return seed
 
 
 def _restore(values_N: Tensor, order_N: Tensor, valid_N: Tensor) -> Tensor:
@@ -366,7 +424,8 @@ def _upstream(
         return Upstream(softmax_N, target_N, softmax_N.new_ones(()))
     both_2N = torch.stack((softmax_N, target_N))
     largest = torch.where(both_2N.isfinite(), both_2N.abs(), 0).amax()
-    scale = torch.where(largest == 0, 1.0, torch.exp2(torch.ceil(torch.log2(largest))))
+    highest = math.frexp(torch.finfo(largest.dtype).max)[1] - 1  # the next power of two is infinite
+    scale = torch.where(largest == 0, 1.0, torch.exp2(torch.ceil(torch.log2(largest)).clamp(max=highest)))
     return Upstream(softmax_N / scale, target_N / scale, scale)
 
 
@@ -424,17 +483,59 @@ def _unflatten(values_n: Tensor, labels: Tensor, shift: int) -> Tensor:
     return values if shift == 0 else values[..., : max(labels.shape[-1] - shift, 0)]
 
 
-def _resolve(weight: Tensor, shard: VocabShard | None) -> tuple[Tensor, VocabShard]:
-    if isinstance(weight, DTensor):
-        shard = shard if shard is not None else _dtensor_shard(weight)
-        return weight.to_local(grad_placements=weight.placements), shard
-    return weight, shard if shard is not None else VocabShard.whole(max(weight.shape[0], 1))
+def _local(x: Any) -> Any:
+    """This rank's part of a parameter; a DTensor's gradient returns with its placements."""
+    return x.to_local(grad_placements=x.placements) if isinstance(x, DTensor) else x
 
 
-def _dtensor_shard(weight: DTensor) -> VocabShard:
-    """One shard per parameter, or per mesh and shape for what is computed from one: the ranks agree once a shard."""
-    holder = weight if weight.is_leaf else weight.device_mesh
-    shards = holder.__dict__.setdefault("_cce_dist_shards", {})
-    if weight.shape not in shards:
-        shards[weight.shape] = VocabShard.from_dtensor(weight)
-    return shards[weight.shape]
+_dtensor_shards: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The shards of DTensors, by mesh and shape: ranks compare rows at the first use of a shard. Nothing hangs on the
+parameters and meshes, which users save."""
+
+
+def _own_shard(weight: Any) -> VocabShard:
+    """The shard of a classifier that comes without one."""
+    if not isinstance(weight, DTensor):
+        rows = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else 1
+        return VocabShard.whole(max(rows, 1))
+    shards = _dtensor_shards.setdefault(weight.device_mesh, {})
+    key = weight.shape, tuple(weight.placements)
+    if key not in shards:
+        shards[key] = VocabShard.from_dtensor(weight)
+    return shards[key]
+
+
+def _held_tokens(hidden: Any, labels: Any, shard: VocabShard) -> tuple[Any, Any, bool]:
+    """Hidden states and labels as plain tensors, without communication; or still DTensors, to be `_redistributed`.
+
+    Raises:
+        ValueError: DTensors that say something else than the shard.
+    """
+    held = {"hidden": hidden, "labels": labels}
+    for name, x in held.items():
+        if not isinstance(x, DTensor):
+            continue
+        placements = tuple(x.placements)
+        if x.device_mesh.ndim != 1:
+            raise ValueError(
+                f"{name} must be a plain tensor or a DTensor on a 1-D mesh, got {placements} on a mesh of shape "
+                f"{tuple(x.device_mesh.shape)}; pass its to_local()."
+            )
+        ranks = ranks_of(x.device_mesh.get_group())
+        own = shard.token_group is not None and len(ranks) > 1 and set(ranks) <= set(ranks_of(shard.token_group))
+        last = hidden.ndim - 1
+        if own and not (isinstance(placements[0], ShardPlacement) and placements[0].dim != last):
+            raise ValueError(
+                f"{name} is a DTensor with placements {placements} over ranks {ranks}, of which token_group says that "
+                "each brings tokens of its own: shard it along a dimension of tokens, or leave token_group out."
+            )
+        if own or placements == (Replicate(),):
+            held[name] = x.to_local(grad_placements=placements)
+    return held["hidden"], held["labels"], any(isinstance(x, DTensor) for x in held.values())
+
+
+def _redistributed(x: Tensor) -> Tensor:
+    """All tokens of a DTensor, on each rank; the gradient that each has is that of all tokens."""
+    if not isinstance(x, DTensor):
+        return x
+    return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])

@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from cce_dist import CCEConfig, linear_cross_entropy
+from cce_dist.arguments import gradient_on
 
 WHERE = 'the section "cce_dist" of ds.json'
 
@@ -15,7 +16,7 @@ def test_the_defaults_are_those_of_the_loss() -> None:
     config = CCEConfig()
     assert config.enabled
     assert config.loss_kwargs() == {
-        "gradient": "unbiased",
+        "gradient": None,
         "tail": True,
         "filter_eps": "auto",
         "backend": "auto",
@@ -23,6 +24,7 @@ def test_the_defaults_are_those_of_the_loss() -> None:
         "workspace_mb": None,
         "seed": None,
         "max_tokens": None,
+        "agreement": "every_call",
     }
 
 
@@ -36,6 +38,33 @@ def test_settings_reach_the_loss() -> None:
         gradients.append(gradient)
     assert torch.equal(gradients[0], gradients[1])
     assert not torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "chosen"),
+    [
+        ({}, "cpu", "exact"),
+        ({}, "cuda", "unbiased"),
+        ({"backend": "torch"}, "cuda", "exact"),
+        ({"backend": "triton"}, "cpu", "unbiased"),
+        ({"filter_eps": 0.01}, "cpu", "unbiased"),
+        ({"gradient": "filtered"}, "cpu", "filtered"),
+        ({"gradient": "exact"}, "cuda", "exact"),
+    ],
+)
+def test_the_default_gradient_is_the_fast_one_of_the_device(settings: dict[str, Any], device: str, chosen: str) -> None:
+    assert gradient_on(CCEConfig(**settings), torch.device(device)) == chosen
+
+
+def test_the_loss_takes_the_default_gradient_of_its_backend() -> None:
+    """On the torch backend exact: the gradient is that of the exact mode, bit by bit."""
+    hidden, weight, labels = torch.randn(5, 8), torch.randn(700, 8, requires_grad=True), torch.tensor([1, 2, 3, 4, 5])
+    default, exact, unbiased = (
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, **settings), weight)[0]
+        for settings in ({}, {"gradient": "exact"}, {"gradient": "unbiased", "filter_eps": 0.3})
+    )
+    assert torch.equal(default, exact)
+    assert not torch.equal(default, unbiased)
 
 
 def test_a_config_cannot_be_changed() -> None:
@@ -62,6 +91,8 @@ def test_a_config_cannot_be_changed() -> None:
         ({"enabled": "perhaps"}, ["enabled", "perhaps", "boolean"]),
         ({"tail": None}, ["tail", "None", "boolean"]),
         ({"seed": "x"}, ["seed", "x", "integer"]),
+        ({"seed": 2**63}, ["seed", str(2**63), "less than"]),
+        ({"agreement": "never"}, ["agreement", "never", "every_call", "first_call"]),
     ],
 )
 def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(mapping: dict[str, Any], parts: list[str]) -> None:

@@ -19,9 +19,12 @@ from reference import (
     assert_no_worse,
     assert_repeats,
     cce_outcome,
+    fixed_draws,
     generator_state,
+    grad_of,
     leaf,
     make_problem,
+    plain_outcome,
     relative_error,
 )
 from sharded import Layout, assert_ranks_no_worse, make_rank_problem, sharded_outcome
@@ -248,7 +251,9 @@ def test_two_losses_in_one_backward_add_up(mode: dict[str, Any], backend: str) -
     hidden = [leaf(problem.hidden[0]), leaf(other.hidden[0])]
     total = torch.zeros((), device=DEVICE)
     for p, e in zip((problem, other), hidden, strict=True):
-        loss, lse = linear_cross_entropy(e, weight, p.labels[0], return_lse=True, backend=backend, **mode)
+        loss, lse = linear_cross_entropy(
+            e, weight, p.labels[0], return_lse=True, backend=backend, **fixed_draws(mode, e)
+        )
         total = total + loss * p.upstream[0] + sum((lse * u).sum() for u in p.lse_upstream)
     total.backward()
     assert relative_error(weight.grad, alone[0].dweight[0] + alone[1].dweight[0]) < 1e-6
@@ -272,7 +277,7 @@ def test_only_the_wanted_gradients_are_computed(wanted: str, mode: dict[str, Any
         problem.labels[0],
         bias=inputs["bias"],
         reduction="none",
-        **mode,
+        **fixed_draws(mode, inputs["hidden"]),
     )
     loss.backward(problem.upstream[0])
     for name, expected in (("hidden", full.dhidden), ("weight", full.dweight), ("bias", full.dbias)):
@@ -397,6 +402,43 @@ def test_seeds_decide_the_draws(backend: str) -> None:
     seeded = [cce_outcome(problem, seed=5, **settings).dweight[0] for _ in range(2)]
     assert_repeats(seeded[0], seeded[1])
     assert torch.equal(state, generator_state()), "a given seed must not consume the generator"
+
+
+@every_backend
+def test_an_int_as_seed_gives_other_draws_at_each_call(backend: str) -> None:
+    """Averaged over calls the gradient tends to the exact one, which it would not if the draws were the same."""
+    problem = peaked()
+    truth = plain_outcome(problem, torch.float64).dweight[0]
+    grads = []
+    for _ in range(24):
+        hidden, weight = problem.hidden[0], leaf(problem.weight)
+        loss = linear_cross_entropy(
+            hidden, weight, problem.labels[0], backend=backend, filter_eps=0.2, seed=2_000_003, **problem.options
+        )
+        (loss * problem.upstream[0]).sum().backward()
+        grads.append(grad_of(weight).double())
+    alone = max(relative_error(grad, truth) for grad in grads)
+    assert relative_error(torch.stack(grads).mean(0), truth) < 2.5 * alone / 24**0.5
+
+
+@every_backend
+def test_a_tensor_as_seed_counts_with_its_value_at_the_call(backend: str) -> None:
+    problem, seed = peaked(), torch.tensor(5, device=DEVICE)
+    settings: dict[str, Any] = {"backend": backend, "filter_eps": 0.2, **problem.options}
+
+    def gradient(advance: int) -> Tensor:
+        weight = leaf(problem.weight)
+        loss = linear_cross_entropy(problem.hidden[0], weight, problem.labels[0], seed=seed, **settings)
+        seed.add_(advance)
+        (loss * problem.upstream[0]).sum().backward()
+        return grad_of(weight)
+
+    five, six, back = gradient(1), gradient(-1), gradient(0)
+    assert_repeats(five, back)
+    assert not torch.equal(five, six)
+    for wrong in (torch.tensor([5]), torch.tensor(5.0), torch.tensor(5, device="meta")):
+        with pytest.raises(ValueError, match="a tensor as seed must be int64, 0-d"):
+            linear_cross_entropy(problem.hidden[0], problem.weight, problem.labels[0], seed=wrong)
 
 
 def test_recomputation_by_checkpointing_draws_the_same() -> None:
