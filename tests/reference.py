@@ -205,7 +205,7 @@ def cce_outcome(problem: Problem, **settings: Any) -> Outcome:
 
 def fixed_draws(settings: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
     """The settings, an int as ``seed`` made a tensor: of an int the loss makes a sequence of draws."""
-    if "seed" not in settings:
+    if settings.get("seed") is None:
         return settings
     return {**settings, "seed": torch.tensor(settings["seed"], dtype=torch.int64, device=hidden.device)}
 

@@ -384,6 +384,22 @@ def test_deterministic_mode_repeats_gradients_bitwise(backend: str) -> None:
     assert_same(first, second)
 
 
+@every_mode_and_backend
+def test_a_huge_upstream_gradient_overflows_no_sooner_than_the_gradient(mode: dict[str, Any], backend: str) -> None:
+    """3e38 is past the largest power of two that fp32 has; the gradients are some 1e36."""
+    problem = peaked(reduction="none", ignored=0.0)
+    settings = {"filter_eps": 1e-3, **mode, "backend": backend}
+    for field, smaller in (("dhidden", 2.0**-8), ("dweight", 2.0**8)):
+        scaled = replace(problem, hidden=(problem.hidden[0] / smaller,), weight=problem.weight * smaller)
+        one, huge = (
+            cce_outcome(replace(scaled, upstream=(torch.full_like(problem.upstream[0], size),)), **settings)
+            for size in (1e-3, 3e38)
+        )
+        expected = getattr(one, field)[0].double() * 3e41
+        assert 1e35 < expected.abs().amax() < 1e38
+        assert relative_error(getattr(huge, field)[0], expected) < 1e-5
+
+
 # Draws
 
 
@@ -581,6 +597,11 @@ GOOD: dict[str, Any] = {
         ({"filter_eps": float("nan")}, "filter_eps must be"),
         ({"num_valid_tokens": 3, "reduction": "sum"}, "num_valid_tokens.*mean"),
         ({"num_valid_tokens": torch.ones(2)}, "num_valid_tokens must be"),
+        ({"num_valid_tokens": -1}, "num_valid_tokens must be an int, 0 or more.*-1"),
+        ({"weight": torch.tensor(3.0)}, r"weight \[V, D\].*weight \[\]"),
+        ({"agreement": "never"}, "agreement must be one of.*never"),
+        ({"smoothing": 0.1}, "takes no argument smoothing"),
+        ({"shard": 40}, "shard must be a VocabShard or None, got int"),
         ({"workspace_mb": 0}, "workspace_mb must be"),
         ({"workspace_mb": 1.5}, "workspace_mb must be"),
         ({"max_tokens": 10.5}, "max_tokens must be"),
@@ -618,7 +639,7 @@ def test_autocast_computes_in_its_dtype_and_returns_the_inputs_dtypes(mode: dict
     hidden, weight, bias = leaf(problem.hidden[0]), leaf(problem.weight), leaf(problem.bias)  # type: ignore[arg-type]
     with torch.autocast(DEVICE, dtype=dtype):
         loss = linear_cross_entropy(
-            hidden, weight, problem.labels[0], bias=bias, reduction="none", backend=backend, **mode
+            hidden, weight, problem.labels[0], bias=bias, reduction="none", backend=backend, **fixed_draws(mode, hidden)
         )
     loss.backward(problem.upstream[0])
     assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32,) * 3  # type: ignore[union-attr]

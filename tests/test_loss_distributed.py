@@ -6,13 +6,16 @@ Errors of use end on every rank with a text that says what to change, and never 
 import copy
 import io
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from launched import Command
 from ranks import RankPool
 from reference import (
     DEVICE,
@@ -27,6 +30,7 @@ from reference import (
     plain_outcome,
     relative_error,
 )
+from runs import RENDEZVOUS
 from sharded import (
     Layout,
     Runs,
@@ -795,6 +799,35 @@ def _wrong_in_one_vocabulary_group(first: bool) -> str:
 def test_a_fault_in_one_vocabulary_group_raises_in_the_others_of_its_count_group(ranks: RankPool, first: bool) -> None:
     for said in ranks.run(4, _wrong_in_one_vocabulary_group, first, timeout=20):
         assert "rank 3: softcap must be" in said
+
+
+LATER_FAULT_IN_ONE_GROUP = """
+import torch, torch.distributed as dist
+from cce_dist import VocabShard, linear_cross_entropy
+
+dist.init_process_group("gloo")
+pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+pair = pairs[dist.get_rank() // 2]
+shard = VocabShard.even(40, pair, pair, count_group=dist.group.WORLD)
+for step in range(2):
+    labels = torch.tensor([1, 2, 77 if (step, dist.get_rank()) == (1, 3) else 3])
+    linear_cross_entropy(torch.zeros(3, 8), torch.zeros(shard.num_rows, 8), labels, shard=shard)
+    print("done with step", step, flush=True)
+"""
+
+
+@pytest.mark.full
+def test_a_later_fault_in_one_vocabulary_group_ends_the_others_by_the_launcher(tmp_path: Path) -> None:
+    """Ranks 2 and 3 raise; ranks 0 and 1 wait for them in the mean's sum, and torchrun ends those."""
+    script = tmp_path / "script.py"
+    script.write_text(LATER_FAULT_IN_ONE_GROUP)
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", *RENDEZVOUS, script]
+    with Command(arguments, tmp_path / "log") as command:
+        assert command.wait(120) != 0
+        assert "rank 3: labels must be in [0, 40) or ignore_index, got [77]" in command.said
+        assert command.said.count("done with step 0") == 4
+        assert "done with step 1" not in command.said
+        assert command.alive() == []
 
 
 def _vocabulary_groups_with_different_settings() -> str:
