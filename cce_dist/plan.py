@@ -20,9 +20,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cce_dist.arguments import default_workspace_mb, least_workspace_mb
 from cce_dist.config import CCEConfig
 from cce_dist.kernels.problem import TILE
+from cce_dist.loss.settings import default_workspace_mb, least_workspace_mb
 
 MEASURED = Path(__file__).parent / "measured"
 """The result files of `benchmarks/loss.py`: a link to benchmarks/results."""

@@ -1,13 +1,17 @@
 """Settings: defaults, validation, and errors that name the key, the value and what is allowed."""
 
+import inspect
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from cce_dist import CCEConfig, linear_cross_entropy
-from cce_dist.arguments import gradient_on
+from cce_dist import CCEConfig, VocabShard, linear_cross_entropy
+from cce_dist.loss.settings import CallSettings, LossSettings, check_settings, contract, resolve
 
 WHERE = 'the section "cce_dist" of ds.json'
 
@@ -18,7 +22,7 @@ def test_the_defaults_are_those_of_the_loss() -> None:
     assert config.loss_kwargs() == {
         "gradient": None,
         "tail": True,
-        "filter_eps": "auto",
+        "filter_eps": None,
         "backend": "auto",
         "first_pass": "auto",
         "workspace_mb": None,
@@ -53,7 +57,7 @@ def test_settings_reach_the_loss() -> None:
     ],
 )
 def test_the_default_gradient_is_the_fast_one_of_the_device(settings: dict[str, Any], device: str, chosen: str) -> None:
-    assert gradient_on(CCEConfig(**settings), torch.device(device)) == chosen
+    assert CCEConfig(**settings).gradient_on(torch.device(device)) == chosen
 
 
 def test_the_loss_takes_the_default_gradient_of_its_backend() -> None:
@@ -122,3 +126,39 @@ def test_a_valid_section_is_taken_as_it_is() -> None:
     config = CCEConfig.from_mapping(mapping, WHERE)
     assert {key: getattr(config, key) for key in mapping} == mapping
     assert CCEConfig.from_mapping({}, WHERE) == CCEConfig()
+
+
+# One setting, one field: what else names the settings follows from it
+
+
+def test_the_signature_of_the_loss_is_the_settings_fields() -> None:
+    parameters = inspect.signature(linear_cross_entropy).parameters
+    own = ["hidden", "weight", "labels", "bias", "shard", "return_lse"]
+    assert list(parameters) == [*own, *CallSettings.model_fields]
+    defaults = {name: p.default for name, p in parameters.items() if name not in own}
+    assert defaults == {name: field.default for name, field in CallSettings.model_fields.items()}
+
+
+def test_the_docstring_of_the_loss_describes_every_setting() -> None:
+    text = inspect.getdoc(linear_cross_entropy)
+    assert text is not None
+    arguments = text[text.index("Args:") : text.index("Returns:")]
+    described = {name for line in re.findall(r"^    (\w[\w, ]*):", arguments, re.M) for name in line.split(", ")}
+    assert set(inspect.signature(linear_cross_entropy).parameters) == described
+
+
+def test_every_setting_of_a_config_reaches_the_loss_and_the_ranks_agree_on_it() -> None:
+    config = CCEConfig()
+    assert set(config.loss_kwargs()) == set(LossSettings.model_fields) < set(CallSettings.model_fields)
+    hidden, weight, labels = torch.zeros(3, 8), torch.zeros(40, 8), torch.zeros(3).long()
+    settings = check_settings(config.loss_kwargs())
+    shard = VocabShard.whole(40)
+    alike = contract(hidden, weight, None, shard, settings, resolve(settings, hidden, labels, shard, True))
+    may_differ = {name for name, field in CallSettings.model_fields.items() if field.json_schema_extra}
+    assert set(CallSettings.model_fields) - set(alike) == may_differ == {"seed", "num_valid_tokens"}
+
+
+def test_readmes_table_has_every_key_with_its_default() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    table = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", text[text.index("## Settings") :], re.M))
+    assert table == {name: json.dumps(field.default) for name, field in CCEConfig.model_fields.items()}

@@ -599,7 +599,7 @@ GOOD: dict[str, Any] = {
         ({"num_valid_tokens": torch.ones(2)}, "num_valid_tokens must be"),
         ({"num_valid_tokens": -1}, "num_valid_tokens must be an int, 0 or more.*-1"),
         ({"weight": torch.tensor(3.0)}, r"weight \[V, D\].*weight \[\]"),
-        ({"agreement": "never"}, "agreement must be one of.*never"),
+        ({"agreement": "never"}, "agreement must be.*every_call.*never"),
         ({"smoothing": 0.1}, "takes no argument smoothing"),
         ({"shard": 40}, "shard must be a VocabShard or None, got int"),
         ({"workspace_mb": 0}, "workspace_mb must be"),

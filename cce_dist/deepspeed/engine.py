@@ -14,7 +14,6 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils.logging import print_dist
 from torch import nn
 
-from cce_dist.arguments import gradient_on
 from cce_dist.config import CCEConfig
 from cce_dist.deepspeed import experts, tensor_parallel
 from cce_dist.deepspeed.guard import autotp_size, check_autotp, check_version, check_zero3, refuse_untested
@@ -223,6 +222,6 @@ def _describe(engine: Any, owner: ShardOwner, settings: CCEConfig) -> str:
     return (
         f"cce_dist is active: ZeRO stage {engine.zero_optimization_stage()}, "
         f"{f'tensor parallelism over {tensor}, ' if tensor > 1 else ''}"
-        f"gradient={gradient_on(settings, engine.device)}, "
+        f"gradient={settings.gradient_on(engine.device)}, "
         f"{shard.vocab_size} vocabulary rows over {group} rank(s), {shard.num_rows} of them on rank 0"
     )

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from cce_dist.arguments import gradient_on
 from cce_dist.train import checkpoint, data, engines, model
 from cce_dist.train.checkpoint import Progress
 from cce_dist.train.data import IGNORED, Batch, Corpus
@@ -205,7 +204,7 @@ def _start(this: _Run) -> Progress:
 def _announce(this: _Run, metrics: Metrics) -> None:
     """Says what runs, and writes it to run.json for `compare`."""
     settings, place = this.settings, this.place
-    gradient = gradient_on(engines.head_settings(settings), place.device) if settings.head == "cce" else None
+    gradient = engines.head_settings(settings).gradient_on(place.device) if settings.head == "cce" else None
     head = "a plain head" if gradient is None else f"a vocabulary-parallel CCE head ({gradient})"
     parameters = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in this.network.parameters())
     metrics.say(
