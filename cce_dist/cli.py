@@ -78,7 +78,7 @@ def compare(arguments: Sequence[str]) -> int:
 
 def doctor(arguments: Sequence[str]) -> int:
     """``doctor``: 0 when nothing is wrong on any rank, 1 for any fault, 2 for wrong arguments."""
-    from cce_dist.doctor import main
+    from cce_dist.tools.doctor.command import main
 
     return main(arguments)
 

@@ -15,20 +15,14 @@ import torch
 import torch.distributed as dist
 from ranks import RankPool, _free_port
 
-from cce_dist import doctor
 from cce_dist.cli import main
+from cce_dist.tools.doctor import loss, machine
+from cce_dist.tools.doctor.command import on_rank
+from cce_dist.tools.doctor.config import Checked, check_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ZERO3 = ROOT / "configs/deepspeed/zero3.json"
 CPU = torch.device("cpu")
-
-
-def _patch(**names: Any) -> Any:
-    """Replaces names of the doctor's module within a with-block."""
-    patch = pytest.MonkeyPatch()
-    for name, value in names.items():
-        patch.setattr(doctor, name, value)
-    return patch
 
 
 def _scaled_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -37,31 +31,28 @@ def _scaled_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
     return linear_cross_entropy(*args, **kwargs) * 1.01
 
 
-_versions = doctor.versions
-_SICK: dict[str, Any] = {
-    "nothing": {},
-    "version": {"versions": lambda: {**_versions(), "torch": "2.0.0"}},
-    "result": {"linear_cross_entropy": _scaled_loss},
-    "raises": {"loss_errors": lambda *_: torch.zeros(2) @ torch.zeros(3)},
+_versions = machine.versions
+_SICK: dict[str, tuple[Any, str, Any]] = {
+    "version": (machine, "versions", lambda: {**_versions(), "torch": "2.0.0"}),
+    "result": (loss, "linear_cross_entropy", _scaled_loss),
+    "raises": (loss, "loss_errors", lambda *_: torch.zeros(2) @ torch.zeros(3)),
 }
 
 
-def _visit(port: int, configs: list[Path | None], sickness: str) -> tuple[int, str]:
+def _visit(port: int, configs: list[Path | None], sickness: str | None) -> tuple[int, str]:
     """A case of the pool: the doctor on every rank; the last has the sickness. (exit code, what was printed)"""
     rank, world = dist.get_rank(), dist.get_world_size()
     dist.barrier()
     dist.destroy_process_group()  # the doctor makes its own
-    patch = _patch(**(_SICK[sickness] if rank == world - 1 else {}))
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            code = doctor.on_rank(rank, world, "127.0.0.1", port, False, configs[rank], 40.0)
-        finally:
-            patch.undo()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+        if sickness is not None and rank == world - 1:
+            patch.setattr(*_SICK[sickness])
+        code = on_rank(rank, world, "127.0.0.1", port, False, configs[rank], 40.0)
     return code, said.getvalue()
 
 
-def visit(ranks: RankPool, world: int, configs: list[Path | None], sickness: str = "nothing") -> str:
+def visit(ranks: RankPool, world: int, configs: list[Path | None], sickness: str | None = None) -> str:
     """What rank 0 printed; all ranks end alike, and the others print nothing."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     (code, said), *others = ranks.run(world, _visit, server.port, configs, sickness, timeout=120)
@@ -119,18 +110,18 @@ class TestRanks:
 
 
 class TestConfig:
-    def check(self, tmp_path: Path, content: Any, world: int = 4) -> doctor.Checked:
+    def check(self, tmp_path: Path, content: Any, world: int = 4) -> Checked:
         file = tmp_path / "ds.json"
         file.write_text(json.dumps(content))
-        return doctor.check_config(file, world, CPU)
+        return check_config(file, world, CPU)
 
     def test_the_shipped_files_have_no_fault(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(ROOT)
         for file in [*ROOT.glob("configs/deepspeed/*.json"), *ROOT.glob("configs/train/*.yaml")]:
-            assert doctor.check_config(file, 2, CPU).faults == []
+            assert check_config(file, 2, CPU).faults == []
 
     def test_a_section_that_stock_deepspeed_would_ignore_is_said_with_the_remedy(self) -> None:
-        (warning,) = doctor.check_config(ZERO3, 2, CPU).warnings
+        (warning,) = check_config(ZERO3, 2, CPU).warnings
         assert "without a word" in warning
         assert "cce_dist.deepspeed.install()" in warning
 
@@ -161,33 +152,34 @@ class TestConfig:
         file = tmp_path / "run.yaml"
         model = "output: out\nmodel: {config: {model_type: llama}}\n"
         file.write_text(f"{model}engine: none\nstepz: 3\n")
-        assert "stepz: unknown key" in doctor.check_config(file, 2, CPU).faults[0]
+        assert "stepz: unknown key" in check_config(file, 2, CPU).faults[0]
         file.write_text(f"{model}engine: none\n")
-        assert "engine: none is for a single process, got 2 ranks" in doctor.check_config(file, 2, CPU).faults[0]
-        assert doctor.check_config(file, 1, CPU).faults == []
+        assert "engine: none is for a single process, got 2 ranks" in check_config(file, 2, CPU).faults[0]
+        assert check_config(file, 1, CPU).faults == []
         file.write_text(f"{model}engine: fsdp2\ncce: {{vocab_parallel_size: 3}}\n")
-        assert "does not divide the 4 ranks" in doctor.check_config(file, 4, CPU).faults[0]
+        assert "does not divide the 4 ranks" in check_config(file, 4, CPU).faults[0]
 
     def test_a_file_that_is_not_there_is_named(self) -> None:
-        assert doctor.check_config(Path("/nowhere.yaml"), 2, CPU).faults == [
+        assert check_config(Path("/nowhere.yaml"), 2, CPU).faults == [
             "cannot read /nowhere.yaml: No such file or directory."
         ]
 
 
 _SICK_GROUPS = """
 import os, signal, sys, time
-from cce_dist import doctor
+from cce_dist.doctor import main
+from cce_dist.tools.doctor import council, groups
 
-stock = doctor._groups
+stock = groups.examine
 
 def sick(*args):
     if os.environ["RANK"] == "1":
         {what}
     return stock(*args)
 
-doctor._groups, doctor._GRACE = sick, 2.0
+groups.examine, council.GRACE = sick, 2.0
 if __name__ == "__main__":
-    sys.exit(doctor.main(["--seconds", "{seconds}"]))
+    sys.exit(main(["--seconds", "{seconds}"]))
 """
 _DIES, _HANGS = "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(1000)"
 

@@ -18,7 +18,7 @@ from cce_dist.cli import main
 from cce_dist.kernels.problem import TILE
 from cce_dist.plan import ELEMENT, GPUS, Job, Setting
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "benchmarks/results").glob("loss-*-trained-*.json"))
 GPU = "h100"  # the one that was measured
 CALIBRATION = plan.calibrate(FILES, GPU)
