@@ -55,7 +55,7 @@ def test_the_installed_wheel_computes_a_loss(wheel: Path, tmp_path: Path) -> Non
         "import cce_dist, torch; e, c, y = torch.randn(4, 8), torch.randn(9, 8), torch.arange(4);"
         "ours, stock = cce_dist.linear_cross_entropy(e, c, y), torch.nn.functional.cross_entropy(e @ c.T, y);"
         "torch.testing.assert_close(ours, stock);"
-        "from cce_dist.plan import MEASURED; assert list(MEASURED.glob('*.json')), 'no measurements';"
+        "from cce_dist.tools.plan.calibration import MEASURED; assert list(MEASURED.glob('*.json')), 'no measurements';"
         "print(cce_dist.__file__)"
     )
     assert _python(code, PYTHONPATH=str(tmp_path)).startswith(str(tmp_path))
