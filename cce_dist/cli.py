@@ -165,7 +165,7 @@ def report(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder for report.png and report.html (default: the first RUN)")
     parsed = parser.parse_args(arguments)
 
-    from cce_dist.report import write_report
+    from cce_dist.tools.report import write_report
 
     try:
         written = write_report(parsed.runs, parsed.out or parsed.runs[0])
