@@ -30,6 +30,7 @@ interpreter.quicken()
 _NEEDS = {
     "test_deepspeed_checkpoints.py": ("deepspeed", "transformers"),
     "test_deepspeed_engine.py": ("deepspeed", "transformers"),
+    "tools/test_doctor.py": ("rich", "yaml"),
     "tools/test_report.py": ("matplotlib", "rich", "transformers"),
     "test_train.py": ("transformers", "yaml"),
     "test_transformers_patch.py": ("transformers",),
