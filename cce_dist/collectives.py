@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cce_dist.device_check import device_check
 from cce_dist.kernels.problem import Normaliser, Summary
 
 # torch 2.13 renamed both and warns about the old names.
@@ -65,7 +66,7 @@ def _check_equal(pair: Tensor) -> None:
         "on all ranks that share the vocabulary, or, where each rank has tokens of its own, their group as token_group"
     )
     if pair.is_cuda:
-        torch._assert_async(equal, f"{message}.")
+        device_check(equal, f"{message}.")
     elif not equal:
         raise ValueError(f"{message}.")
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
+from cce_dist.device_check import device_check
 from cce_dist.owner import ShardOwner
 from cce_dist.shard import VocabShard
 from cce_dist.shard.agreement import Agreement
@@ -126,7 +127,7 @@ def _check_ids(ids_N: Tensor, vocab_size: int) -> None:
     legal = ((ids_N >= 0) & (ids_N < vocab_size)) | (ids_N == _NO_ID)
     message = f"ids must be in [0, {vocab_size})"
     if ids_N.is_cuda:
-        torch._assert_async(legal.all(), f"{message}.")
+        device_check(legal.all(), f"{message}.")
     elif not legal.all():
         raise IndexError(
             f"{message}, got {ids_N[~legal].unique()[:8].tolist()}; check the tokenizer's vocabulary size."

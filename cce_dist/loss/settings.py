@@ -15,6 +15,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
 from torch import Tensor
 
+from cce_dist.device_check import device_check
 from cce_dist.kernels.problem import TILE
 from cce_dist.shard import VocabShard
 
@@ -229,7 +230,7 @@ def check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
     legal = ((labels >= 0) & (labels < vocab_size)) | (labels == ignore_index)
     message = f"labels must be in [0, {vocab_size}) or ignore_index"
     if labels.is_cuda:
-        torch._assert_async(legal.all(), f"{message}.")
+        device_check(legal.all(), f"{message}.")
     elif not legal.all():
         raise ValueError(
             f"{message}, got {labels[~legal].unique()[:8].tolist()}; check the tokenizer's vocabulary size."

@@ -46,19 +46,34 @@ def timeout_of(group: ProcessGroup) -> timedelta | None:
         RuntimeError: gloo and NCCL of this torch keep it elsewhere.
     """
     kinds: list[Any] = []
-    for device in group._device_types:
-        backend: Any = group._get_backend(device)
-        backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it
-        timeout = getattr(getattr(backend, "options", None), "_timeout", None)
-        if isinstance(timeout, timedelta):
-            return timeout
-        kinds.append(backend.name())
+    try:
+        for device in group._device_types:
+            backend: Any = group._get_backend(device)
+            backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it
+            timeout = getattr(getattr(backend, "options", None), "_timeout", None)
+            if isinstance(timeout, timedelta):
+                return timeout
+            kinds.append(backend.name())
+    except AttributeError as error:
+        raise _unknown_torch("the timeout of a process group") from error
     if {"gloo", "nccl"} & set(kinds):
-        raise RuntimeError(
-            f"torch {torch.__version__} does not say the timeout of a {' or '.join(kinds)} group where cce_dist looks "
-            "for it, in options._timeout of its backend. torch 2.11 and 2.13 are tested; use one of them."
-        )
+        raise _unknown_torch(f"the timeout of a {' or '.join(kinds)} group")
     return None
+
+
+def _number_of_groups() -> int:
+    """Of this process: torch names a group that some ranks alone make after it."""
+    try:
+        return len(dist.distributed_c10d._world.pg_names)
+    except AttributeError as error:
+        raise _unknown_torch("how many process groups there are") from error
+
+
+def _unknown_torch(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"torch {torch.__version__} does not say {what} where cce_dist looks for it. torch 2.11 and 2.13 are tested; "
+        "use one of them."
+    )
 
 
 # Made once for a group, whatever shards use it, and forgotten with it.
@@ -123,7 +138,7 @@ def new_subgroup(
             who is in a group, or gloo does not connect.
     """
     outer = [within] if isinstance(within, ProcessGroup) else list(within)
-    said = [(dist.get_rank(), len(dist.distributed_c10d._world.pg_names), sorted(ranks))]
+    said = [(dist.get_rank(), _number_of_groups(), sorted(ranks))]
     for group in outer:
         parts: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(parts, said, group=group)

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from cce_dist.shard.agreement import State
 from cce_dist.shard.groups import Group, as_group, host_group, ranks_of, replica_group
+from cce_dist.shard.rows import even_parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +113,8 @@ class VocabShard:
         rows = vocab_size if padded_vocab_size is None else padded_vocab_size
         if rows < vocab_size:
             raise ValueError(f"padded_vocab_size must be at least vocab_size = {vocab_size}, got {rows}.")
-        size = -(-rows // dist.get_world_size(group))
-        start = min(size * dist.get_rank(group), rows)
         return cls(
-            ((start, min(start + size, rows)),),
+            (even_parts((0, rows), dist.get_world_size(group))[dist.get_rank(group)],),
             vocab_size,
             group,
             as_group(token_group, "token_group"),
@@ -146,10 +144,11 @@ class VocabShard:
                 f"weight must be a DTensor with placements (Shard(0),) on a 1-D mesh, got {tuple(weight.placements)} "
                 f"on a mesh of shape {tuple(weight.device_mesh.shape)}. Redistribute it."
             )
+        group = weight.device_mesh.get_group()
         return cls(
-            dtensor_runs(weight),
+            (even_parts((0, weight.shape[0]), dist.get_world_size(group))[dist.get_rank(group)],),
             weight.shape[0] if vocab_size is None else vocab_size,
-            weight.device_mesh.get_group(),
+            group,
             as_group(token_group, "token_group"),
             as_group(count_group, "count_group"),
             grad_divisor,
@@ -224,9 +223,3 @@ class VocabShard:
         if self.vocab_group is None or self.token_group is None:
             return self.vocab_group is not None
         return dist.get_world_size(self.token_group) < dist.get_world_size(self.vocab_group)
-
-
-def dtensor_runs(weight: DTensor) -> tuple[tuple[int, int], ...]:
-    """Global rows (start, stop) of a DTensor's local part that is sharded along dimension 0."""
-    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    return ((offset[0], offset[0] + shape[0]),)
