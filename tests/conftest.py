@@ -23,9 +23,11 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 torch.set_num_threads(1)
 
 import interpreter  # noqa: E402
+import uninitialised  # noqa: E402
 from ranks import RankPool  # noqa: E402
 
 interpreter.quicken()
+uninitialised.poison()
 
 # What an earlier run has found does not decide what this one tries.
 hypothesis.settings.register_profile("cce_dist", database=None)

@@ -54,6 +54,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import uninitialised
 
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_HEAR_OTHER_RANKS = 5.0
@@ -229,6 +230,7 @@ def _run_case(rank: int, case: dict[str, Any], arguments: bytes) -> Any:
         MASTER_PORT=str(case["port"]),
     )
     function: Any = _import(case["module"], case["file"])
+    uninitialised.poison()
     if "triton" in sys.modules:
         import interpreter
 

@@ -11,6 +11,7 @@ from reference import (
     DEVICE,
     TRITON_DTYPES,
     Problem,
+    assert_bitwise,
     assert_no_worse,
     assert_rounding_only,
     assert_within,
@@ -178,9 +179,9 @@ def test_the_classifier_may_have_another_dtype(dtype: torch.dtype) -> None:
     weight = problem.weight.bfloat16().to(dtype)
     got = cce_outcome(replace(problem, weight=weight), gradient="exact")
     expected = cce_outcome(replace(problem, weight=weight.float()), gradient="exact")
-    assert torch.equal(got.loss[0], expected.loss[0])
-    assert torch.equal(got.dhidden[0], expected.dhidden[0])
-    assert torch.equal(got.dweight[0], expected.dweight[0].to(dtype))
+    assert_bitwise(got.loss[0], expected.loss[0])
+    assert_bitwise(got.dhidden[0], expected.dhidden[0])
+    assert_bitwise(got.dweight[0], expected.dweight[0].to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -262,9 +263,9 @@ def test_strides_do_not_matter(backend: str) -> None:
         e, c, labels, return_lse=True, gradient="exact", backend=backend, reduction="none"
     )
     torch.autograd.backward([loss, lse], [strided.upstream[0], strided.lse_upstream[0]])
-    assert torch.equal(e.grad, expected.dhidden[0])
-    assert torch.equal(c.grad, expected.dweight[0])
-    assert torch.equal(loss, expected.loss[0])
+    assert_bitwise(e.grad, expected.dhidden[0])
+    assert_bitwise(c.grad, expected.dweight[0])
+    assert_bitwise(loss, expected.loss[0])
 
 
 def test_hidden_expanded_over_an_axis_gets_the_summed_gradient() -> None:

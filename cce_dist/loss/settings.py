@@ -159,12 +159,9 @@ def resolve(settings: CallSettings, hidden: Tensor, labels: Tensor, shard: Vocab
     gradient = settings.gradient or choose_gradient(backend, settings.filter_eps)
     eps = _eps(gradient, shard.vocab_size) if settings.filter_eps is None else settings.filter_eps
     exact = gradient == "exact" or eps == 0
-    return Method(
-        "exact" if exact else gradient,
-        eps,
-        backend,
-        "full" if exact or not needs_grad else _first_pass(settings.first_pass, hidden, backend),
-    )
+    asked_exact = exact and settings.gradient is not None
+    first_pass = "full" if asked_exact or not needs_grad else _first_pass(settings.first_pass, hidden, backend)
+    return Method("exact" if exact else gradient, eps, backend, "full" if exact else first_pass)
 
 
 def contract(
