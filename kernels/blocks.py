@@ -13,6 +13,8 @@ from .problem import Logits
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = 0.6931471805599453
+LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
+"""Options of every launch. Products and sums become fused multiply-adds, whatever Triton's default is: it changes."""
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .blocks import LAUNCH
 from .problem import Logits
 
 _ROWS, _BLOCK_D = 4, 1024
@@ -53,6 +54,7 @@ def compacted(logits: Logits) -> torch.Tensor:
             rows_ND.stride(0),
             ROWS=_ROWS,
             BLOCK_D=_BLOCK_D,
+            **LAUNCH,
         )
     return out_ND
 
@@ -65,5 +67,7 @@ def scatter_rows(
     out_ND = torch.empty((rows, columns), dtype=dtype, device=rows_ND.device)
     if out_ND.numel():
         grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _BLOCK_D))
-        _scatter_rows_kernel[grid](out_ND, rows_ND, token_N, n_valid, rows, columns, ROWS=_ROWS, BLOCK_D=_BLOCK_D)
+        _scatter_rows_kernel[grid](
+            out_ND, rows_ND, token_N, n_valid, rows, columns, ROWS=_ROWS, BLOCK_D=_BLOCK_D, **LAUNCH
+        )
     return out_ND

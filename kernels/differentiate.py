@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import can_use_tma, descriptor, load_block, load_rows, logits_of, precision, products_of_rows
+from .blocks import LAUNCH, can_use_tma, descriptor, load_block, load_rows, logits_of, precision, products_of_rows
 from .problem import Logits, Normaliser, Upstream
 from .schedule import PAIR, WEIGHT, schedule, unpack
 from .select import Selection, pair_weight
@@ -551,4 +551,5 @@ def differentiate(
         BLOCK_K=tuning.weight_block_k,
         num_warps=tuning.pair_warps,
         **selection.flags,
+        **LAUNCH,
     )

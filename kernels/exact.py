@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import can_use_tma, descriptor, load_block, logits_of, precision
+from .blocks import LAUNCH, can_use_tma, descriptor, load_block, logits_of, precision
 from .compact import compacted
 from .problem import Logits, Normaliser, Upstream
 from .tuning import tuning_for
@@ -142,6 +142,7 @@ def differentiate_exactly(
             PRECISION=precision(logits),
             STAGES=tuning.stages,
             num_warps=tuning.warps,
+            **LAUNCH,
         )
         v = slice(first, first + columns)
         if dhidden_ND is not None:

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .blocks import LAUNCH
+
 LARGEST = tl.constexpr(448.0)
 _ROWS = 4
 NOISE = 0.037
@@ -155,6 +157,7 @@ def _quantise(
         SUBTRACT=offset_R is None,
         ROWS=_ROWS,
         BLOCK_D=1024 if columns > 3072 else 512,  # measured on an H100
+        **LAUNCH,
     )
     if not out_RD.is_cuda:
         out_RD.copy_(out_RD.to(torch.float8_e4m3fn))

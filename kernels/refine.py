@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LN_2, can_use_tma, descriptor, finite, logits_of, precision, products_of_rows
+from .blocks import LAUNCH, LN_2, can_use_tma, descriptor, finite, logits_of, precision, products_of_rows
 from .problem import Estimate, Filter, Logits, Normaliser, Summary
 from .select import Selection, pair_mass
 from .tuning import tuning_for
@@ -165,6 +165,7 @@ def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: floa
         PAIR_D=tuning.pair_block_d,
         STAGES=tuning.pair_stages,
         num_warps=tuning.pair_warps,
+        **LAUNCH,
     )
     blocks = triton.cdiv(logits.num_tiles, _TILES)
     max_BN, sumexp_BN = torch.empty((2, blocks, rows), dtype=torch.float32, device=hidden_ND.device)
@@ -180,6 +181,7 @@ def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: floa
         TILE=logits.tile,
         ROWS=_ROWS,
         TILES=_TILES,
+        **LAUNCH,
     )
     max_N = max_BN.amax(0)
     shift_N = torch.where(max_N == -torch.inf, 0.0, max_N)

@@ -23,6 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .blocks import LAUNCH
+
 PAIR, HIDDEN, WEIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _SUB, _CHUNK, _KIND = tl.constexpr(24), tl.constexpr(48), tl.constexpr(56)  # first bits; the tile stands below
 _MASK = tl.constexpr((1 << 24) - 1)
@@ -167,7 +169,7 @@ def schedule(
     items = tiles * (most_blocks * (1 + chunks * hidden_items) + chunks * weight_items)
     item_Q = torch.empty(items, dtype=torch.int64, device=count_T.device)
     power = triton.next_power_of_2(tiles)
-    _offsets_kernel[(1,)](count_T, end_T, total, tiles, PAIR_ROWS=pair_rows, TILES=power)
+    _offsets_kernel[(1,)](count_T, end_T, total, tiles, PAIR_ROWS=pair_rows, TILES=power, **LAUNCH)
     _schedule_kernel[(tiles,)](
         item_Q,
         wave_T,
@@ -187,6 +189,7 @@ def schedule(
         PAIR_ROWS=pair_rows,
         BLOCKS=triton.next_power_of_2(max(most_blocks, weight_items)),
         TILES=power,
+        **LAUNCH,
     )
     return Schedule(
         total, item_Q, wave_T, slot_T, blocks_W, tiles_W, counters,

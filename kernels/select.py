@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .blocks import LAUNCH
 from .problem import Filter, Logits, Tiles, Upstream
 
 SMALLEST_DRAW = tl.constexpr(2.0**-32)
@@ -255,6 +256,7 @@ class Selection:
             TILE=self.flags["TILE"],
             ROWS=_MASS_ROWS,
             TILES=_TILES,
+            **LAUNCH,
         )
         return (mass_BN.sum(0) / filter_.most_drawn).clamp_(min=filter_.eps)
 
@@ -287,6 +289,7 @@ class Selection:
             *self.sizes,
             **self.flags,
             ROWS=_ROWS,
+            **LAUNCH,
         )
         return list_TN, count_T
 
@@ -307,5 +310,6 @@ class Selection:
             headroom,
             **self.flags,
             ROWS=_ROWS,
+            **LAUNCH,
         )
         return tail_TN

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LN_2, can_use_tma, descriptor, finite, load_block, logits_of, precision, softcapped
+from .blocks import LAUNCH, LN_2, can_use_tma, descriptor, finite, load_block, logits_of, precision, softcapped
 from .compact import compacted
 from .problem import Estimate, Logits, Summary, Tiles
 from .quantise import NOISE, common_row, quantise_hidden, quantise_weight, storage_dtype
@@ -389,6 +389,7 @@ def _launch(
         FLAT=hidden_size <= tuning.flat_below,
         IN_8_BITS=scales is not None,
         num_warps=tuning.warps,
+        **LAUNCH,
     )
 
 
@@ -421,5 +422,6 @@ def _finish(logits: Logits, partials: Partials, tiles: Tiles | None) -> Summary:
         HAS_BIAS=logits.bias_V is not None,
         HAS_SOFTCAP=logits.softcap is not None,
         num_warps=4,
+        **LAUNCH,
     )
     return Summary(merged[0], merged[1], merged[2], LN_2, tiles)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, products_of_rows
+from .blocks import LAUNCH, can_use_tma, descriptor, load_block, logits_of, precision, products_of_rows
 from .problem import Logits
 from .select import Selection, pair_mass
 from .tuning import tuning_for
@@ -135,5 +135,6 @@ def tail_means(logits: Logits, selection: Selection, factor: torch.Tensor) -> tu
         PRECISION=precision(logits),
         STAGES=tuning.pair_stages,
         num_warps=tuning.pair_warps,
+        **LAUNCH,
     )
     return pi_V, mean_TD

@@ -4,6 +4,7 @@ In a process of its own, without a GPU: Triton compiles for a target that a stan
 launch becomes a compilation. Nothing runs.
 """
 
+import ast
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from cce_dist.kernels.blocks import LAUNCH
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 
@@ -34,6 +37,7 @@ launch, shared = jit.JITFunction.run, {}
 
 def compile_only(self, *arguments, grid, warmup, **options):
     kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
+    assert options["enable_fp_fusion"] and kernel.metadata.enable_fp_fusion, self.__name__
     shared.setdefault(self.__name__, []).append(kernel.metadata.shared)
     return kernel
 
@@ -88,6 +92,26 @@ assert max(shared["_differentiate_kernel"]) <= most, shared
 assert max(max(sizes) for sizes in shared.values()) <= 232448, shared
 print(*shared)
 """
+
+
+def test_every_launch_asks_for_fused_multiply_adds() -> None:
+    """Triton's default is changing: without them every kernel is slower, and rounds otherwise."""
+    launches = [
+        (file.name, node)
+        for file in sorted(KERNELS.glob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Subscript)
+        and ast.unparse(node.func.value).endswith("_kernel")
+    ]
+    assert len(launches) > 10
+    plain = [
+        f"{name}:{node.lineno}"
+        for name, node in launches
+        if not any(word.arg is None and ast.unparse(word.value) == "LAUNCH" for word in node.keywords)
+    ]
+    assert not plain, f"launched without **LAUNCH: {plain}"
+    assert LAUNCH["enable_fp_fusion"] is True
 
 
 @pytest.mark.full
