@@ -13,8 +13,6 @@ from .problem import Logits
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = 0.6931471805599453
-LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
-"""Options of every launch. Products and sums become fused multiply-adds, whatever Triton's default is: it changes."""
 
 
 @triton.jit
@@ -41,15 +39,11 @@ def load_rows(source, rows, use, column, columns, stride, COLUMNS: tl.constexpr)
 
 @triton.jit
 def products_of_rows(
+    operands,
+    weight,
     rows,
     use,
     tile,
-    hidden,
-    weight,
-    V,
-    D,
-    stride_hidden,
-    stride_weight,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -59,17 +53,17 @@ def products_of_rows(
 ):
     """[ROWS, TILE] products e·c of the given hidden states with all rows of a classifier tile."""
     products = tl.zeros([ROWS, TILE], tl.float32)
-    for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-        e = load_rows(hidden, rows, use, d, D, stride_hidden, BLOCK_D)
-        c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
+    for d in tl.range(0, operands.D, BLOCK_D, num_stages=STAGES):
+        e = load_rows(operands.hidden, rows, use, d, operands.D, operands.stride_hidden, BLOCK_D)
+        c = load_block(weight, tile * TILE, d, operands.V, operands.D, operands.stride_weight, TILE, BLOCK_D, TMA)
         products = tl.dot(e, c.T, products, input_precision=PRECISION)
     return products
 
 
 @triton.jit
-def softcapped(x, softcap, HAS_SOFTCAP: tl.constexpr):
+def softcapped(x, softcap):
     """(f(x)·log2 e, f'(x))."""
-    if HAS_SOFTCAP:
+    if softcap is not None:
         t = 1 - 2 / (tl.exp2(x * (2 * LOG2_E / softcap)) + 1)
         return t * (softcap * LOG2_E), 1 - t * t
     else:
@@ -83,12 +77,29 @@ def finite(max_n):
 
 
 @triton.jit
-def logits_of(products, bias, columns, num_columns, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def logits_of(operands, products, columns):
     """Base-2 logits and f' of a block of products e·c; −inf in columns past the last."""
-    if HAS_BIAS:
-        products += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
-    z, slope = softcapped(products * scale, softcap, HAS_SOFTCAP)
-    return tl.where((columns < num_columns)[None, :], z, -float("inf")), slope
+    if operands.bias is not None:
+        bias = tl.load(operands.bias + columns, mask=columns < operands.V, other=0.0)
+        products += bias.to(tl.float32)[None, :]
+    z, slope = softcapped(products * operands.scale, operands.softcap)
+    return tl.where((columns < operands.V)[None, :], z, -float("inf")), slope
+
+
+@triton.jit
+def probabilities(operands, upstream, normaliser, z, slope, n, valid, columns, factor):
+    """P = (a·softmax − b·[target])·f'·factor of tokens n and columns, zero where either is none; see `Upstream`.
+
+    ``factor``: a number, or one a token.
+    """
+    a = tl.load(upstream.softmax_N + n, mask=valid, other=0.0) * factor
+    b = tl.load(upstream.target_N + n, mask=valid, other=0.0) * factor
+    max2 = tl.load(normaliser.max_N + n, mask=valid, other=0.0)
+    log2_sum = tl.load(normaliser.log_sum_N + n, mask=valid, other=0.0)
+    target = tl.load(operands.target_N + n, mask=valid, other=-1)
+    p = tl.exp2((z - max2[:, None]) - log2_sum[:, None]) * a[:, None]
+    p = tl.where(target[:, None] == columns[None, :], p - b[:, None], p) * slope
+    return tl.where(valid[:, None] & (columns < operands.V)[None, :], p, 0.0)
 
 
 def descriptor(matrix: torch.Tensor, rows: int, columns: int, tma: bool) -> Any:

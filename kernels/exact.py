@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LAUNCH, can_use_tma, descriptor, load_block, logits_of, precision
+from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, probabilities
 from .compact import compacted
+from .operands import LAUNCH, operands_of
 from .problem import Logits, Normaliser, Upstream
 from .tuning import tuning_for
 
@@ -20,35 +21,23 @@ from .tuning import tuning_for
 @triton.jit
 def _probability_kernel(
     p_Nv,
+    operands,
     hidden,
     weight,
-    bias,
-    max2_N,
-    log2_sum_N,
-    target_N,
-    softmax_upstream_N,
-    target_upstream_N,
-    n_valid_ptr,
+    upstream,
+    normaliser,
     first_column,
     chunk_columns,
-    N,
-    V,
-    D,
-    stride_hidden,
-    stride_weight,
-    scale,
-    softcap,
     headroom,
     ROW_GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    N, V, D = operands.N, operands.V, operands.D
     blocks = tl.cdiv(chunk_columns, BLOCK_V)
     row_blocks = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
@@ -56,7 +45,7 @@ def _probability_kernel(
     blocks_in_group = min(row_blocks - first_block, ROW_GROUP)
     within = program - first_block * blocks
     row = (first_block + within % blocks_in_group) * BLOCK_N
-    n_valid = tl.load(n_valid_ptr)
+    n_valid = tl.load(operands.n_valid)
     column = within // blocks_in_group * BLOCK_V
     n = row + tl.arange(0, BLOCK_N)
     chunk_range = column + tl.arange(0, BLOCK_V)
@@ -64,19 +53,11 @@ def _probability_kernel(
     p = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     if row < n_valid:
         for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-            e = load_block(hidden, row, d, N, D, stride_hidden, BLOCK_N, BLOCK_D, TMA)
-            c = load_block(weight, first_column + column, d, V, D, stride_weight, BLOCK_V, BLOCK_D, TMA)
+            e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
+            c = load_block(weight, first_column + column, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
             p = tl.dot(e, c.T, p, input_precision=PRECISION)
-        valid = n < n_valid
-        z, slope = logits_of(p, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-        a = tl.load(softmax_upstream_N + n, mask=valid, other=0.0) * headroom
-        b = tl.load(target_upstream_N + n, mask=valid, other=0.0) * headroom
-        max2 = tl.load(max2_N + n, mask=valid, other=0.0)
-        log2_sum = tl.load(log2_sum_N + n, mask=valid, other=0.0)
-        target = tl.load(target_N + n, mask=valid, other=-1)
-        p = tl.exp2((z - max2[:, None]) - log2_sum[:, None]) * a[:, None]
-        p = tl.where(target[:, None] == columns[None, :], p - b[:, None], p) * slope
-        p = tl.where(valid[:, None] & (columns < V)[None, :], p, 0.0)
+        z, slope = logits_of(operands, p, columns)
+        p = probabilities(operands, upstream, normaliser, z, slope, n, n < n_valid, columns, headroom)
     pointers = p_Nv + n[:, None].to(tl.int64) * chunk_columns + chunk_range[None, :]
     inside = (n < N)[:, None] & (chunk_range < chunk_columns)[None, :]
     tl.store(pointers, p.to(p_Nv.dtype.element_ty), mask=inside)
@@ -95,6 +76,7 @@ def differentiate_exactly(
     """Adds to ``dhidden_ND`` (fp32, without the factor scale·s) and writes ``dweight_VD`` and ``dbias_V``."""
     hidden_ND, weight_VD = compacted(logits), logits.weight_VD
     (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
+    operands = operands_of(logits._replace(hidden_ND=hidden_ND))
     tuning = tuning_for(hidden_ND)
     tma = tuning.tma and can_use_tma(hidden_ND, weight_VD)
     factor = upstream.scale * (logits.logit_scale / headroom)
@@ -113,31 +95,18 @@ def differentiate_exactly(
         p_Nv = workspace[: rows * columns].view(rows, columns)
         _probability_kernel[(triton.cdiv(rows, tuning.block_n) * triton.cdiv(columns, tuning.block_v),)](
             p_Nv,
+            operands,
             descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
             descriptor(weight_VD, tuning.block_v, tuning.block_d, tma),
-            logits.bias_V,
-            normaliser.max_N,
-            normaliser.log_sum_N,
-            logits.target_N,
-            upstream.softmax_N,
-            upstream.target_N,
-            logits.n_valid,
+            upstream,
+            normaliser,
             first,
             columns,
-            rows,
-            vocab,
-            hidden_size,
-            hidden_ND.stride(0),
-            weight_VD.stride(0),
-            logits.logit_scale,
-            1.0 if logits.softcap is None else logits.softcap,
             headroom,
             ROW_GROUP=tuning.row_group,
             BLOCK_N=tuning.block_n,
             BLOCK_V=tuning.block_v,
             BLOCK_D=tuning.block_d,
-            HAS_BIAS=logits.bias_V is not None,
-            HAS_SOFTCAP=logits.softcap is not None,
             TMA=tma,
             PRECISION=precision(logits),
             STAGES=tuning.stages,

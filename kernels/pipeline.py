@@ -17,7 +17,8 @@ from .blocks import LN_2
 from .differentiate import differentiate as differentiate_pairs
 from .exact import differentiate_exactly, product
 from .problem import Estimate, Filter, Gradients, Logits, Normaliser, Summary, Tiles, Upstream, Wanted
-from .select import Selection
+from .operands import Pairs, Tail
+from .select import select, tail_rows
 from .tail import tail_means
 
 # fp16 has no range for small probabilities; they are at most about 2 before this factor.
@@ -104,42 +105,41 @@ def _differentiate(
     dweight_VD = make_weight(weight_VD.shape, dtype=wanted.weight_dtype, device=device) if wanted.weight else None
     dbias_V = make_weight(weight_VD.shape[0], dtype=torch.float32, device=device) if wanted.bias else None
     headroom = _PROBABILITY_HEADROOM.get(dtype, 1.0)
-    selection = tail = dhidden_ND = None
+    pairs = tail = dhidden_ND = None
     if sparse and tiles is not None and not empty:
-        selection = Selection(logits, tiles, normaliser.max_N + normaliser.log_sum_N, filter_)
+        pairs = select(logits, tiles, normaliser.max_N + normaliser.log_sum_N, filter_)
         if filter_.tail or filter_.mode == "unbiased":
-            dhidden_ND, tail = _tail(logits, selection, upstream, headroom, wanted.hidden, dweight_VD)
+            dhidden_ND, tail = _tail(logits, pairs, upstream, headroom, wanted.hidden, dweight_VD)
     if wanted.hidden and dhidden_ND is None:
         dhidden_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=device)
     if empty:
         pass
-    elif selection is None:
+    elif pairs is None:
         differentiate_exactly(
             logits, normaliser, upstream, dhidden_ND, dweight_VD, dbias_V, headroom, wanted.workspace_bytes
         )
     else:
-        passes = [(dhidden_ND, dweight_VD, dbias_V)]
+        passes = [Gradients(dhidden_ND, dweight_VD, dbias_V)]
         if hidden_ready is not None and dhidden_ND is not None and (wanted.weight or wanted.bias):
-            passes = [(dhidden_ND, None, None), (None, dweight_VD, dbias_V)]
-        for outputs in passes:
+            passes = [Gradients(dhidden_ND, None, None), Gradients(None, dweight_VD, dbias_V)]
+        for out in passes:
             differentiate_pairs(
-                logits, selection, normaliser, upstream, *outputs, tail, headroom, wanted.workspace_bytes, dweight_VD
+                logits, pairs, normaliser, upstream, out, tail, headroom, wanted.workspace_bytes, dweight_VD
             )
-            if hidden_ready is not None and outputs[0] is not None:
-                hidden_ready(outputs[0])
+            if hidden_ready is not None and out.hidden_ND is not None:
+                hidden_ready(out.hidden_ND)
     return Gradients(dhidden_ND, dweight_VD, dbias_V)
 
 
 def _tail(
     logits: Logits,
-    selection: Selection,
+    pairs: Pairs,
     upstream: Upstream,
     headroom: float,
     wants_hidden: bool,
     scratch_VD: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """Rᵀ c̃, with which dE begins; and what the weight items of `differentiate` add to dC: π_V, (R E)_TD and, if there
-    is a bias, (Σ R)_T.
+) -> tuple[torch.Tensor | None, Tail]:
+    """Rᵀ c̃, with which dE begins; and what the weight items of `differentiate` add to dC.
 
     In bf16 (R E) is rounded like R; fp16 has no range for it. ``scratch_VD``: dC, to be written later.
     """
@@ -148,8 +148,8 @@ def _tail(
     factor = upstream.scale.float() * logits.logit_scale
     # fp16 has no range for means times the gradient's scale.
     late = factor / own_headroom if dtype == torch.float16 else None
-    pi_V, mean_TD = tail_means(logits, selection, factor if late is None else torch.ones_like(factor))
-    tail_TN = selection.tail_rows(upstream, dtype, own_headroom, scratch_VD)
+    pi_V, mean_TD = tail_means(logits, pairs, factor if late is None else torch.ones_like(factor))
+    tail_TN = tail_rows(logits, pairs, upstream, dtype, own_headroom, scratch_VD)
     ratio = headroom / own_headroom
     if dtype == torch.bfloat16:  # before dE, so that the copy of the hidden states is gone then
         tail_TD = tail_TN @ compact.compacted(logits)
@@ -159,4 +159,4 @@ def _tail(
     if dhidden_ND is not None and late is not None:
         dhidden_ND *= late
     tail_T = None if logits.bias_V is None else tail_TN.sum(1, dtype=torch.float32) * ratio
-    return dhidden_ND, (pi_V, tail_TD, tail_T)
+    return dhidden_ND, Tail(pi_V, tail_TD, tail_T)

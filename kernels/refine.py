@@ -16,13 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LAUNCH, LN_2, can_use_tma, descriptor, finite, logits_of, precision, products_of_rows
+from .blocks import LN_2, can_use_tma, descriptor, finite, logits_of, precision, products_of_rows
+from .operands import LAUNCH, operands_of
 from .problem import Estimate, Filter, Logits, Normaliser, Summary
-from .select import Selection, pair_mass
+from .select import kept_tokens, pair_mass, select
 from .tuning import tuning_for
 
 _PROGRAMS_PER_TILE = 16
-_ROWS, _TILES = 256, 32
+_TOKENS, _TILES = 256, 32
 _DEVIATIONS, _TOLERATED = 4.0, 1.75
 """Four times the bound on the standard deviation (1.7 times it, for rows like noise) may be so many nats."""
 
@@ -30,22 +31,10 @@ _DEVIATIONS, _TOLERATED = 4.0, 1.75
 @triton.jit
 def _large_pairs_kernel(
     exact_TN,
-    list_TN,
-    count_T,
-    place_N,
-    hidden,
+    operands,
     weight,
-    bias,
-    N,
-    V,
-    D,
-    stride_hidden,
-    stride_weight,
-    scale,
-    softcap,
+    kept,
     TILE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     PAIR_ROWS: tl.constexpr,
@@ -54,34 +43,18 @@ def _large_pairs_kernel(
 ):
     """exact_TN[tile, n] = log2 Σ exp2(z) over the tile's columns, for the tokens that are listed."""
     tile = tl.program_id(0)
-    count = tl.load(count_T + tile)
+    count = tl.load(kept.count_T + tile)
     columns = tile * TILE + tl.arange(0, TILE)
     for first in range(tl.program_id(1) * PAIR_ROWS, count, PAIR_ROWS * tl.num_programs(1)):
         listed = first + tl.arange(0, PAIR_ROWS)
         valid = listed < count
-        token = tl.load(list_TN + tile.to(tl.int64) * N + listed, mask=valid, other=0).to(tl.int32)
-        products = products_of_rows(
-            token,
-            valid,
-            tile,
-            hidden,
-            weight,
-            V,
-            D,
-            stride_hidden,
-            stride_weight,
-            PAIR_ROWS,
-            TILE,
-            PAIR_D,
-            TMA,
-            PRECISION,
-            STAGES,
-        )
-        z, _slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        token = tl.load(kept.list_TN + tile.to(tl.int64) * kept.stride + listed, mask=valid, other=0).to(tl.int32)
+        products = products_of_rows(operands, weight, token, valid, tile, PAIR_ROWS, TILE, PAIR_D, TMA, PRECISION, STAGES)
+        z, _slope = logits_of(operands, products, columns)
         max_n = finite(tl.max(z, 1))
         exact_n = max_n + tl.log2(tl.sum(tl.exp2(z - max_n[:, None]), 1))
-        n = tl.load(place_N + token, mask=valid, other=0)
-        tl.store(exact_TN + tile.to(tl.int64) * N + n, exact_n, mask=valid)
+        n = tl.load(operands.place_N + token, mask=valid, other=0)
+        tl.store(exact_TN + tile.to(tl.int64) * operands.N + n, exact_n, mask=valid)
 
 
 @triton.jit
@@ -89,37 +62,32 @@ def _sum_kernel(
     max_BN,
     sumexp_BN,
     exact_TN,
-    tile_lse_TN,
-    reference_SN,
-    lse2_N,
-    target_N,
-    n_valid_ptr,
-    eps,
-    N,
-    tiles_per_split,
+    operands,
+    pairs,
     T,
     TILE: tl.constexpr,
-    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """(max, Σ exp2) over a block of tiles: the large pairs' exact log-sum-exps and the others' estimates.
 
-    Backward selects by the tiles' log-sum-exps, so the exact ones replace their estimates. Rows that are not valid get
-    (0, 1).
+    Backward selects by the tiles' log-sum-exps, so the exact ones replace their estimates. Tokens that are not valid
+    get (0, 1).
     """
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    valid = n < tl.load(n_valid_ptr)
-    max_n = tl.full([ROWS], -float("inf"), tl.float32)
-    sum_n = tl.zeros([ROWS], tl.float32)
+    N = operands.N
+    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    valid = n < tl.load(operands.n_valid)
+    max_n = tl.full([TOKENS], -float("inf"), tl.float32)
+    sum_n = tl.zeros([TOKENS], tl.float32)
     first = tl.program_id(1) * TILES
     for index in range(first, min(first + TILES, T)):
         tile = tl.cast(index, tl.int32)
-        _, large = pair_mass(n, valid, tile, tile_lse_TN, reference_SN, lse2_N, target_N, eps, N, tiles_per_split, TILE)
+        _, large = pair_mass(operands, pairs, n, valid, tile, TILE)
         place = tile.to(tl.int64) * N + n
-        relative = tl.load(tile_lse_TN + place, mask=valid, other=0.0).to(tl.float32)
-        reference = tl.load(reference_SN + tile // tiles_per_split * N + n, mask=valid, other=0.0)
+        relative = tl.load(pairs.tile_lse_TN + place, mask=valid, other=0.0).to(tl.float32)
+        reference = tl.load(pairs.reference_SN + tile // pairs.tiles_per_split * N + n, mask=valid, other=0.0)
         exact = tl.load(exact_TN + place, mask=large, other=0.0)
-        tl.store(tile_lse_TN + place, (exact - reference).to(tile_lse_TN.dtype.element_ty), mask=large)
+        tl.store(pairs.tile_lse_TN + place, (exact - reference).to(pairs.tile_lse_TN.dtype.element_ty), mask=large)
         lse2_n = tl.where(large, exact, relative + reference)
         new_max_n = tl.maximum(max_n, lse2_n)
         shift_n = finite(new_max_n)
@@ -132,33 +100,20 @@ def _sum_kernel(
 
 def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: float) -> Summary:
     """The estimate's summary with max, Σ exp and large tiles refined; ``normaliser``: all shards' estimates merged."""
-    hidden_ND, weight_VD, tiles = logits.hidden_ND, logits.weight_VD, estimate.summary.tiles
+    weight_VD, tiles, operands = logits.weight_VD, estimate.summary.tiles, operands_of(logits)
     assert tiles is not None
-    (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
-    tuning = tuning_for(hidden_ND)
+    tuning = tuning_for(logits.hidden_ND)
     tma = tuning.tma and can_use_tma(weight_VD)
     margin_N = (estimate.noise_N * _DEVIATIONS - _TOLERATED).clamp_(min=0) / LN_2
-    selection = Selection(logits, tiles, normaliser.max_N + normaliser.log_sum_N - margin_N, Filter("filtered", eps))
-    list_TN, count_T = selection.kept_tokens()
-    exact_TN = torch.empty(tiles.lse_TN.shape, dtype=torch.float32, device=hidden_ND.device)
+    lse2_N = normaliser.max_N + normaliser.log_sum_N - margin_N
+    pairs = select(logits, tiles, lse2_N, Filter("filtered", eps))
+    exact_TN = torch.empty(tiles.lse_TN.shape, dtype=torch.float32, device=weight_VD.device)
     _large_pairs_kernel[(logits.num_tiles, _PROGRAMS_PER_TILE)](
         exact_TN,
-        list_TN,
-        count_T,
-        logits.place_N,
-        hidden_ND,
+        operands,
         descriptor(weight_VD, logits.tile, tuning.pair_block_d, tma),
-        logits.bias_V,
-        rows,
-        vocab,
-        hidden_size,
-        hidden_ND.stride(0),
-        weight_VD.stride(0),
-        logits.logit_scale,
-        1.0 if logits.softcap is None else logits.softcap,
+        kept_tokens(logits, pairs),
         TILE=logits.tile,
-        HAS_BIAS=logits.bias_V is not None,
-        HAS_SOFTCAP=logits.softcap is not None,
         TMA=tma,
         PRECISION=precision(logits),
         PAIR_ROWS=tuning.pair_rows,
@@ -168,18 +123,16 @@ def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: floa
         **LAUNCH,
     )
     blocks = triton.cdiv(logits.num_tiles, _TILES)
-    max_BN, sumexp_BN = torch.empty((2, blocks, rows), dtype=torch.float32, device=hidden_ND.device)
-    _sum_kernel[(triton.cdiv(rows, _ROWS), blocks)](
+    max_BN, sumexp_BN = torch.empty((2, blocks, operands.N), dtype=torch.float32, device=weight_VD.device)
+    _sum_kernel[(triton.cdiv(operands.N, _TOKENS), blocks)](
         max_BN,
         sumexp_BN,
         exact_TN,
-        *selection.masses,
-        logits.n_valid,
-        eps,
-        *selection.sizes,
+        operands,
+        pairs,
         logits.num_tiles,
         TILE=logits.tile,
-        ROWS=_ROWS,
+        TOKENS=_TOKENS,
         TILES=_TILES,
         **LAUNCH,
     )

@@ -1,6 +1,6 @@
-"""Mean-field tail: what the dropped pairs of a tile contribute, as if every row's mass lay over it like the average's.
+"""Mean-field tail: what the dropped pairs of a tile contribute, as if every token's mass lay over it like the average's.
 
-π_j = Σ_i p_ij f'_ij / Σ_i s_i over about 128 sampled rows whose pair with the tile is not large (it must not depend on
+π_j = Σ_i p_ij f'_ij / Σ_i s_i over about 128 sampled tokens whose pair with the tile is not large (it must not depend on
 what is drawn, or the unbiased gradient would not be); it sums to 1 in a tile without softcap, and is uniform where the
 sample has no mass. c̃_t = Σ_j π_j c_j. With R from `select`: dE += Rᵀ c̃ and dC_j += π_j (R E)_t, two small products.
 
@@ -14,77 +14,47 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LAUNCH, can_use_tma, descriptor, load_block, logits_of, precision, products_of_rows
+from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, products_of_rows
+from .operands import LAUNCH, Pairs, operands_of
 from .problem import Logits
-from .select import Selection, pair_mass
+from .select import pair_mass
 from .tuning import tuning_for
 
-SAMPLED_ROWS = 128
+SAMPLED_TOKENS = 128
 
 
 @triton.jit
 def _tail_mean_kernel(
     pi_V,
     mean_TD,
-    hidden,
+    operands,
     weight,
-    bias,
-    tile_lse_TN,
-    reference_SN,
-    lse2_N,
-    target_N,
-    token_N,
-    n_valid_ptr,
+    pairs,
     factor_ptr,
-    eps,
-    N,
-    tiles_per_split,
-    V,
-    D,
-    stride_hidden,
-    stride_weight,
-    scale,
-    softcap,
     SAMPLES: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    n_valid = tl.load(n_valid_ptr)
+    n_valid = tl.load(operands.n_valid)
     sample = (tl.arange(0, SAMPLES).to(tl.int64) * n_valid // SAMPLES).to(tl.int32)
     valid = sample < n_valid
+    token = tl.load(operands.token_N + sample, mask=valid, other=0)
     products = products_of_rows(
-        tl.load(token_N + sample, mask=valid, other=0),
-        valid,
-        tile,
-        hidden,
-        weight,
-        V,
-        D,
-        stride_hidden,
-        stride_weight,
-        SAMPLES,
-        TILE,
-        BLOCK_D,
-        TMA,
-        PRECISION,
-        STAGES,
+        operands, weight, token, valid, tile, SAMPLES, TILE, BLOCK_D, TMA, PRECISION, STAGES
     )
     columns = tile * TILE + tl.arange(0, TILE)
-    z, slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-    _, large = pair_mass(
-        sample, valid, tile, tile_lse_TN, reference_SN, lse2_N, target_N, eps, N, tiles_per_split, TILE
-    )
-    p = tl.exp2(z - tl.load(lse2_N + sample, mask=valid, other=0.0)[:, None])
+    z, slope = logits_of(operands, products, columns)
+    _, large = pair_mass(operands, pairs, sample, valid, tile, TILE)
+    p = tl.exp2(z - tl.load(pairs.lse2_N + sample, mask=valid, other=0.0)[:, None])
     is_nan = tl.sum((p != p).to(tl.int32), 1) > 0
     use = valid & (large == 0) & (is_nan == 0)
     p = tl.where(use[:, None], p, 0.0)
     mass = tl.sum(tl.sum(p, 1), 0)
+    V, D = operands.V, operands.D
     uniform = 1.0 / min(TILE, V - tile * TILE)
     profile = tl.sum(tl.where(use[:, None], p * slope, 0.0), 0)
     pi = tl.where(mass > 0, profile / tl.where(mass > 0, mass, 1.0), uniform)
@@ -94,43 +64,29 @@ def _tail_mean_kernel(
     steps = tl.cdiv(D, BLOCK_D)
     for step in tl.range(0, steps, num_stages=STAGES):
         d = (steps - 1 - step) * BLOCK_D
-        c = load_block(weight, tile * TILE, d, V, D, stride_weight, TILE, BLOCK_D, TMA)
+        c = load_block(weight, tile * TILE, d, V, D, operands.stride_weight, TILE, BLOCK_D, TMA)
         mean = tl.sum(c.to(tl.float32) * pi[:, None], 0) * factor
         d_range = d + tl.arange(0, BLOCK_D)
         tl.store(mean_TD + tile.to(tl.int64) * D + d_range, mean.to(mean_TD.dtype.element_ty), mask=d_range < D)
 
 
-def tail_means(logits: Logits, selection: Selection, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def tail_means(logits: Logits, pairs: Pairs, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(π_V in fp32, factor·c̃_TD in the dtype of hidden); ``factor``: one fp32 number."""
-    hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
-    vocab, hidden_size = weight_VD.shape
-    tuning = tuning_for(hidden_ND)
+    weight_VD, operands = logits.weight_VD, operands_of(logits)
+    tuning = tuning_for(logits.hidden_ND)
     tma = tuning.tma and can_use_tma(weight_VD)
-    pi_V = torch.empty(vocab, dtype=torch.float32, device=hidden_ND.device)
-    mean_TD = torch.empty((logits.num_tiles, hidden_size), dtype=hidden_ND.dtype, device=hidden_ND.device)
+    pi_V = torch.empty(operands.V, dtype=torch.float32, device=weight_VD.device)
+    mean_TD = torch.empty((logits.num_tiles, operands.D), dtype=weight_VD.dtype, device=weight_VD.device)
     _tail_mean_kernel[(logits.num_tiles,)](
         pi_V,
         mean_TD,
-        hidden_ND,
+        operands,
         descriptor(weight_VD, logits.tile, tuning.pair_block_d, tma),
-        logits.bias_V,
-        *selection.masses,
-        logits.token_N,
-        logits.n_valid,
+        pairs,
         factor,
-        selection.draw[2],
-        *selection.sizes,
-        vocab,
-        hidden_size,
-        hidden_ND.stride(0),
-        weight_VD.stride(0),
-        logits.logit_scale,
-        1.0 if logits.softcap is None else logits.softcap,
-        SAMPLES=SAMPLED_ROWS,
+        SAMPLES=SAMPLED_TOKENS,
         TILE=logits.tile,
         BLOCK_D=tuning.pair_block_d,
-        HAS_BIAS=logits.bias_V is not None,
-        HAS_SOFTCAP=logits.softcap is not None,
         TMA=tma,
         PRECISION=precision(logits),
         STAGES=tuning.pair_stages,
