@@ -14,7 +14,12 @@ from ranks import RankPool
 from reference import DEVICE
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_modules
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils import weight_norm as old_weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from cce_dist import CCEConfig, VocabShard
 from cce_dist.lazy_logits import LazyLogits, MaterializedLogitsWarning, fused_evaluation, make_eager, make_lazy
@@ -230,15 +235,28 @@ def test_the_warning_names_the_line_that_needed_logits() -> None:
     )
 
 
-def test_logits_are_computed_once() -> None:
+class _Products(TorchDispatchMode):
+    """Counts matrix products with all rows of the head."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.count += "mm" in str(function) and result.shape[-1] == VOCAB
+        return result
+
+
+def test_logits_are_computed_once_and_the_hooks_of_the_call_run_once() -> None:
     head = _head(WARN)
-    calls: list[None] = []
-    head.register_forward_hook(lambda *_: calls.append(None))
-    logits = head(_hidden())
-    assert not calls
-    with pytest.warns(MaterializedLogitsWarning) as caught:
-        (logits.softmax(-1), logits[..., :-1, :].argmax(-1), (logits / 2).float().exp())
-    assert len(caught) == len(calls) == 1
+    calls: list[Any] = []
+    head.register_forward_hook(lambda _, args, output: calls.append(output))
+    with _Products() as products:
+        logits = head(_hidden())
+        assert products.count == 0
+        with pytest.warns(MaterializedLogitsWarning) as caught:
+            (logits.softmax(-1), logits[..., :-1, :].argmax(-1, keepdim=True), (logits / 2).float().exp())
+    assert len(caught) == products.count == 1
+    assert calls == [logits]
 
 
 def test_logits_first_read_without_grad_still_carry_gradients_later() -> None:
@@ -263,10 +281,200 @@ def test_metadata_needs_no_logits() -> None:
     assert repr(logits) == f"LazyLogits(shape=[2, 6, 53], dtype=torch.bfloat16, device={logits.device})"
 
 
+def _halve_input(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+    return args[0] / 2
+
+
+def _shift_input_by_name(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return (), {"input": (args[0] if args else kwargs["input"]) * 0.3 + 1}
+
+
+def _scale_output(module: nn.Module, args: Any, output: Any) -> Any:
+    return torch.tanh(output / 0.7) * 0.7
+
+
+def _weigh_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    assert kwargs.keys() <= {"input"}
+    return output + _vocab_vector()
+
+
+def _prune(head: nn.Linear) -> None:
+    prune.l1_unstructured(head, "weight", 0.5)
+    prune.l1_unstructured(head, "weight", 0.5)
+
+
+HOOKS: dict[str, Callable[[nn.Linear], Any]] = {
+    "a pre-hook": lambda head: head.register_forward_pre_hook(_halve_input),
+    "a pre-hook with keywords": lambda head: head.register_forward_pre_hook(_shift_input_by_name, with_kwargs=True),
+    "two pre-hooks": lambda head: [head.register_forward_pre_hook(_halve_input) for _ in range(2)],
+    "a hook": lambda head: head.register_forward_hook(_scale_output),
+    "a hook with keywords": lambda head: head.register_forward_hook(_weigh_output, with_kwargs=True),
+    "hooks on both sides": lambda head: [
+        head.register_forward_hook(_scale_output), head.register_forward_pre_hook(_halve_input),
+        head.register_forward_hook(_weigh_output, with_kwargs=True, prepend=True),
+    ],
+    "a hook that is called always": lambda head: head.register_forward_hook(_scale_output, always_call=True),
+    "a pre-hook on all modules": lambda head: torch_modules.register_module_forward_pre_hook(_halve_input),
+    "a hook on all modules": lambda head: torch_modules.register_module_forward_hook(_scale_output),
+    "pruning": lambda head: _prune(head),
+    "weight_norm": lambda head: nn.utils.parametrizations.weight_norm(head),
+    "old weight_norm": lambda head: old_weight_norm(head),
+    "spectral_norm": lambda head: nn.utils.parametrizations.spectral_norm(head),
+    "old spectral_norm": lambda head: nn.utils.spectral_norm(head),
+    "a parametrized bias": lambda head: parametrize.register_parametrization(head, "bias", nn.Softplus()),
+}  # fmt: skip
+
+
+def _two_steps(hook: Callable[[nn.Linear], Any], config: CCEConfig | None, use: Callable[..., Any]) -> list[Any]:
+    """Losses, and gradients of hidden states and of all that the head trains, in each of two optimizer steps."""
+    head = _head(config)
+    torch.manual_seed(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        handles = hook(head)
+    try:
+        optimizer, outcome = torch.optim.SGD(head.parameters(), lr=1.0), []
+        for _ in range(2):
+            hidden = _hidden()
+            loss = use(head(hidden), _labels())
+            loss.backward()
+            outcome += [loss.detach(), hidden.grad, *(p.grad.clone() for p in head.parameters())]
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        for handle in handles if isinstance(handles, list) else [handles]:
+            if isinstance(handle, RemovableHandle):
+                handle.remove()
+    return outcome
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+def test_what_changes_input_output_or_parameters_of_the_call_counts(hook: Callable[[nn.Linear], Any]) -> None:
+    _assert_same(_two_steps(hook, EXACT, _flat), _two_steps(hook, None, _flat), 1e-5)
+
+    def real(logits: Any, labels: Tensor) -> Tensor:
+        return F.nll_loss(logits.log_softmax(-1).flatten(0, 1), labels.flatten())
+
+    with pytest.warns(MaterializedLogitsWarning):
+        got = _two_steps(hook, WARN, real)
+    _assert_same(got, _two_steps(hook, None, real), 1e-5)
+
+
+def test_the_head_is_called_by_keyword_too() -> None:
+    for hook in (_shift_input_by_name, None):
+        heads = [_head(config) for config in (EXACT, None)]
+        if hook is not None:
+            for head in heads:
+                head.register_forward_pre_hook(hook, with_kwargs=True)
+        lazy, stock = (_flat(head(input=_hidden()), _labels()) for head in heads)
+        _assert_same([lazy], [stock])
+
+
+def test_a_hook_may_give_something_else_than_logits() -> None:
+    head = _head(EXACT)
+    head.register_forward_hook(lambda module, args, output: args[0].sum())
+    assert torch.equal(head(_hidden()), _hidden().sum())
+
+
+def test_hooks_that_are_called_always_are_called_after_an_error() -> None:
+    def fail(module: nn.Module, args: Any, output: Any) -> None:
+        raise ValueError("the hook's own")
+
+    seen: list[Any] = []
+    head = _head(EXACT)
+    head.register_forward_hook(fail)
+    head.register_forward_hook(lambda module, args, output: seen.append(output), always_call=True)
+    with pytest.raises(ValueError, match="the hook's own"):
+        head(_hidden())
+    assert len(seen) == 1
+
+
+def _swapped_for_the_call(head: nn.Linear, parameters: dict[str, Tensor]) -> Tensor:
+    logits = torch.func.functional_call(head, parameters, (_hidden(),))
+    return _flat(logits, _labels())
+
+
+def test_parameters_swapped_in_for_one_call_are_those_of_the_loss() -> None:
+    grads = []
+    for config in (EXACT, None):
+        head = _head(config)
+        other = {"weight": (head.weight.detach() * 2).requires_grad_(), "bias": head.bias.detach() + 1}
+        loss = _swapped_for_the_call(head, other)
+        loss.backward()
+        assert head.weight.grad is None
+        grads.append([loss.detach(), other["weight"].grad])
+    _assert_same(*grads)
+
+
+def _backward_hook(head: nn.Linear) -> RemovableHandle:
+    return head.register_full_backward_hook(lambda module, of_input, of_output: (of_input[0] * 2,))
+
+
+def _own_forward(head: nn.Linear) -> None:
+    head.forward = lambda input: F.linear(input, head.weight * 2, head.bias)  # type: ignore[method-assign]
+
+
+class _Doubled(Tensor):
+    """As a quantised weight: F.linear on it is something of its own."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear:
+            return super().__torch_function__(function, types, (args[0] * 2, *args[1:]), kwargs).as_subclass(Tensor)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def _own_weight(head: nn.Linear) -> None:
+    head.weight = nn.Parameter(head.weight.detach().as_subclass(_Doubled))  # type: ignore[arg-type]
+
+
+REAL: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
+    "a backward hook": (_backward_hook, "backward hooks"),
+    "a backward pre-hook": (
+        lambda head: head.register_full_backward_pre_hook(lambda module, of_output: (of_output[0] * 2,)),
+        "backward hooks",
+    ),
+    "a backward hook on all modules": (
+        lambda head: torch_modules.register_module_full_backward_hook(lambda module, x, y: (x[0] * 2,)),
+        "backward hooks",
+    ),
+    "a forward of its own": (_own_forward, "has the forward .*_own_forward"),
+    "a weight of a class of its own": (_own_weight, "a weight of the class _Doubled"),
+}
+
+
+@pytest.mark.parametrize(("change", "text"), REAL.values(), ids=REAL)
+def test_a_call_that_is_more_than_a_product_gives_real_logits_and_says_so(change: Any, text: str) -> None:
+    with pytest.warns(MaterializedLogitsWarning, match=text):
+        got = _two_steps(change, WARN, _flat)
+    _assert_same(got, _two_steps(change, None, _flat))
+    with pytest.raises(RuntimeError, match=text):
+        _two_steps(change, EXACT, _flat)
+
+
+def test_what_is_written_to_between_call_and_loss_is_refused() -> None:
+    for text, write in (("parameters", lambda h, x: h.weight), ("hidden states", lambda h, x: x)):
+        head, hidden = _head(EXACT), _hidden().detach()
+        logits = head(hidden)
+        with torch.no_grad():
+            write(head, hidden).mul_(2)  # type: ignore[no-untyped-call]
+        with pytest.raises(RuntimeError, match=f"{text}.*changed in place"):
+            _flat(logits, _labels())
+
+
+def test_a_call_without_a_graph_gives_a_loss_without_one() -> None:
+    head = _head(EXACT)
+    with torch.no_grad(), fused_evaluation(head):
+        logits = head(_hidden())
+    assert not logits.requires_grad
+    assert not _flat(logits, _labels()).requires_grad
+
+
 def test_output_hooks_find_the_hidden_states_and_may_replace_them() -> None:
     head, hidden = _head(EXACT), _hidden()
     leaves, structure = tree_flatten({"logits": head(hidden)[..., :-1, :] * 0.5})
-    assert leaves == [hidden]
+    assert [leaf.data_ptr() for leaf in leaves] == [hidden.data_ptr()]
     seen: list[Tensor] = []
     replaced = hidden.clone()
     replaced.register_hook(seen.append)
