@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from cce_dist import find, hooks, lazy_logits
 from cce_dist.config import CCEConfig
 from cce_dist.fsdp import adopt
-from cce_dist.lazy_logits import is_lazy, lazy_calls, make_eager, make_lazy, report, settings_of
+from cce_dist.lazy_logits import is_lazy, lazy_calls, make_eager, make_lazy, report
 from cce_dist.owner import ModuleOwner
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -62,7 +62,7 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
             )
         else:
             make_lazy(head, ModuleOwner(head), config)
-        _Watch.over(model, config)
+        _Watch.over(model, config, isinstance(weight, DTensor))
     return model
 
 
@@ -140,15 +140,16 @@ class _Watch(_Hook):
     It hangs on the model and on the parts that the model calls, since PEFT runs a model's forward without calling it.
     """
 
-    def __init__(self, model: nn.Module, config: CCEConfig) -> None:
+    def __init__(self, model: nn.Module, config: CCEConfig, is_sharded: bool) -> None:
         self._model = ref(model)
         self._config = config
+        self._is_sharded = is_sharded
 
     @classmethod
-    def over(cls, model: nn.Module, config: CCEConfig) -> None:
+    def over(cls, model: nn.Module, config: CCEConfig, is_sharded: bool) -> None:
         cls.end(model)
         base = _base(model)
-        watch = cls(base, config)
+        watch = cls(base, config, is_sharded)
         for module in _places(base):
             module.register_forward_pre_hook(watch)
 
@@ -174,9 +175,7 @@ class _Watch(_Hook):
             return
         weight = getattr(head, "weight", None)
         is_whole = isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(weight, DTensor)
-        assert model is not None
-        was_whole = all(isinstance(settings_of(m)[0], ModuleOwner) for m in model.modules() if is_lazy(m))
-        if is_whole and was_whole and isinstance(head, nn.Linear):
+        if is_whole and not self._is_sharded and isinstance(head, nn.Linear):
             try:
                 make_lazy(head, ModuleOwner(head), self._config)
                 return
@@ -191,7 +190,7 @@ class _Watch(_Hook):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo.get(id(self._model()))
-        return super().__deepcopy__(memo) if twin is None else _Watch(twin, self._config)
+        return super().__deepcopy__(memo) if twin is None else _Watch(twin, self._config, self._is_sharded)
 
 
 class _PastTheLayer(_Hook):

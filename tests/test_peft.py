@@ -98,6 +98,72 @@ def test_a_merged_adapter_and_an_unpatched_model_are_plain_models() -> None:
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
 
 
+def _with_another_adapter(model: Any, **settings: Any) -> Any:
+    model = _adapted(model, SAVED)
+    torch.manual_seed(4)
+    model.add_adapter("other", peft.LoraConfig(**{**BODY, **settings}))
+    model.set_adapter("other")
+    return model
+
+
+FOLLOWED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "another adapter's copy": ("llama", lambda m: _with_another_adapter(m, modules_to_save=["lm_head"])),
+    "an adapter without a copy": ("llama", lambda m: _with_another_adapter(m)),
+    "a copy tied to that of the embedding": (
+        "llama_tied", lambda m: _adapted(m, {**BODY, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    ),
+    "LoRA on the parameter": ("llama", lambda m: _adapted(m, {**BODY, "target_parameters": ["lm_head.weight"]})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change"), FOLLOWED.values(), ids=FOLLOWED)
+def test_the_output_layer_that_peft_puts_in_place_after_patch_is_fused(name: str, change: Callable[..., Any]) -> None:
+    wanted = _step(change(architectures.build(name)))
+    got = _step(change(patch(architectures.build(name), EXACT)))
+    assert isinstance(got[2].logits, LazyLogits)
+    _assert_equal_to_stock(got, wanted)
+    assert any("lora_A" in key for key in wanted[1])
+
+
+def test_a_switch_of_adapters_after_patch_is_followed_and_unpatch_undoes_all() -> None:
+    outcomes = []
+    for patched in (True, False):
+        model = _with_another_adapter(architectures.build("llama"), modules_to_save=["lm_head"])
+        if patched:
+            patch(model, EXACT)
+        seen = []
+        for adapter in ("other", "default", "other"):
+            model.set_adapter(adapter)
+            seen.append(_step(model))
+            assert isinstance(seen[-1][2].logits, LazyLogits) == patched
+        outcomes.append(seen)
+        if patched:
+            unpatch(model)
+            assert not any(is_lazy(module) for module in model.modules())
+            assert not any(module._forward_pre_hooks for module in model.get_base_model().modules())
+    for got, wanted in zip(*outcomes, strict=True):
+        _assert_equal_to_stock(got, wanted)
+
+
+PAST: dict[str, tuple[str, Any]] = {
+    "tokens of a tied embedding": ("llama_tied", [1, 2, 3]),
+    "tokens of the output layer": ("llama", {"lm_head": [1, 2, 3]}),
+}
+
+
+@pytest.mark.parametrize(("name", "tokens"), PAST.values(), ids=PAST)
+def test_a_wrapper_that_computes_logits_past_the_layer_is_reported(name: str, tokens: Any) -> None:
+    settings = {**BODY, "trainable_token_indices": tokens}
+    wanted = _step(_adapted(architectures.build(name), settings))
+    model = _adapted(patch(architectures.build(name), gradient="exact"), settings)
+    for _ in range(2):
+        with pytest.warns(MaterializedLogitsWarning, match="TrainableTokensWrapper, which computes them past"):
+            got = _step(model)
+    _assert_equal_to_stock(got, wanted)
+    with pytest.raises(RuntimeError, match="materialize='raise'.*TrainableTokensWrapper"):
+        _step(_before(name, settings))
+
+
 class _Shapes(TorchDispatchMode):
     """Notes the shape of every floating-point tensor that an operation makes."""
 
