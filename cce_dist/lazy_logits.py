@@ -81,17 +81,6 @@ def is_lazy(head: nn.Module) -> bool:
     return isinstance(head, _LazyHead)
 
 
-def settings_of(head: nn.Module) -> tuple[ShardOwner, CCEConfig]:
-    """What `make_lazy` was given.
-
-    Raises:
-        ValueError: the head is not lazy.
-    """
-    if not isinstance(head, _LazyHead):
-        raise ValueError(f"{type(head).__name__} is not lazy; call make_lazy on it, or patch its model, first.")
-    return head._cce.owner, head._cce.config
-
-
 def lazy_calls(head: nn.Module) -> int:
     """How often a lazy head has been called and has returned `LazyLogits`; not counted inside a compiled graph."""
     return head._cce.calls if isinstance(head, _LazyHead) else 0
@@ -119,13 +108,12 @@ def fused_evaluation(head: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the head is not lazy.
     """
-    settings_of(head)
-    assert isinstance(head, _LazyHead)
-    before, head._cce.in_evaluation = head._cce.in_evaluation, True
+    binding = _binding(head)
+    before, binding.in_evaluation = binding.in_evaluation, True
     try:
         yield
     finally:
-        head._cce.in_evaluation = before
+        binding.in_evaluation = before
 
 
 def fuse_evaluation_where(head: nn.Module, condition: Callable[[], bool]) -> None:
@@ -134,9 +122,13 @@ def fuse_evaluation_where(head: nn.Module, condition: Callable[[], bool]) -> Non
     Raises:
         ValueError: the head is not lazy.
     """
-    settings_of(head)
-    assert isinstance(head, _LazyHead)
-    head._cce.fused_where = condition
+    _binding(head).fused_where = condition
+
+
+def _binding(head: nn.Module) -> "_Binding":
+    if not isinstance(head, _LazyHead):
+        raise ValueError(f"{type(head).__name__} is not lazy; call make_lazy on it, or patch its model, first.")
+    return head._cce
 
 
 def report(config: CCEConfig, what: str, instead: str) -> None:
@@ -239,7 +231,7 @@ class _LazyHead(nn.Module):
         twin = memo[id(self)] = binding.stock.__new__(binding.stock)
         vars(twin).update(copy.deepcopy(vars(self), memo))
         make_lazy(twin, ModuleOwner(twin, binding.owner.shard), binding.config)
-        cast(_LazyHead, twin)._cce.fused_where = binding.fused_where
+        _binding(twin).fused_where = binding.fused_where
         return twin
 
 

@@ -57,6 +57,25 @@ def _ddp(folder: str, ours: bool, **settings: Any) -> Log:
     return log
 
 
+def _mean_of_logits(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A loss of the user's own, outside of the model's forward."""
+    logits = outputs.logits[..., :-1, :].flatten(0, 1)
+    total = torch.nn.functional.cross_entropy(logits, labels[..., 1:].flatten(), reduction="sum")
+    return total / num_items_in_batch
+
+
+def _ddp_outside_of_forward(folder: str, ours: bool, smoothed: bool) -> Log:
+    """DDP looks for unused parameters in what forward returns, and the loss is computed later."""
+    model = architectures.build("qwen3")  # untied
+    settings = {"label_smoothing_factor": 0.1} if smoothed else {}
+    callbacks = [CCECallback(gradient="exact", materialize="warn" if smoothed else "raise")] if ours else []
+    trainer = Trainer(
+        model, _arguments(folder, ddp_find_unused_parameters=True, **settings), train_dataset=_data(),
+        callbacks=callbacks, compute_loss_func=None if smoothed else _mean_of_logits,
+    )  # fmt: skip
+    return _logged(trainer)
+
+
 def _native_fsdp2(folder: str, ours: bool) -> Log:
     """The model shards itself while it is loaded."""
     from transformers.distributed import DistributedConfig
@@ -128,6 +147,8 @@ def _zero3(folder: str, ours: bool, section: dict[str, Any] | None) -> Log:
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "DDP": (_ddp, {"average_tokens_across_devices": True}),
     "DDP, tokens counted on each rank": (_ddp, {"average_tokens_across_devices": False}),
+    "DDP, compute_loss_func": (_ddp_outside_of_forward, {"smoothed": False}),
+    "DDP, label smoothing": (_ddp_outside_of_forward, {"smoothed": True}),
     "FSDP2 of transformers": (_native_fsdp2, {}),
     "FSDP2 of accelerate": (_accelerates_fsdp2, {"name": "qwen3"}),
     "FSDP2 of accelerate, tied": (_accelerates_fsdp2, {"name": "llama_tied"}),

@@ -16,6 +16,7 @@ from ranks import RankPool
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
@@ -385,6 +386,35 @@ def _ddp_gradients(patched: str) -> dict[str, Tensor]:
         patch(wrapped, EXACT)
     wrapped(**batch).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _outside_of_forward(patched: bool, name: str, frozen: str) -> dict[str, Tensor]:
+    """Two steps with a loss on the logits that the model returns, where DDP looks for parameters that went unused."""
+    model = architectures.build(name)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad = not (frozen and frozen in key)
+    if patched:
+        patch(model, EXACT)
+    unused = nn.ModuleDict({"model": model, "unused": nn.Linear(3, 3)})
+    unused.forward = lambda **inputs: model(**inputs)  # type: ignore[method-assign]
+    wrapped = DistributedDataParallel(unused, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = {key: x[dist.get_rank()][None] for key, x in architectures.batch().items()}
+    labels = batch.pop("labels")
+    for _ in range(2):
+        optimizer.zero_grad()
+        logits = wrapped(**batch).logits
+        assert isinstance(logits, LazyLogits) == patched
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+        optimizer.step()
+    return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("name", "frozen"), [("llama", ""), ("llama", "model."), ("llama", "lm_head"), ("phi", "")])
+def test_ddp_that_looks_for_unused_parameters_finds_the_output_layer(ranks: RankPool, name: str, frozen: str) -> None:
+    by_rank = zip(*(ranks.run(2, _outside_of_forward, patched, name, frozen) for patched in (True, False)), strict=True)
+    for got, stock in by_rank:
+        _assert_close(got, stock)
 
 
 @pytest.mark.parametrize("patched", ["before", "after"])
