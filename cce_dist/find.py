@@ -25,7 +25,7 @@ def output_layer(model: nn.Module) -> nn.Module | None:
     if len(active) != 1 or active[0] not in copies:
         raise ValueError(
             f"PEFT keeps copies of the output layer for the adapters {list(copies)}, and {active} are active: make "
-            "one of the former active with set_adapter, then patch."
+            "one of the former active with set_adapter first."
         )
     return copies[active[0]]
 
