@@ -176,8 +176,8 @@ class _LazyHead(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         binding = self._cce
-        if args and isinstance(args[0], DTensor) and binding.owner.shard.vocab_group is None:
-            args = (_all_tokens(args[0]), *args[1:])
+        if args and isinstance(args[0], DTensor):
+            args = (_all_tokens(args[0], binding.owner), *args[1:])
         trains = self.training and torch.is_grad_enabled()
         if not (trains or binding.in_evaluation or (binding.fused_where is not None and binding.fused_where())):
             if self.training and _in_reentrant_checkpoint():
@@ -235,12 +235,18 @@ class _LazyHead(nn.Module):
         return twin
 
 
-def _all_tokens(hidden: DTensor) -> Tensor:
+def _all_tokens(hidden: DTensor, owner: ShardOwner) -> Tensor:
     """Plain hidden states out of what a tensor-parallel body gives, for a head that every rank has as a whole.
 
     Raises:
-        TypeError: a DTensor that is neither replicated nor split along the sequence.
+        TypeError: a DTensor that is neither replicated nor split along the sequence, or a head that is sharded.
     """
+    if owner.shard.vocab_group is not None:
+        raise TypeError(
+            f"the hidden states at this output layer are a DTensor, {hidden.placements}, while its rows are sharded by "
+            f"a {type(owner).__name__} that knows of no tensor parallelism: pass the mesh of the body's tensor "
+            "parallelism to cce_dist.fsdp.shard_head(..., tp=mesh['tp']), or give the layer plain tensors."
+        )
     sequence = range(1, hidden.ndim - 1)
     if not all(isinstance(p, Replicate) or (isinstance(p, Shard) and p.dim in sequence) for p in hidden.placements):
         raise TypeError(
@@ -651,6 +657,7 @@ def _dispatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
         if statistic is not None:
             return statistic
         if function is F.cross_entropy and args[0] is logits:
+            args, kwargs = _with_own_labels(logits, args, kwargs)
             obstacle = _obstacle(logits, *args[1:], **kwargs)
             if obstacle is None:
                 return _cross_entropy(logits, *args[1:], **kwargs)
@@ -741,7 +748,6 @@ def _cross_entropy(
     settings = source.binding.config.loss_kwargs()
     if not source.head.training:
         settings["max_tokens"] = None  # of a micro-step in training; batches of evaluation may be larger
-    target = _own_labels(target, form.hidden_XD.shape[:-1])
     with torch.autocast(target.device.type, enabled=False), torch.set_grad_enabled(_with_graph(source)):
         terms = source.terms(form)
         # Always "none": the ranks of a shard agree on one reduction, and a caller may change between mean and sum.
@@ -763,23 +769,30 @@ def _with_graph(source: _Source) -> bool:
     return source.has_graph and torch.is_grad_enabled()
 
 
-def _own_labels(target: Tensor, tokens: torch.Size) -> Tensor:
-    """Plain labels of this rank's tokens, where a tensor-parallel body's labels are DTensors too.
+def _with_own_labels(
+    logits: LazyLogits, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The arguments of a cross-entropy, with plain labels of this rank's tokens in place of a DTensor's.
 
     Raises:
         TypeError: a DTensor that holds other tokens than the logits do.
     """
+    target, tokens = (args[1] if len(args) > 1 else kwargs.get("target")), logits.shape[:-1]
     if not isinstance(target, DTensor):
-        return target
-    if all(isinstance(p, Shard) for p in target.placements) and target.to_local().shape == tokens:
-        return target.to_local()
-    if target.shape == tokens and all(isinstance(p, Replicate | Shard) for p in target.placements):
-        return target.full_tensor()
-    raise TypeError(
-        f"target is a DTensor of shape {list(target.shape)} with the placements {target.placements}; the logits are of "
-        f"tokens {list(tokens)} on this rank. Pass plain labels of those tokens, or a DTensor that is replicated or "
-        "split as the hidden states are."
-    )
+        return args, kwargs
+    is_partial = any(placement.is_partial() for placement in target.placements)
+    is_split = not any(placement.is_replicate() for placement in target.placements)
+    if not is_partial and is_split and target.to_local().shape == tokens:
+        plain = target.to_local()
+    elif not is_partial and target.shape == tokens:
+        plain = target.full_tensor()
+    else:
+        raise TypeError(
+            f"target is a DTensor of shape {list(target.shape)} with the placements {target.placements}; the logits "
+            f"are of tokens {list(tokens)} on this rank. Pass plain labels of those tokens, or a DTensor that is "
+            "replicated or split as the hidden states are."
+        )
+    return ((args[0], plain, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "target": plain})
 
 
 def _local_rows(values_V: Tensor, shard: VocabShard) -> Tensor:
@@ -795,7 +808,7 @@ _METADATA = {
     Tensor.is_conj, torch.is_conj, Tensor.is_neg, torch.is_neg, torch.result_type,
 }  # fmt: skip
 _OF_THE_DEVICE = {Tensor.get_device, torch.get_device, Tensor.is_inference, torch.is_inference}
-_OF_THE_FORM = {"layout", "itemsize", "nbytes", "grad", "retains_grad", "output_nr"}
+_OF_THE_FORM = {"layout", "itemsize", "nbytes", "name", "grad", "retains_grad", "output_nr"}
 _SPLIT = {Tensor.split, torch.split, Tensor.chunk, torch.chunk}
 _IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 _OPERATORS = (

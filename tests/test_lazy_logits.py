@@ -5,6 +5,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import pytest
@@ -13,12 +14,15 @@ import torch.distributed as dist
 from ranks import RankPool
 from reference import DEVICE
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils import weight_norm as old_weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from cce_dist import CCEConfig, VocabShard
@@ -266,6 +270,139 @@ def test_logits_first_read_without_grad_still_carry_gradients_later() -> None:
         assert not logits.exp().requires_grad
     logits.exp().sum().backward()
     assert head.weight.grad is not None
+
+
+class _WithLoss(nn.Module):
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return _flat(self.head(hidden), _labels())
+
+
+def _checkpointed(config: CCEConfig | None, around_the_loss: bool, reentrant: bool) -> list[Any]:
+    head, hidden = _head(config), _hidden()
+    if around_the_loss:
+        loss = checkpoint(_WithLoss(head), hidden, use_reentrant=reentrant)
+    else:
+        loss = _flat(checkpoint(head, hidden, use_reentrant=reentrant), _labels())
+    loss.backward()
+    return [loss.detach(), hidden.grad, head.weight.grad, head.bias.grad]
+
+
+@pytest.mark.parametrize("around_the_loss", [True, False], ids=["head and loss", "head alone"])
+def test_a_checkpoint_around_the_head(around_the_loss: bool) -> None:
+    wanted = _checkpointed(None, around_the_loss, True)
+    _assert_same(_checkpointed(EXACT, around_the_loss, False), wanted)
+    with pytest.warns(MaterializedLogitsWarning, match=f"{__file__}.*reentrant checkpoint.*use_reentrant=False"):
+        got = _checkpointed(WARN, around_the_loss, True)
+    _assert_same(got, wanted)
+    with pytest.raises(RuntimeError, match="reentrant checkpoint"):
+        _checkpointed(EXACT, around_the_loss, True)
+
+
+def test_deepspeeds_checkpoint_around_the_head() -> None:
+    checkpointing = pytest.importorskip("deepspeed.runtime.activation_checkpointing.checkpointing")
+    outcomes = []
+    for config in (WARN, None):
+        head, hidden = _head(config), _hidden()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss = _flat(checkpointing.checkpoint(head, hidden), _labels())
+        assert sum(issubclass(w.category, MaterializedLogitsWarning) for w in caught) == (config is WARN)
+        loss.backward()
+        outcomes.append([loss.detach(), hidden.grad, head.weight.grad])
+    _assert_same(*outcomes)
+
+
+@dataclass
+class _Output:
+    """As a model's output; `_as_lightning_moves` does with it what Lightning's ModelParallelStrategy does."""
+
+    loss: Any
+    logits: Any
+
+
+def _as_lightning_moves(data: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """In the words of lightning_utilities' apply_to_collection: dataclasses are deep-copied, then their fields set."""
+    if isinstance(data, Tensor):
+        return function(data)
+    if is_dataclass(data) and not isinstance(data, type):
+        fields_of = {f.name: getattr(data, f.name) for f in fields(data)}
+        result = copy.deepcopy(data, memo={id(value): value for value in fields_of.values()})
+        for name, value in fields_of.items():
+            setattr(result, name, _as_lightning_moves(value, function))
+        return result
+    return data
+
+
+def test_outputs_that_lightning_copies_train_as_they_are() -> None:
+    outcomes, seen = [], []
+    for config in (EXACT, None):
+        head, hidden = _head(config), _hidden()
+        output = _Output(None, head(hidden) * 0.5)
+        before = output.logits
+
+        def moved(x: Tensor) -> Tensor:
+            y = x.clone()
+            y.register_hook(seen.append)  # as where FSDP2's root waits for the backward
+            return y
+
+        output = _as_lightning_moves(output, moved)
+        loss = _flat(output.logits, _labels())
+        loss.backward()
+        outcomes.append([loss.detach(), hidden.grad, head.weight.grad, head.bias.grad])
+        if config is EXACT:
+            assert isinstance(output.logits, LazyLogits)
+            assert output.logits is not before
+            assert len(seen) == 1
+    _assert_same(*outcomes)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_is_of_the_same_call(copied: Callable[[Any], Any]) -> None:
+    head, hidden = _head(EXACT), _hidden()
+    logits = head(hidden)
+    twin = copied({"logits": logits[..., :40]})["logits"]
+    assert twin.shape == (BATCH, LENGTH, 40)
+    _flat(twin, _labels(40)).backward()
+    plain_head, plain_hidden = _head(None), _hidden()
+    _flat(plain_head(plain_hidden)[..., :40], _labels(40)).backward()
+    _assert_same([hidden.grad, head.weight.grad], [plain_hidden.grad, plain_head.weight.grad])
+    twin = copied(logits)
+    twin.hidden_XD = torch.zeros(3, HIDDEN, device=DEVICE)
+    assert (logits.shape, twin.shape) == ((BATCH, LENGTH, VOCAB), (3, VOCAB))
+
+
+VALUES = {"H", "T", "mH", "mT", "data", "imag", "real", "grad_fn", "grad_dtype"}  # the last one: of leaves alone
+METHODS = (
+    "element_size", "is_complex", "is_contiguous", "is_floating_point", "is_signed", "is_conj", "is_neg",
+    "is_inference", "get_device", "nelement", "ndimension", "numel", "dim",
+)  # fmt: skip
+
+
+def test_every_attribute_that_is_metadata_needs_no_logits() -> None:
+    lazy, stock = (_head(config)(_hidden())[:, 1:].bfloat16() for config in (EXACT, None))
+    names = [
+        name for name in dir(Tensor)
+        if name != "volatile"  # which warns
+        and not name.startswith("_") and name not in VALUES and not callable(getattr(Tensor, name))
+    ]  # fmt: skip
+    assert {"is_cuda", "layout", "is_sparse", "itemsize", "nbytes", "is_meta", "is_leaf"} <= set(names)
+    missing = object()
+    for name in names:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the grad of what is no leaf
+            wanted = getattr(stock, name, missing)
+        assert getattr(lazy, name, missing) == wanted, name
+    for name in METHODS:
+        assert getattr(lazy, name)() == getattr(stock.contiguous(), name)(), name
+    assert torch.is_complex(lazy) == torch.is_complex(stock)
+    assert torch.result_type(lazy, torch.ones(1, device=DEVICE)) == torch.float32
+    assert lazy.is_same_size(stock)
+    with pytest.raises(RuntimeError, match="the attribute real"):
+        _ = lazy.real
 
 
 def test_metadata_needs_no_logits() -> None:
@@ -688,3 +825,52 @@ def _trained_bias_on_a_shard() -> str:
 
 def test_a_trained_bias_beside_a_sharded_head_is_not_fused(ranks: RankPool) -> None:
     assert all("a trained bias" in text for text in ranks.run(2, _trained_bias_on_a_shard))
+
+
+def _tensor_parallel_losses() -> dict[str, Any]:
+    """Of a head that every rank has as a whole, behind a body whose hidden states are DTensors."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    whole = _hidden().detach()[:, :6]
+    labels = _labels()[:, :6].contiguous()
+    found: dict[str, Any] = {}
+    stock = _head(None)
+    hidden = whole.clone().requires_grad_()
+    loss = _flat(stock(hidden), labels)
+    loss.backward()
+    wanted = [loss.detach(), hidden.grad, stock.weight.grad]
+    for name, placement in {"replicated": Replicate(), "sequence": Shard(1)}.items():
+        for labels_are in ("plain", "replicated", "split"):
+            head = _head(EXACT)
+            hidden = distribute_tensor(whole, mesh, [placement]).requires_grad_()
+            y: Any = labels
+            if labels_are != "plain":
+                y = distribute_tensor(labels, mesh, [Replicate() if labels_are == "replicated" else Shard(1)])
+            loss = _flat(head(hidden), y)
+            loss.backward()
+            _assert_same([loss.detach(), hidden.grad.full_tensor(), head.weight.grad], wanted)
+            with torch.no_grad():
+                assert torch.equal(head(hidden.detach()), stock(whole))
+            found[f"{name}, labels {labels_are}"] = True
+    own = distribute_tensor(whole, mesh, [Shard(1)]).to_local()  # sequence parallel: each rank its slice
+    split = F.cross_entropy(
+        _head(EXACT)(own).flatten(0, 1), distribute_tensor(labels, mesh, [Shard(1)]).flatten(), reduction="sum"
+    )
+    dist.all_reduce(split)
+    _assert_same([split / (labels != -100).sum()], wanted[:1])
+    for name, placement in {"batch": Shard(0), "hidden": Shard(2), "partial": Partial()}.items():
+        hidden = DTensor.from_local(whole, mesh, [placement], run_check=False)
+        with pytest.raises(TypeError, match="hidden states at this output layer are a DTensor.*redistribute"):
+            _head(EXACT)(hidden)
+        found[name] = True
+    with pytest.raises(TypeError, match="target is a DTensor"):
+        _flat(_head(EXACT)(whole), DTensor.from_local(labels, mesh, [Partial()], run_check=False))
+    sharded = _head(None)
+    make_lazy(sharded, _Slices(sharded, tuple(RUNS[2][dist.get_rank()]), tokens=False), EXACT)
+    with pytest.raises(TypeError, match="shard_head"):
+        sharded(distribute_tensor(whole, mesh, [Replicate()]))
+    return found
+
+
+def test_what_a_tensor_parallel_body_gives_is_taken_and_other_dtensors_are_refused(ranks: RankPool) -> None:
+    for found in ranks.run(2, _tensor_parallel_losses):
+        assert len(found) == 9
