@@ -179,7 +179,7 @@ class _LazyHead(nn.Module):
         if args and isinstance(args[0], DTensor):
             args = (_all_tokens(args[0], binding.owner), *args[1:])
         trains = self.training and torch.is_grad_enabled()
-        if not (trains or binding.in_evaluation or (binding.fused_where is not None and binding.fused_where())):
+        if not (trains or binding.in_evaluation or self._is_fused_here()):
             if self.training and _in_reentrant_checkpoint():
                 self._report("is called inside of a reentrant checkpoint", _NO_REENTRANT)
             return super().__call__(*args, **kwargs)
@@ -195,6 +195,10 @@ class _LazyHead(nn.Module):
         if not torch.compiler.is_compiling():
             self._cce.calls += 1
         return LazyLogits(_Source(self, input))
+
+    def _is_fused_here(self) -> bool:
+        condition = self._cce.fused_where
+        return condition is not None and not torch.compiler.is_compiling() and condition()
 
     def _obstacle(self) -> tuple[str, str] | None:
         """What makes this call something else than F.linear(hidden, weight, bias), and what to do about it."""
