@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 from torch.utils._pytree import register_pytree_node, tree_map
 
-from cce_dist import hooks
+from cce_dist import checkpoints, hooks
 from cce_dist.config import CCEConfig
 from cce_dist.logit_form import LOGITS, MULTIPLY, WITHOUT_GRADIENT, Call, LogitForm, is_last_dim, p_log_p, record
 from cce_dist.loss import linear_cross_entropy
@@ -62,6 +62,7 @@ def make_lazy(head: nn.Module, owner: ShardOwner, config: CCEConfig, linear: typ
         RuntimeError: a torch whose hooks this version does not know.
     """
     hooks.check_torch()
+    checkpoints.check_torch()
     stock = type(head)
     if is_lazy(head):
         raise ValueError(
@@ -180,10 +181,10 @@ class _LazyHead(nn.Module):
             args = (_all_tokens(args[0], binding.owner), *args[1:])
         trains = self.training and torch.is_grad_enabled()
         if not (trains or binding.in_evaluation or self._is_fused_here()):
-            if self.training and _in_reentrant_checkpoint():
+            if self.training and checkpoints.in_forward():
                 self._report("is called inside of a reentrant checkpoint", _NO_REENTRANT)
             return super().__call__(*args, **kwargs)
-        if trains and _in_backward() and _in_reentrant_checkpoint():
+        if trains and checkpoints.in_recomputation():
             return super().__call__(*args, **kwargs)  # as in the forward that is recomputed
         obstacle = self._obstacle()
         if obstacle is not None:
@@ -475,26 +476,6 @@ _NO_REENTRANT = (
     "Its backward computes them again with a graph of its own, which lazy logits cannot cross: take "
     "checkpoint(..., use_reentrant=False), or leave the output layer and the loss out of the checkpoint."
 )
-
-
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _in_reentrant_checkpoint() -> bool:
-    """Whether a reentrant checkpoint, torch's or DeepSpeed's, calls: forward without a graph, or backward anew."""
-    if torch.compiler.is_compiling():
-        return False
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name in ("forward", "backward") and code.co_filename.endswith(_CHECKPOINTS):
-            return True
-        frame = frame.f_back
-    return False
-
-
-_CHECKPOINTS = (str(Path("torch/utils/checkpoint.py")), str(Path("activation_checkpointing/checkpointing.py")))
 
 
 def _call_site() -> FrameType:

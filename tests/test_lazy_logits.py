@@ -544,6 +544,34 @@ def test_parameters_swapped_in_for_one_call_are_those_of_the_loss() -> None:
     _assert_same(*grads)
 
 
+class _Reader:
+    """An owner that reads its rows out of a framework's storage, as those of FSDP2 and ZeRO-3 do."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.head, self.shard, self.reads = head, VocabShard.whole(VOCAB), 0
+
+    def local_weight(self) -> Tensor:
+        self.reads += 1
+        return self.head.weight
+
+    def local_bias(self) -> Tensor | None:
+        return self.head.bias
+
+
+def test_an_owner_is_asked_for_its_rows_when_the_loss_runs_and_parameters_must_be_the_same_then() -> None:
+    head = _head(None)
+    owner = _Reader(head)
+    make_lazy(head, owner, EXACT)
+    logits = head(_hidden())
+    assert owner.reads == 0  # what it gathers lives no longer than the loss needs it
+    _assert_same([_flat(logits, _labels())], [_flat(_head(None)(_hidden()), _labels())])
+    with pytest.raises(RuntimeError, match="have been replaced between its call and the use"):
+        _swapped_for_the_call(head, {"weight": head.weight.detach() * 2})
+    prune.identity(head, "weight")
+    with pytest.raises(RuntimeError, match="computed for each call.*_Reader"):
+        head(_hidden())
+
+
 def _backward_hook(head: nn.Linear) -> RemovableHandle:
     return head.register_full_backward_hook(lambda module, of_input, of_output: (of_input[0] * 2,))
 

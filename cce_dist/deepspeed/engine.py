@@ -131,7 +131,8 @@ def _classifier(model: nn.Module) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"{type(model).__name__} must have its classifier, an nn.Linear, as get_output_embeddings() or as lm_head; "
-            f'got {type(head).__name__}. Add one of the two, or remove the section "{SECTION}" of the DeepSpeed config.'
+            f"got {type(head).__name__}. Add one of the two, leave adapters such as LoRA off it, or remove the section "
+            f'"{SECTION}" of the DeepSpeed config.'
         )
     return head
 
