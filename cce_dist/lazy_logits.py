@@ -141,7 +141,7 @@ def report(config: CCEConfig, what: str, instead: str) -> None:
     """
     frame = _call_site()
     place = f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name},"
-    text = f"{what.format(place=place)} {instead}"
+    text = f"{what.replace('{place}', place)} {instead}"
     if config.materialize == "raise":
         raise RuntimeError(f"materialize='raise' forbids that {text} With materialize='warn' they would be.")
     registry = frame.f_globals.setdefault("__warningregistry__", {})
@@ -388,11 +388,11 @@ class _RowsOfCall:
             self._whole = (weight_RD, bias_R)
             self.shard = self._owner.shard_of(weight_RD)
             self._versions = [_version(x) for x in self._whole]
-        elif self._parameters[0] is None:
+        elif self._parameters[0] is None or (self._parameters[1] is None and getattr(head, "bias", None) is not None):
             raise RuntimeError(
-                f"the weight of this output layer is computed for each call (by a parametrization, pruning or weight "
-                f"normalisation), while a {type(self._owner).__name__} shards its rows. Make it a parameter again "
-                "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove) before the head is sharded."
+                "the weight or bias of this output layer is computed for each call (by a parametrization, pruning or "
+                f"weight normalisation), while a {type(self._owner).__name__} shards its rows. Make it a parameter "
+                "again (torch.nn.utils.parametrize.remove_parametrizations, prune.remove) before the head is sharded."
             )
 
     def local(self) -> tuple[Tensor, Tensor | None]:
@@ -432,7 +432,7 @@ class _RowsOfCall:
     def linear(self, hidden_XD: Tensor) -> Tensor:
         """The real logits; users' hooks have run in the call already."""
         self._check()
-        if self._whole is None or (self._parameters[0] is not None and self._are_in_place()):
+        if self._whole is None:
             return cast(Tensor, hooks.call(self._head, self._head.forward, (hidden_XD,), {}, hooks.is_of_sharding))
         return F.linear(hidden_XD, *self._whole)
 

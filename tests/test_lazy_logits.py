@@ -567,9 +567,11 @@ def test_an_owner_is_asked_for_its_rows_when_the_loss_runs_and_parameters_must_b
     _assert_same([_flat(logits, _labels())], [_flat(_head(None)(_hidden()), _labels())])
     with pytest.raises(RuntimeError, match="have been replaced between its call and the use"):
         _swapped_for_the_call(head, {"weight": head.weight.detach() * 2})
-    prune.identity(head, "weight")
-    with pytest.raises(RuntimeError, match="computed for each call.*_Reader"):
-        head(_hidden())
+    for name in ("bias", "weight"):
+        prune.identity(head, name)
+        with pytest.raises(RuntimeError, match="computed for each call.*_Reader"):
+            head(_hidden())
+        prune.remove(head, name)
 
 
 def _backward_hook(head: nn.Linear) -> RemovableHandle:
