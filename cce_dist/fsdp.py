@@ -38,6 +38,7 @@ from torch.nn import functional as F
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.config import CCEConfig
 from cce_dist.embedding import check_embedding, make_vocab_parallel
+from cce_dist.find import output_layer
 from cce_dist.fsdp_groups import (
     check_torch,
     fsdp_mesh,
@@ -80,7 +81,8 @@ def shard_head(
         sequence_parallel: each rank of ``tp`` gives the head its own slice of the sequence, and the loss the labels of
             that slice; the losses of ``tp`` then add up to the whole one. False: every one brings all tokens, and
             hidden states that are DTensors, split along the sequence, are gathered. Not with tied embeddings.
-        head: the classifier, an nn.Linear. None: ``model.get_output_embeddings()``, or else ``model.lm_head``.
+        head: the classifier, an nn.Linear. None: ``model.get_output_embeddings()``, or else ``model.lm_head``; of a
+            layer in PEFT's ``modules_to_save``, the active adapter's copy.
         config: settings of the loss; with ``enabled=False`` nothing is done. ``vocab_parallel_size`` counts the ranks
             that share one copy of the rows: a multiple of tp's size, and a divisor of shards x tp.
 
@@ -340,8 +342,7 @@ class _OwnTokens(nn.Module):
 
 def _find_head(model: nn.Module, head: nn.Module | None) -> nn.Linear:
     if head is None:
-        getter = getattr(model, "get_output_embeddings", None)
-        head = getter() if callable(getter) else getattr(model, "lm_head", None)
+        head = output_layer(model)
     if head is None:
         raise TypeError(
             f"{type(model).__name__} has no output embeddings: neither get_output_embeddings() nor .lm_head gives a "

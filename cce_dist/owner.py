@@ -42,6 +42,22 @@ class ModuleOwner:
     def local_weight(self) -> Tensor:
         return divide_gradient(local_rows(_parameter(self.module, "weight")), self.shard.grad_divisor)
 
+    def shard_of(self, weight_RD: Tensor) -> VocabShard:
+        """The shard of these rows: a vocabulary that a single process holds may have been resized.
+
+        Raises:
+            RuntimeError: another number of rows than that of a shard that other ranks share, or that has padding.
+        """
+        if weight_RD.shape[0] == self.shard.num_rows:
+            return self.shard
+        if self.shard.vocab_group is not None or self.shard.runs != ((0, self.shard.vocab_size),):
+            raise RuntimeError(
+                f"the output layer has {weight_RD.shape[0]} rows on this rank, of which its shard has "
+                f"{self.shard.num_rows}: it was resized since. Resize the vocabulary before the layer is sharded."
+            )
+        self.shard = VocabShard.whole(weight_RD.shape[0])
+        return self.shard
+
     def local_bias(self) -> Tensor | None:
         bias = getattr(self.module, "bias", None)
         return None if bias is None else divide_gradient(local_rows(bias), self.shard.grad_divisor)

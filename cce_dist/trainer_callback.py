@@ -1,13 +1,14 @@
 """The Hugging Face Trainer, and the trainers of TRL: one line makes them train with cce_dist."""
 
 import sys
+from types import FrameType
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cce_dist.config import CCEConfig
-from cce_dist.lazy_logits import is_lazy
+from cce_dist.lazy_logits import fuse_evaluation_where, is_lazy
 from cce_dist.transformers import choose_config, output_layer, patch
 
 
@@ -17,6 +18,9 @@ class CCECallback(TrainerCallback):
     In a single process, under DDP and under FSDP2 (accelerate's, or the model's own from ``distributed_config``) the
     output layer is patched when training begins. With DeepSpeed the section "cce_dist" of the JSON in
     ``TrainingArguments(deepspeed=...)`` counts, or else the settings given here.
+
+    Evaluation of which nothing but the loss is wanted (no ``compute_metrics``, or ``prediction_loss_only``) computes no
+    logits either, once training has begun.
 
     Args:
         config: settings of the loss; None: the defaults, or DeepSpeed's section.
@@ -72,6 +76,8 @@ class CCECallback(TrainerCallback):
                     "cce_dist is not active in this DeepSpeed engine, which was built before CCECallback could say so: "
                     "give it to the trainer's constructor, callbacks=[CCECallback(...)], not to add_callback."
                 )
+        if is_lazy(head):
+            fuse_evaluation_where(head, _only_the_loss_is_wanted)
         if is_lazy(head) and "trl.trainer.utils" in sys.modules:
             from cce_dist.trl import fuse_forward, trl_forward_of
 
@@ -79,3 +85,16 @@ class CCECallback(TrainerCallback):
             trl_forward = trl_forward_of(base)
             if trl_forward is not None:
                 fuse_forward(base, trl_forward, head)
+
+
+def _only_the_loss_is_wanted() -> bool:
+    """Whether this is inside of a Trainer's ``prediction_step`` that drops the logits: no callback says when it begins.
+
+    Generation, and evaluation of the user's own, get the real logits that they expect.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_code.co_varnames:
+            return bool(frame.f_locals["prediction_loss_only"])
+        frame = frame.f_back
+    return False

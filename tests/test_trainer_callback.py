@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import HfDeepSpeedConfig
 
 from cce_dist import CCEConfig
-from cce_dist.lazy_logits import is_lazy
+from cce_dist.fsdp_groups import reshard
+from cce_dist.lazy_logits import is_lazy, lazy_calls
 from cce_dist.trainer_callback import CCECallback
 from cce_dist.transformers import output_layer, patch
 
@@ -40,10 +41,17 @@ def _arguments(folder: str, **settings: Any) -> TrainingArguments:
     )  # fmt: skip
 
 
-def _logged(trainer: Trainer) -> Log:
-    """(loss, gradient norm) of each optimizer step."""
+def _logged(trainer: Trainer, evaluates: bool = True) -> Log:
+    """(loss, gradient norm) of each optimizer step, and (loss, 0) of an evaluation."""
     trainer.train()
-    return [(row["loss"], float(row["grad_norm"])) for row in trainer.state.log_history if "loss" in row]
+    log = [(row["loss"], float(row["grad_norm"])) for row in trainer.state.log_history if "loss" in row]
+    head = output_layer(trainer.model)
+    before = lazy_calls(head)
+    if not evaluates:
+        return log
+    log.append((trainer.evaluate(_data()[:6])["eval_loss"], 0.0))
+    assert (lazy_calls(head) > before) == is_lazy(head)  # nobody wants its logits
+    return log
 
 
 def _ddp(folder: str, ours: bool, **settings: Any) -> Log:
@@ -55,6 +63,25 @@ def _ddp(folder: str, ours: bool, **settings: Any) -> Log:
     assert isinstance(trainer.model_wrapped, DistributedDataParallel)
     assert is_lazy(output_layer(model)) == ours
     return log
+
+
+def _mean_of_logits(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A loss of the user's own, outside of the model's forward."""
+    logits, labels = outputs.logits[..., :-1, :].flatten(0, 1), labels[..., 1:].flatten()
+    total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def _ddp_outside_of_forward(folder: str, ours: bool, smoothed: bool) -> Log:
+    """DDP looks for unused parameters in what forward returns, and the loss is computed later."""
+    model = architectures.build("qwen3")  # untied
+    settings = {"label_smoothing_factor": 0.1} if smoothed else {}
+    callbacks = [CCECallback(gradient="exact", materialize="warn" if smoothed else "raise")] if ours else []
+    trainer = Trainer(
+        model, _arguments(folder, ddp_find_unused_parameters=True, **settings), train_dataset=_data(),
+        callbacks=callbacks, compute_loss_func=None if smoothed else _mean_of_logits,
+    )  # fmt: skip
+    return _logged(trainer)
 
 
 def _native_fsdp2(folder: str, ours: bool) -> Log:
@@ -75,12 +102,13 @@ def _accelerates_fsdp2(folder: str, ours: bool, name: str) -> Log:
     accelerate_state.fsdp2_accelerator(model)
     trainer = Trainer(model, arguments, train_dataset=_data(), callbacks=callbacks)
     assert trainer.accelerator.is_fsdp2
-    return _sharded_log(trainer, ours)
+    return _sharded_log(trainer, ours, evaluates=False)  # accelerate does not gather losses on a CPU that has FSDP
 
 
-def _sharded_log(trainer: Trainer, ours: bool) -> Log:
-    log = _logged(trainer)
+def _sharded_log(trainer: Trainer, ours: bool, evaluates: bool = True) -> Log:
+    log = _logged(trainer, evaluates)
     head = output_layer(trainer.model)
+    reshard(trainer.model)  # an evaluation leaves the root's parameters gathered
     assert isinstance(head.weight, DTensor)
     assert is_lazy(head) == ours
     return log
@@ -120,7 +148,7 @@ def _zero3(folder: str, ours: bool, section: dict[str, Any] | None) -> Log:
     model = architectures.build("qwen3")
     arguments = _arguments(folder, deepspeed=config, use_cpu=False)
     trainer = Trainer(model, arguments, train_dataset=_data(), callbacks=callbacks)
-    log = _logged(trainer)
+    log = _logged(trainer, evaluates=False)  # accelerate gathers no losses on a CPU with DeepSpeed
     assert is_lazy(output_layer(model)) == ours
     return log
 
@@ -128,6 +156,8 @@ def _zero3(folder: str, ours: bool, section: dict[str, Any] | None) -> Log:
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "DDP": (_ddp, {"average_tokens_across_devices": True}),
     "DDP, tokens counted on each rank": (_ddp, {"average_tokens_across_devices": False}),
+    "DDP, compute_loss_func": (_ddp_outside_of_forward, {"smoothed": False}),
+    "DDP, label smoothing": (_ddp_outside_of_forward, {"smoothed": True}),
     "FSDP2 of transformers": (_native_fsdp2, {}),
     "FSDP2 of accelerate": (_accelerates_fsdp2, {"name": "qwen3"}),
     "FSDP2 of accelerate, tied": (_accelerates_fsdp2, {"name": "llama_tied"}),
@@ -159,7 +189,7 @@ def test_two_ranks_log_what_they_log_for_stock(ranks: RankPool, tmp_path: Path) 
         ranks.close()  # accelerate keeps state in the process
     for logs in by_rank:
         for name, (stock, ours) in logs.items():
-            assert len(stock) == len(ours) == 3
+            assert len(stock) == len(ours) >= 3
             for x, y in zip(ours, stock, strict=True):
                 assert x == pytest.approx(y, rel=1e-5), name
     stock_logs = {name: stock for name, (stock, _) in by_rank[0].items()}
@@ -177,6 +207,36 @@ def test_one_process_trains_patched_and_a_second_run_goes_on(tmp_path: Path) -> 
     for x, y in zip(log, _logged(stock), strict=True):
         assert x == pytest.approx(y, rel=1e-5)
     assert _logged(trainer)[0][0] < log[0][0]
+
+
+class _Metrics:
+    """What ``compute_metrics`` and generation in a callback see of the model."""
+
+    def __init__(self) -> None:
+        self.logits: list[Any] = []
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        self.logits.append(prediction.predictions)
+        return {}
+
+
+@pytest.mark.parametrize("loss_only", [False, True])
+def test_evaluation_computes_logits_only_where_they_are_wanted(tmp_path: Path, loss_only: bool) -> None:
+    losses, metrics = [], _Metrics()
+    for callbacks in ([CCECallback(gradient="exact", materialize="raise", max_tokens=40)], []):
+        model = architectures.build("llama")
+        arguments = _arguments(str(tmp_path), prediction_loss_only=loss_only, per_device_eval_batch_size=6)
+        trainer = Trainer(
+            model, arguments, train_dataset=_data(), eval_dataset=_data()[:6], callbacks=callbacks,
+            compute_metrics=metrics,
+        )  # fmt: skip
+        trainer.train()
+        before = lazy_calls(model.lm_head)
+        losses.append(trainer.evaluate()["eval_loss"])
+        assert (lazy_calls(model.lm_head) > before) == (loss_only and bool(callbacks))
+        assert type(model.eval()(**architectures.batch()).logits) is torch.Tensor
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(metrics.logits) == (0 if loss_only else 2)
 
 
 def test_bad_settings_are_refused_where_they_are_given() -> None:

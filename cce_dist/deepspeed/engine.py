@@ -19,6 +19,7 @@ from cce_dist.deepspeed import experts, tensor_parallel
 from cce_dist.deepspeed.guard import autotp_size, check_autotp, check_version, check_zero3, refuse_untested
 from cce_dist.deepspeed.sharded import CutRows, ShardedRows
 from cce_dist.deepspeed.zero3 import ZeRO3Owner, vocab_group_size
+from cce_dist.find import output_layer
 from cce_dist.lazy_logits import make_eager, make_lazy
 from cce_dist.owner import ModuleOwner, ShardOwner
 
@@ -42,7 +43,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
     Args:
         *args, **kwargs: those of ``deepspeed.initialize``. The model's classifier is ``get_output_embeddings()`` or
-            ``lm_head``.
+            ``lm_head``; of a layer in PEFT's ``modules_to_save``, the active adapter's copy.
 
     Returns:
         engine, optimizer, dataloader, scheduler.
@@ -125,18 +126,13 @@ def _config(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     return {}, ""
 
 
-def _output_layer(model: nn.Module) -> Any:
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    return getattr(model, "lm_head", None) if head is None else head
-
-
 def _classifier(model: nn.Module) -> nn.Linear:
-    head = _output_layer(model)
+    head = output_layer(model)
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"{type(model).__name__} must have its classifier, an nn.Linear, as get_output_embeddings() or as lm_head; "
-            f'got {type(head).__name__}. Add one of the two, or remove the section "{SECTION}" of the DeepSpeed config.'
+            f"got {type(head).__name__}. Add one of the two, leave adapters such as LoRA off it, or remove the section "
+            f'"{SECTION}" of the DeepSpeed config.'
         )
     return head
 
@@ -168,7 +164,7 @@ def _how_to_cut(
 def _attach(engine: Any, cut: CutRows | None, settings: CCEConfig) -> None:
     """Gives the engine's model its lazy head."""
     model = engine.module
-    head = _output_layer(model)
+    head: Any = output_layer(model)
     trains = hasattr(engine.optimizer, "step")
     rows: ShardedRows | None = cut
     if tensor_parallel.tensor_parallel_size(engine.mpu) > 1:
