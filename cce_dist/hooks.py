@@ -122,6 +122,11 @@ def pre_hooks(module: nn.Module) -> list[Hook]:
     return list(module._forward_pre_hooks.values())
 
 
+def after_hooks(module: nn.Module) -> list[Hook]:
+    """What runs after the module's forward."""
+    return list(module._forward_hooks.values())
+
+
 def remove(module: nn.Module, which: Callable[[Hook], bool]) -> None:
     """Takes forward hooks and forward pre-hooks off a module."""
     for handles in (module._forward_pre_hooks, module._forward_hooks):

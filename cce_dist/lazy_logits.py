@@ -732,7 +732,8 @@ def _cross_entropy(
     form, source = logits._form, logits._source
     settings = source.binding.config.loss_kwargs()
     if not source.head.training:
-        settings["max_tokens"] = None  # of a micro-step in training; batches of evaluation may be larger
+        # Those are of a micro-step in training; batches of evaluation may be larger, and their number is exchanged.
+        settings |= {"max_tokens": None, "agreement": "every_call"}
     with torch.autocast(target.device.type, enabled=False), torch.set_grad_enabled(_with_graph(source)):
         terms = source.terms(form)
         # Always "none": the ranks of a shard agree on one reduction, and a caller may change between mean and sum.

@@ -170,7 +170,7 @@ class _Watch(_Hook):
             return
         inner = next((module for module in head.modules() if is_lazy(module)), None)
         if inner is not None:
-            if not any(isinstance(hook, _PastTheLayer) for hook in head._forward_hooks.values()):
+            if not any(isinstance(hook, _PastTheLayer) for hook in hooks.after_hooks(head)):
                 head.register_forward_hook(_PastTheLayer(inner, self._config))
             return
         weight = getattr(head, "weight", None)

@@ -22,7 +22,7 @@ LAYERS = (
     ("collectives", "shard"),
     ("loss",),
     ("config",),
-    ("owner", "head", "embedding", "logit_form", "token_statistics", "lazy_logits"),
+    ("checkpoints", "embedding", "find", "head", "hooks", "lazy_logits", "logit_form", "owner", "token_statistics"),
     ("",),  # cce_dist itself
     ("fsdp", "fsdp_groups", "deepspeed", "transformers", "trl", "trainer_callback"),
     ("train",),
@@ -49,6 +49,14 @@ OPTIONAL = {
 """Who imports a package that not everyone has."""
 
 PRIVATE = {
+    "checkpoints": ("checkpoints", "_C _current_graph_task_id"),
+    "hooks": (
+        "hooks",
+        "_backward_hooks _backward_pre_hooks _forward_hooks _forward_hooks_always_called _forward_hooks_with_kwargs "
+        "_forward_pre_hooks _forward_pre_hooks_with_kwargs _global_backward_hooks _global_backward_pre_hooks "
+        "_global_forward_hooks _global_forward_hooks_always_called _global_forward_hooks_with_kwargs "
+        "_global_forward_pre_hooks",
+    ),
     "deepspeed.experts": (
         "deepspeed.guard",
         "_clone_world_group _configure_distributed_model _create_expert_and_data_parallel _get_expert_parallel_group "
