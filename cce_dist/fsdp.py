@@ -53,6 +53,7 @@ from cce_dist.fsdp_groups import (
 )
 from cce_dist.fsdp_in_full import in_full_in_forward, unshard
 from cce_dist.lazy_logits import make_lazy
+from cce_dist.liger import refuse_liger_forward
 from cce_dist.owner import divide_gradient, local_rows
 from cce_dist.shard import VocabShard, new_subgroup
 
@@ -517,6 +518,7 @@ def _tied(model: nn.Module, head: nn.Linear) -> list[nn.Module]:
 
 
 def _check_support(model: nn.Module, head: nn.Linear, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+    refuse_liger_forward(model)
     for embedding in _tied(model, head):
         check_embedding(embedding)
         if sequence_parallel:

@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from cce_dist.config import CCEConfig
 from cce_dist.lazy_logits import is_lazy
+from cce_dist.liger import refuse_liger_arguments, refuse_liger_forward
 from cce_dist.transformers import choose_config, output_layer, patch
 
 
@@ -24,7 +25,7 @@ class CCECallback(TrainerCallback):
 
     Raises:
         ValueError: a bad setting, or config and settings together; when the trainer is built, settings here as well as
-            in DeepSpeed's section.
+            in DeepSpeed's section, or arguments that make Liger compute the loss.
     """
 
     def __init__(self, config: CCEConfig | None = None, **settings: Any) -> None:
@@ -33,6 +34,8 @@ class CCECallback(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before the engine is built: DeepSpeed's config gets its section, and ``deepspeed.initialize`` reads it."""
+        if self._is_enabled(args):
+            refuse_liger_arguments(args)
         if getattr(args, "hf_deepspeed_config", None) is None:
             return
         from cce_dist.deepspeed.engine import SECTION, install
@@ -52,6 +55,10 @@ class CCECallback(TrainerCallback):
     ) -> None:
         """After the model is wrapped and before the first step."""
         model: nn.Module = kwargs["model"]
+        if not self._is_enabled(args):
+            return
+        refuse_liger_arguments(args)
+        refuse_liger_forward(model)
         if args.n_gpu > 1:
             raise ValueError(
                 "cce_dist does not work under nn.DataParallel, which the Trainer takes where one process sees several "
@@ -66,16 +73,20 @@ class CCECallback(TrainerCallback):
             patch(model, self._config)
         head = output_layer(model)
         if getattr(args, "hf_deepspeed_config", None) is not None and not is_lazy(head):
-            section = args.hf_deepspeed_config.config.get("cce_dist", {})
-            if section.get("enabled", self._config.enabled):
-                raise ValueError(
-                    "cce_dist is not active in this DeepSpeed engine, which was built before CCECallback could say so: "
-                    "give it to the trainer's constructor, callbacks=[CCECallback(...)], not to add_callback."
-                )
+            raise ValueError(
+                "cce_dist is not active in this DeepSpeed engine, which was built before CCECallback could say so: "
+                "give it to the trainer's constructor, callbacks=[CCECallback(...)], not to add_callback."
+            )
         if is_lazy(head) and "trl.trainer.utils" in sys.modules:
-            from cce_dist.trl import fuse_forward, trl_forward_of
+            from cce_dist.trl import fuse_forward, refuse_entropy_bonus, trl_forward_of
 
             base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
             trl_forward = trl_forward_of(base)
             if trl_forward is not None:
+                refuse_entropy_bonus(args)
                 fuse_forward(base, trl_forward, head)
+
+    def _is_enabled(self, args: TrainingArguments) -> bool:
+        deepspeed = getattr(args, "hf_deepspeed_config", None)
+        section = {} if deepspeed is None else deepspeed.config.get("cce_dist", {})
+        return bool(section.get("enabled", self._config.enabled))

@@ -16,6 +16,7 @@ from cce_dist import lazy_logits
 from cce_dist.config import CCEConfig
 from cce_dist.fsdp import adopt
 from cce_dist.lazy_logits import is_lazy, make_eager, make_lazy
+from cce_dist.liger import refuse_liger_forward
 from cce_dist.owner import ModuleOwner
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -43,6 +44,7 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
     """
     config = choose_config(config, settings, where="patch")
     if config.enabled:
+        refuse_liger_forward(model)
         head = output_layer(model)
         weight = getattr(head, "weight", None)
         if isinstance(weight, DTensor):

@@ -120,15 +120,38 @@ def _fused_output(
 
 
 class _ForTheLog(torch.autograd.Function):
-    """A value that belongs to the graph, so that a loss which wants its gradient fails instead of going without."""
+    """A value that belongs to the graph, so that a loss which wants its gradient fails instead of going without.
+
+    A gradient of zeros is none: DDP that looks for unused parameters gives one to every output that the loss leaves
+    out. On CUDA the assertion is the device's, and the gradient NaN, since to look at it would be to wait for it.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, _anchor: Tensor) -> Tensor:
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # type: ignore[override]
-        raise NotImplementedError(
-            "cce_dist computes the entropy of TRL's fused head for the log only, without a gradient: turn off the "
-            "entropy bonus (entropy_coef, use_adaptive_entropy), or leave out cce_dist's callback."
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:  # type: ignore[override]
+        if grad.is_cuda:
+            torch._assert_async((grad == 0).all(), NO_BONUS)
+            return None, torch.zeros_like(grad).masked_fill_(grad != 0, torch.nan)
+        if grad.count_nonzero():
+            raise NotImplementedError(NO_BONUS)
+        return None, None
+
+
+NO_BONUS = (
+    "cce_dist computes the entropy of TRL's fused head for the log only, without a gradient: turn off the entropy "
+    "bonus (entropy_coef, use_adaptive_entropy), or leave out cce_dist's callback."
+)
+
+
+def refuse_entropy_bonus(args: Any) -> None:
+    """Looks at the arguments of a TRL trainer, before it trains.
+
+    Raises:
+        NotImplementedError: they ask for an entropy bonus.
+    """
+    bonus = {name: getattr(args, name, 0) for name in ("entropy_coef", "use_adaptive_entropy")}
+    if any(bonus.values()):
+        raise NotImplementedError(f"{', '.join(f'{name}={value}' for name, value in bonus.items())}: {NO_BONUS}")

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import accelerate_state
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from ranks import RankPool
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -191,6 +193,46 @@ def test_settings_in_two_places_are_refused(tmp_path: Path) -> None:
     arguments.hf_deepspeed_config = HfDeepSpeedConfig({"cce_dist": {"gradient": "exact"}})
     with pytest.raises(ValueError, match="leave one of them out"):
         CCECallback(tail=False).on_init_end(arguments, None, None)
+
+
+def test_arguments_that_make_liger_compute_the_loss_are_refused_before_the_model_is_touched(tmp_path: Path) -> None:
+    model = architectures.build("llama")
+    for settings in ({}, {"liger_kernel_config": {"cross_entropy": True, "fused_linear_cross_entropy": False}}):
+        arguments = _arguments(str(tmp_path), use_liger_kernel=True, **settings)
+        with pytest.raises(ValueError, match="use_liger_kernel=True.*leave Liger out"):
+            Trainer(model, arguments, train_dataset=_data(), callbacks=[CCECallback()])
+        late = Trainer(model, arguments, train_dataset=_data())
+        late.add_callback(CCECallback())
+        with pytest.raises(ValueError, match="use_liger_kernel=True"):
+            late.callback_handler.on_train_begin(arguments, late.state, late.control)
+    arguments = _arguments(str(tmp_path))
+    arguments.use_liger_loss = True  # of TRL before 1.0
+    with pytest.raises(ValueError, match="use_liger_loss=True"):
+        Trainer(model, arguments, train_dataset=_data(), callbacks=[CCECallback()])
+    assert not is_lazy(model.lm_head)
+
+
+def test_ligers_other_kernels_and_a_callback_that_is_switched_off_are_not_refused(tmp_path: Path) -> None:
+    others = _arguments(str(tmp_path), use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": False})
+    CCECallback().on_init_end(others, None, None)
+    CCECallback(enabled=False).on_init_end(_arguments(str(tmp_path), use_liger_kernel=True), None, None)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_whose_forward_liger_has_replaced_is_refused(tmp_path: Path, wrapped: bool) -> None:
+    def lce_forward(self: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+    lce_forward.__module__ = "liger_kernel.transformers.model.llama"  # as apply_liger_kernel_to_llama(model=model) does
+    model = architectures.build("llama")
+    model.forward = MethodType(lce_forward, model)
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    for attempt in (
+        lambda: CCECallback().on_train_begin(_arguments(str(tmp_path)), None, None, model=model),
+        lambda: patch(model),
+    ):
+        with pytest.raises(ValueError, match="liger_kernel.transformers.model.llama.*leave Liger out"):
+            attempt()
 
 
 def test_trainers_that_go_past_the_output_layer_are_refused(tmp_path: Path) -> None:

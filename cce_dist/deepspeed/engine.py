@@ -20,6 +20,7 @@ from cce_dist.deepspeed.guard import autotp_size, check_autotp, check_version, c
 from cce_dist.deepspeed.sharded import CutRows, ShardedRows
 from cce_dist.deepspeed.zero3 import ZeRO3Owner, vocab_group_size
 from cce_dist.lazy_logits import make_eager, make_lazy
+from cce_dist.liger import refuse_liger_forward
 from cce_dist.owner import ModuleOwner, ShardOwner
 
 SECTION = "cce_dist"
@@ -61,6 +62,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         return _stock_initialize(*args, **kwargs)
     model, mpu = arguments["model"], arguments.get("mpu")
     check_version()
+    refuse_liger_forward(model)
     head = _classifier(model)
     refuse_untested(config, arguments, head, settings)
     if autotp_size(config) > 1:
