@@ -37,6 +37,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
+from cce_dist.announce import announce_active
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.config import CCEConfig
 from cce_dist.embedding import check_embedding, make_vocab_parallel
@@ -587,3 +588,10 @@ def _install(
     head.forward = owner.gathered_forward  # type: ignore[assignment,method-assign]
     for module in (head, *_tied(model, head)):
         in_full_in_forward(module, owner.in_full)
+    shard = owner.shard
+    assert shard.vocab_group is not None
+    announce_active(
+        f"FSDP2, gradient={config.gradient}, {shard.vocab_size} vocabulary rows over {shard.vocab_group.size()} "
+        f"rank(s), {shard.num_rows} of them on this one",
+        rank=int(head.weight.device_mesh.mesh.min()),
+    )

@@ -22,7 +22,9 @@ def check_torch(mesh: DeviceMesh) -> None:
     Raises:
         RuntimeError: this torch keeps FSDP2's state in another way.
     """
-    probe = nn.Linear(1, 1, bias=False)
+    probe: nn.Module = nn.utils.skip_init(
+        nn.Linear, 1, 1, bias=False
+    )  # an initialisation would take from the random state
     fully_shard(probe, mesh=mesh)
     assert isinstance(probe, FSDPModule)
     try:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cce_dist import lazy_logits
+from cce_dist.announce import announce_active
 from cce_dist.config import CCEConfig
 from cce_dist.fsdp import adopt
 from cce_dist.lazy_logits import is_lazy, make_eager, make_lazy
@@ -60,7 +61,9 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
                 "is whole on every rank. Leave it out, or shard the model with FSDP2 or DeepSpeed."
             )
         else:
-            make_lazy(head, ModuleOwner(head), config)
+            owner = ModuleOwner(head)
+            make_lazy(head, owner, config)
+            announce_active(f"gradient={config.gradient}, all {owner.shard.vocab_size} vocabulary rows on every rank")
     return model
 
 

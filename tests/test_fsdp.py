@@ -1,6 +1,8 @@
 """FSDP2 training with a vocabulary-sharded head against the plain model in a single process."""
 
 import copy
+import logging
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -770,6 +772,30 @@ def test_a_model_built_on_the_meta_device_trains_after_loading(ranks: RankPool, 
     expected = _train_plain(case, world).losses[0]
     for rank, (on_meta, loss) in enumerate(ranks.run(world, _meta, case)):
         assert on_meta and abs(loss / expected[rank // case.tp] - 1) < 1e-5
+
+
+def _what_entering_leaves_behind(entry: str) -> tuple[bool, list[str]]:
+    """Whether random numbers go on as if nothing had been, and what was logged."""
+    model, mesh, case = _build(Case()), _mesh(Case()), Case(entry=entry)
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("cce_dist").addHandler(handler)
+    before = torch.random.get_rng_state(), random.getstate()
+    _shard(model, case, mesh)
+    same = torch.equal(torch.random.get_rng_state(), before[0]) and random.getstate() == before[1]
+    logging.getLogger("cce_dist").removeHandler(handler)
+    return same, lines
+
+
+@pytest.mark.parametrize("entry", ["before", "adopt"])
+def test_sharding_takes_no_random_numbers_and_says_once_that_it_is_active(ranks: RankPool, entry: str) -> None:
+    (same, lines), (others_same, others_lines) = ranks.run(2, _what_entering_leaves_behind, entry)
+    assert same and others_same
+    assert others_lines == []
+    assert lines == [
+        "cce_dist is active: FSDP2, gradient=exact, 103 vocabulary rows over 2 rank(s), 52 of them on this one"
+    ]
 
 
 def _attributes_inside_a_forward(materialize: str) -> tuple[Any, ...]:

@@ -1,6 +1,8 @@
 """One line makes the Hugging Face Trainer train with cce_dist: it logs what it logs for the stock model."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -179,6 +181,22 @@ def test_one_process_trains_patched_and_a_second_run_goes_on(tmp_path: Path) -> 
     for x, y in zip(log, _logged(stock), strict=True):
         assert x == pytest.approx(y, rel=1e-5)
     assert _logged(trainer)[0][0] < log[0][0]
+
+
+def test_one_line_says_that_it_is_active_whatever_logging_is_configured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = Trainer(
+        architectures.build("llama"), _arguments(str(tmp_path)), train_dataset=_data(), callbacks=[CCECallback(EXACT)]
+    )
+    trainer.train()
+    active = [record for record in caplog.records if "cce_dist is active" in record.getMessage()]
+    assert [record.name for record in active] == ["cce_dist"]
+    script = "from cce_dist.announce import announce_active as a; a('x'); import logging; logging.basicConfig(); a('y')"
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    ).stderr
+    assert said.splitlines() == ["cce_dist is active: x", "INFO:cce_dist:cce_dist is active: y"]
 
 
 def test_bad_settings_are_refused_where_they_are_given() -> None:

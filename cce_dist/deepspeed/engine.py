@@ -192,8 +192,6 @@ def _attach(engine: Any, cut: CutRows | None, settings: CCEConfig) -> None:
         make_lazy(head, owner, settings, tensor_parallel.linear_class(head))
         engine.compile = _refuse_compile
         print_dist(_describe(engine, owner, settings), ranks=[0])
-    else:
-        print_dist("cce_dist is not active: this engine has no optimizer, so nothing is trained.", ranks=[0])
     if rows is not None:
         head.forward = rows.logits
 
