@@ -1,11 +1,14 @@
 """The Hugging Face Trainer, and the trainers of TRL: one line makes them train with cce_dist."""
 
 import sys
+import warnings
+from types import FrameType
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from cce_dist.announce import unannounced
 from cce_dist.config import CCEConfig
 from cce_dist.lazy_logits import is_lazy
 from cce_dist.liger import refuse_liger_arguments, refuse_liger_forward
@@ -36,6 +39,8 @@ class CCECallback(TrainerCallback):
         """Before the engine is built: DeepSpeed's config gets its section, and ``deepspeed.initialize`` reads it."""
         if self._is_enabled(args):
             refuse_liger_arguments(args)
+            if getattr(args, "precompute_ref_log_probs", False):
+                self._fuse_before_precomputing()
         if getattr(args, "hf_deepspeed_config", None) is None:
             return
         from cce_dist.deepspeed.engine import SECTION, install
@@ -59,6 +64,10 @@ class CCECallback(TrainerCallback):
             return
         refuse_liger_arguments(args)
         refuse_liger_forward(model)
+        if "trl.trainer.utils" in sys.modules:
+            from cce_dist.trl import refuse_entropy_bonus
+
+            refuse_entropy_bonus(args)
         if args.n_gpu > 1:
             raise ValueError(
                 "cce_dist does not work under nn.DataParallel, which the Trainer takes where one process sees several "
@@ -77,14 +86,64 @@ class CCECallback(TrainerCallback):
                 "cce_dist is not active in this DeepSpeed engine, which was built before CCECallback could say so: "
                 "give it to the trainer's constructor, callbacks=[CCECallback(...)], not to add_callback."
             )
-        if is_lazy(head) and "trl.trainer.utils" in sys.modules:
-            from cce_dist.trl import fuse_forward, refuse_entropy_bonus, trl_forward_of
+        self._fuse_trl_forward(model)
+        trainer = self._trainer()
+        if trainer is not None:
+            self._fuse_reference(trainer)
 
-            base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-            trl_forward = trl_forward_of(base)
-            if trl_forward is not None:
-                refuse_entropy_bonus(args)
-                fuse_forward(base, trl_forward, head)
+    def _fuse_trl_forward(self, model: nn.Module) -> None:
+        """Puts our forward around one of TRL's, where the model has such."""
+        if "trl.trainer.utils" not in sys.modules:
+            return
+        from cce_dist.trl import fuse_forward, trl_forward_of
+
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        trl_forward = trl_forward_of(base)
+        if trl_forward is not None:
+            fuse_forward(base, trl_forward, output_layer(model))
+
+    def _fuse_reference(self, trainer: Trainer) -> None:
+        """A reference model of TRL's, by the same computation as the policy: bf16 logits would round differently."""
+        reference = getattr(trainer, "ref_model", None)
+        if isinstance(reference, nn.Module) and not trainer.is_deepspeed_enabled:
+            self._fuse_untrained(reference)
+
+    def _fuse_before_precomputing(self) -> None:
+        """Log-probabilities of a reference that TRL computes before training, with the policy itself, come from us."""
+        trainer: Any = self._trainer()
+        stock = getattr(trainer, "_precompute_ref_logps", None)
+        if stock is None or trainer.is_deepspeed_enabled:
+            return
+
+        def precompute(*args: Any, **kwargs: Any) -> Any:
+            self._fuse_untrained(trainer.ref_model or trainer.model)
+            return stock(*args, **kwargs)
+
+        trainer._precompute_ref_logps = precompute
+
+    def _fuse_untrained(self, model: nn.Module) -> None:
+        try:
+            with unannounced():
+                if not is_lazy(output_layer(model)):
+                    patch(model, self._config)
+        except (TypeError, ValueError) as error:
+            warnings.warn(
+                f"the log-probabilities of the reference model are TRL's, which round otherwise in 16 bits than those "
+                f"of cce_dist for the policy, because its output layer cannot be patched: {error}",
+                stacklevel=2,
+            )
+        else:
+            self._fuse_trl_forward(model)
+
+    def _trainer(self) -> Trainer | None:
+        """The trainer that calls: callbacks are given its model, but not its reference model."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, Trainer) and self in caller.callback_handler.callbacks:
+                return caller
+            frame = frame.f_back
+        return None
 
     def _is_enabled(self, args: TrainingArguments) -> bool:
         deepspeed = getattr(args, "hf_deepspeed_config", None)

@@ -1,5 +1,6 @@
 """TRL's trainers with cce_dist: what they log is what they log for the stock model, and no logits are computed."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def _sft(folder: str, ours: bool, **settings: Any) -> Any:
 
 def _shard_by_fsdp2(model: PreTrainedModel, arguments: Any) -> None:
     assert arguments.device.type == "cpu"  # asking for it resets accelerate
-    accelerate_state.fsdp2_accelerator(model)
+    accelerate_state.fsdp2_accelerator(model, "bf16" if arguments.bf16 else "no")
 
 
 def _words(seed: int, length: int) -> str:
@@ -91,22 +92,31 @@ def _words(seed: int, length: int) -> str:
 
 def _preferences() -> Dataset:
     rows = [
-        {"prompt": _words(i, 4), "chosen": " " + _words(50 + i, 5 + i % 3), "rejected": " " + _words(90 + i, 4 + i % 4)}
+        {
+            "prompt": _words(i, 4),
+            "chosen": " " + _words(50 + i, 15 + i % 3),
+            "rejected": " " + _words(90 + i, 14 + i % 4),
+        }
         for i in range(12)
     ]
     return Dataset.from_list(rows)
 
 
-def _dpo(folder: str, ours: bool, peft: LoraConfig | None = None, fsdp2: bool = False, **settings: Any) -> Any:
+def _dpo(
+    folder: str, ours: bool, peft: LoraConfig | None = None, fsdp2: bool = False, data: str = "", **settings: Any
+) -> Any:
     arguments = trl.DPOConfig(**_settings(folder, per_device_train_batch_size=1, **settings))
     model, reference = architectures.build("llama"), architectures.build("llama")
+    with torch.no_grad():
+        for each in (model, reference):  # logits so large that rounding them shows
+            each.lm_head.weight *= 20
     if fsdp2:
         _shard_by_fsdp2(model, arguments)
     return trl.DPOTrainer(
         model,
         ref_model=None if peft else reference,
         args=arguments,
-        train_dataset=_preferences(),
+        train_dataset=Dataset.load_from_disk(data) if data else _preferences(),
         processing_class=_tokenizer(),
         peft_config=peft,
         callbacks=_callbacks(ours),
@@ -224,6 +234,60 @@ def test_ddp_that_looks_for_unused_parameters_trains_as_stock(ranks: RankPool, t
         assert len(stock) == 3 and all("entropy" in row for row in stock)
         for x, y in zip(ours, stock, strict=True):
             assert x == pytest.approx(y, rel=2e-5)
+
+
+REWARDS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
+
+
+def _rewards(folder: str, ours: bool, **settings: Any) -> list[list[float]]:
+    """Of a policy that stays what its reference is, in bf16."""
+    settings = {"bf16": True, "learning_rate": 0.0, "max_steps": 6, "gradient_accumulation_steps": 1, **settings}
+    trainer = _dpo(folder, ours, **settings)
+    trainer.train()
+    return [[float(row[key]) for key in REWARDS] for row in trainer.state.log_history if "loss" in row]
+
+
+NO_CHANGE = {
+    "a model": {},
+    "before training": {"precompute_ref_log_probs": True},
+    "the policy without its adapter": {"peft": LoraConfig(r=4, target_modules=["q_proj"])},
+    "that, before training": {
+        "peft": LoraConfig(r=4, target_modules=["q_proj"]),
+        "precompute_ref_log_probs": True,
+    },
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("settings", NO_CHANGE.values(), ids=NO_CHANGE)
+def test_dpo_in_bf16_rewards_a_policy_that_is_its_reference_with_nothing(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    for loss, *rewards in _rewards(str(tmp_path), True, **settings):
+        assert max(map(abs, rewards)) < 1e-6 and loss == pytest.approx(math.log(2), abs=1e-6)
+
+
+def _sharded_rewards(folder: str, data: str) -> list[list[list[list[float]]]]:
+    every = []
+    for settings in (NO_CHANGE["a model"], NO_CHANGE["before training"], NO_CHANGE["the policy without its adapter"]):
+        pair = []
+        for ours in (False, True):
+            accelerate_state.forget()
+            pair.append(_rewards(folder, ours, fsdp2=True, data=f"{data}/{ours}", **settings))
+        every.append(pair)
+    return every
+
+
+@pytest.mark.full
+def test_dpo_in_bf16_under_fsdp2_starts_with_the_loss_and_rewards_of_stock(ranks: RankPool, tmp_path: Path) -> None:
+    for ours in (False, True):  # TRL caches beside the data what the reference says of it
+        _preferences().save_to_disk(tmp_path / "data" / str(ours))
+    try:
+        by_rank = ranks.run(2, _sharded_rewards, str(tmp_path / "out"), str(tmp_path / "data"), timeout=240)
+    finally:
+        ranks.close()  # accelerate keeps state in the process
+    for stock, ours in by_rank[0]:  # FSDP2 rounds what a model returns to bf16: so do all sums of it
+        assert ours == stock and all(max(map(abs, rewards)) == 0 for _, *rewards in ours)
 
 
 def _fused(model: PreTrainedModel, **extra: Any) -> tuple[Any, dict[str, Tensor]]:
