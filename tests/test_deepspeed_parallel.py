@@ -15,18 +15,24 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("transformers")
 
 from deepspeed_runs import (
+    ACCUMULATION,
     EXACT,
     HIDDEN,
+    STEPS,
     Case,
     assert_trains_as_one_process,
     data_rank,
+    distance,
     fresh_deepspeed,
     make_batch,
+    make_config,
     make_engine,
     make_model,
     measure_a_step,
     take_steps,
     train,
+    train_plain,
+    trained_parameters,
     weights_of,
 )
 
@@ -58,6 +64,47 @@ def test_a_classifier_sharded_over_data_parallel_ranks_trains_as_in_one_process(
     ranks: RankPool, world: int, case: Case
 ) -> None:
     assert_trains_as_one_process(ranks, world, case)
+
+
+def _train_in_a_second_engine(case: Case) -> dict[str, Any]:
+    """A run on a model that an engine has had before, whose steps are undone; and what other settings are told."""
+    first = make_engine(case)
+    model, start = first.module, make_model(case).state_dict()
+    take_steps(first, case, range(2))
+    first.destroy()
+    model.load_state_dict(start)
+    refusals = []
+    for other in (
+        replace(case, stage=3),
+        replace(case, section=EXACT),
+        replace(case, section={**EXACT, "vocab_parallel_size": 4}),
+    ):
+        with pytest.raises(ValueError, match="has cut this model's classifier over 2 ranks") as caught:
+            cce_deepspeed.initialize(model=model, config=make_config(other))
+        refusals.append(str(caught.value))
+    what = {"model_parameters": trained_parameters(case, model)}
+    engine = cce_deepspeed.initialize(model=model, config=make_config(case), **what)[0]
+    losses = take_steps(engine, case, range(STEPS * ACCUMULATION))
+    return {"losses": losses, "weights": weights_of(engine), "refusals": refusals}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(_sharded(2, stage=0, tied=True), id="stage 0"),
+        pytest.param(_sharded(2, stage=2), id="stage 2"),
+        pytest.param(_sharded(2, stage=1, tied=True, vocab_size=101), id="stage 1", marks=pytest.mark.full),
+    ],
+)
+def test_a_second_engine_on_a_model_whose_classifier_was_cut_trains_as_in_one_process(
+    ranks: RankPool, case: Case
+) -> None:
+    expected = train_plain(case, 2)
+    for rank, got in enumerate(ranks.run(2, _train_in_a_second_engine, case, timeout=200)):
+        assert got["losses"] == pytest.approx([step[rank] for step in expected["losses"]], rel=1e-5)
+        assert distance(got["weights"], expected["weights"]) < 1e-5
+        for text in got["refusals"]:
+            assert "build the model anew" in text and "experts" not in text
 
 
 @pytest.mark.full

@@ -178,6 +178,12 @@ def shard_classifier(
     return owner
 
 
+def cut_before(head: nn.Module) -> CutRows | None:
+    """The owner of the rows that an engine before has cut out of this classifier; None where it is whole."""
+    owner = getattr(vars(head).get("forward"), "__self__", None)
+    return owner if isinstance(owner, CutRows) else None
+
+
 def tied_to(model: nn.Module, head: nn.Module) -> list[nn.Module]:
     """The other modules that hold the head's weight."""
     weight = head.weight
