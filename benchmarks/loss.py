@@ -30,7 +30,7 @@ from torch import Tensor
 
 import cce_dist
 from cce_dist import linear_cross_entropy
-from cce_dist.arguments import least_workspace_mb
+from cce_dist.loss.settings import least_workspace_mb
 
 UNBIASED = "cce_dist unbiased"
 

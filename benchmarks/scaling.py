@@ -51,7 +51,7 @@ def tokens_for(path: Path, vocab_size: int) -> np.ndarray:
 def measure_whole(inputs: Inputs, rounds: int) -> dict[str, Any]:
     """Pairs and times of the whole loss on one device."""
     hidden_ND, weight_VD = (x.detach().requires_grad_() for x in inputs[:2])
-    tokens, eps = hidden_ND.shape[0], shard_of(inputs).settings.filter_eps
+    tokens, eps = hidden_ND.shape[0], shard_of(inputs).method.filter_eps
     pairs = count_pairs(inputs, eps)
     runs = {
         "gemm": lambda: hidden_ND.detach() @ weight_VD.detach().T,
@@ -194,7 +194,7 @@ def main() -> None:
         write("tokens")
     del all_inputs
     if "shards" in arguments.series:
-        half, eps = arguments.num_tokens // 2, shard_of(inputs).settings.filter_eps
+        half, eps = arguments.num_tokens // 2, shard_of(inputs).method.filter_eps
         halves = [
             count_pairs(inputs, eps, rows).expected_T.cpu().numpy() for rows in (slice(None, half), slice(half, None))
         ]

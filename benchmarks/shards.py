@@ -6,7 +6,6 @@ that a filter keeps, from exact softmax masses in plain torch.
 Shapes: N tokens, D hidden, V vocabulary, T tiles of 256 rows; n the rows of a chunk.
 """
 
-import inspect
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -15,23 +14,23 @@ import torch
 from inputs import Inputs
 from torch import Tensor
 
-from cce_dist import VocabShard, linear_cross_entropy
-from cce_dist.arguments import Settings, check_settings, workspace_bytes
+from cce_dist import VocabShard
 from cce_dist.kernels import pipeline, reference
 from cce_dist.kernels.problem import MOST_DRAWN, TILE, Filter, Gradients, Logits, Normaliser, Summary, Upstream, Wanted
+from cce_dist.loss.settings import Method, check_settings, resolve, workspace_bytes
 
 
 class Shard(NamedTuple):
-    """Rank ``rank`` of ``world``: its logits, and the settings that `linear_cross_entropy` would use."""
+    """Rank ``rank`` of ``world``: its logits, and the method that `linear_cross_entropy` would use."""
 
     logits: Logits
-    settings: Settings
+    method: Method
     workspace: int
     most_drawn: float
 
     @property
     def backend(self) -> ModuleType:
-        return pipeline if self.settings.backend == "triton" else reference
+        return pipeline if self.method.backend == "triton" else reference
 
 
 def shard_of(inputs: Inputs, rank: int = 0, world: int = 1, gradient: str = "unbiased", backend: str = "auto") -> Shard:
@@ -54,17 +53,10 @@ def shard_of(inputs: Inputs, rank: int = 0, world: int = 1, gradient: str = "unb
         1.0,
         None,
     )
-    parameters = inspect.signature(check_settings).parameters
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(linear_cross_entropy).parameters.items()
-        if name in parameters and name != "shard" and parameter.default is not inspect.Parameter.empty
-    }
-    settings = check_settings(
-        hidden_ND, labels_N, shard, **{**defaults, "gradient": gradient, "backend": backend, "needs_grad": True}
-    )
-    workspace = workspace_bytes(settings, tokens, hidden_ND.element_size())
-    return Shard(logits, settings, workspace, MOST_DRAWN * (stop - start) / vocab)
+    settings = check_settings({"gradient": gradient, "backend": backend})
+    method = resolve(settings, hidden_ND, labels_N, shard, needs_grad=True)
+    workspace = workspace_bytes(None, method, tokens, hidden_ND.element_size())
+    return Shard(logits, method, workspace, MOST_DRAWN * (stop - start) / vocab)
 
 
 def summarise(shard: Shard, estimates: Normaliser | None = None) -> Summary:
@@ -72,16 +64,16 @@ def summarise(shard: Shard, estimates: Normaliser | None = None) -> Summary:
 
     After a first pass in 8 bits it is refined against ``estimates``, those of all shards (None: its own).
     """
-    logits, settings = shard.logits, shard.settings
-    if settings.first_pass == "full":
-        return shard.backend.summarise(logits, settings.gradient != "exact", shard.workspace)
+    logits, method = shard.logits, shard.method
+    if method.first_pass == "full":
+        return shard.backend.summarise(logits, method.gradient != "exact", shard.workspace)
     estimate = pipeline.estimate(logits)
-    return pipeline.refine(logits, estimate, estimates or merge([estimate.summary]), settings.filter_eps)
+    return pipeline.refine(logits, estimate, estimates or merge([estimate.summary]), method.filter_eps)
 
 
 def merged_estimates(shards: Sequence[Shard]) -> Normaliser | None:
     """What the all-reduces between the two passes compute; None where there is one pass."""
-    if shards[0].settings.first_pass == "full":
+    if shards[0].method.first_pass == "full":
         return None
     return merge([pipeline.estimate(shard.logits).summary for shard in shards])
 
@@ -97,7 +89,7 @@ def merge(summaries: Sequence[Summary]) -> Normaliser:
 
 def differentiate(shard: Shard, summary: Summary, normaliser: Normaliser, seed: Tensor) -> Gradients:
     """Backward of the mean loss on one shard: dE's partial sum, and dC of its rows."""
-    logits, settings = shard.logits, shard.settings
+    logits, method = shard.logits, shard.method
     tokens = logits.hidden_ND.shape[0]
     scale = 2.0 ** -(tokens.bit_length() - 1)  # 1 / tokens, rounded up to a power of two
     share_N = torch.full_like(normaliser.max_N, 1 / (tokens * scale))
@@ -106,7 +98,7 @@ def differentiate(shard: Shard, summary: Summary, normaliser: Normaliser, seed: 
         summary.tiles,
         normaliser,
         Upstream(share_N, share_N, torch.full((), scale, device=share_N.device)),
-        Filter(settings.gradient, settings.filter_eps, settings.tail, shard.most_drawn, seed),
+        Filter(method.gradient, method.filter_eps, True, shard.most_drawn, seed),
         Wanted(True, True, False, logits.weight_VD.dtype, shard.workspace),
     )
 

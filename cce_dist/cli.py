@@ -78,7 +78,7 @@ def compare(arguments: Sequence[str]) -> int:
 
 def doctor(arguments: Sequence[str]) -> int:
     """``doctor``: 0 when nothing is wrong on any rank, 1 for any fault, 2 for wrong arguments."""
-    from cce_dist.doctor import main
+    from cce_dist.tools.doctor.command import main
 
     return main(arguments)
 
@@ -102,13 +102,15 @@ def plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw memory and time against the number of GPUs")
     parsed = parser.parse_args(arguments)
 
-    from cce_dist import plan as planning
+    from cce_dist.tools.plan.calibration import MEASURED, calibrate
+    from cce_dist.tools.plan.job import GPUS, Job, check, read_deepspeed, read_model
+    from cce_dist.tools.plan.table import print_plan
 
     try:
-        section, micro = (None, None) if parsed.config is None else planning.read_deepspeed(parsed.config)
-        vocab, hidden = (None, None) if parsed.model is None else planning.read_model(parsed.model)
+        section, micro = (None, None) if parsed.config is None else read_deepspeed(parsed.config)
+        vocab, hidden = (None, None) if parsed.model is None else read_model(parsed.model)
         from_batch = micro * parsed.sequence_length if micro and parsed.sequence_length else None
-        job = planning.Job(
+        job = Job(
             vocab=_given("--vocab or --model", parsed.vocab, vocab),
             hidden=_given("--hidden or --model", parsed.hidden, hidden),
             tokens=_given(
@@ -119,20 +121,22 @@ def plan(arguments: Sequence[str]) -> int:
             gpus=parsed.gpus,
             gpu=parsed.gpu.lower(),
             gpus_per_node=parsed.gpus_per_node,
-            gradient=parsed.gradient or (section.gradient if section else "unbiased"),
+            gradient=parsed.gradient or (section and section.gradient) or "unbiased",
             workspace_mb=section.workspace_mb if section else None,
             network=parsed.network_gbit and parsed.network_gbit * 1e9 / 8,
         )
-        planning.check(job)
-        gpu_memory = planning.GPUS[job.gpu].memory
+        check(job)
+        gpu_memory = GPUS[job.gpu].memory
         memory = gpu_memory if parsed.head_gb is None else parsed.head_gb * 1e9
         if not 0 < memory <= gpu_memory:
             raise ValueError(f"--head-gb must be above 0 and at most {gpu_memory / 1e9:g}, got {parsed.head_gb:g}.")
-        files = sorted(planning.MEASURED.glob("loss-*.json")) if parsed.measured is None else parsed.measured
-        calibration = planning.calibrate(files, job.gpu)
-        best = planning.print_plan(job, calibration, memory)
+        files = sorted(MEASURED.glob("loss-*.json")) if parsed.measured is None else parsed.measured
+        calibration = calibrate(files, job.gpu)
+        best = print_plan(job, calibration, memory)
         if parsed.plot is not None:
-            planning.plot(job, calibration, parsed.plot)
+            from cce_dist.tools.plan.plot import plot
+
+            plot(job, calibration, parsed.plot)
             print(f"wrote {parsed.plot}")
     except (OSError, ValueError) as error:
         print(f"cce-dist plan: {error}", file=sys.stderr)
@@ -161,7 +165,7 @@ def report(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder for report.png and report.html (default: the first RUN)")
     parsed = parser.parse_args(arguments)
 
-    from cce_dist.report import write_report
+    from cce_dist.tools.report import write_report
 
     try:
         written = write_report(parsed.runs, parsed.out or parsed.runs[0])

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cce_dist.device_check import device_check
 from cce_dist.kernels.problem import Normaliser, Summary
 
 # torch 2.13 renamed both and warns about the old names.
@@ -18,29 +19,56 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def merge_softmax(summary: Summary, group: ProcessGroup | None) -> tuple[Normaliser, Tensor]:
+def merge_softmax(
+    summary: Summary, group: ProcessGroup | None, same_labels: Tensor | None = None
+) -> tuple[Normaliser, Tensor]:
     """Combines the shards' (max, Σ exp(z − max), target logit) into the global ones: a MAX, then one packed SUM.
 
     A NaN reaches every rank through the SUM, because gloo's MAX drops it.
 
+    Args:
+        same_labels: `token_fingerprint` of the labels, where all ranks of the group must bring the same tokens.
+
     Returns:
         The log-sum-exp, as a `Normaliser`, and the target logits [N] over the whole vocabulary.
+
+    Raises:
+        ValueError: on every rank, where the labels differ; on CUDA a device-side assertion.
     """
     max_N, sumexp_N, target_N, unit = summary[:4]
     if group is not None:
         own_max_N, max_N = max_N, max_N.clone()
+        if same_labels is not None:
+            pair = torch.stack((same_labels, -same_labels)).to(max_N.dtype)
+            max_N = torch.cat((max_N, pair))
         dist.all_reduce(max_N, dist.ReduceOp.MAX, group=group)
+        if same_labels is not None:
+            max_N, pair = max_N[:-2], max_N[-2:]
+            _check_equal(pair)
         packed_2N = torch.stack((sumexp_N * torch.exp((own_max_N - max_N) * unit), target_N))
         dist.all_reduce(packed_2N, dist.ReduceOp.SUM, group=group)
         sumexp_N, target_N = packed_2N
     return Normaliser(max_N, sumexp_N.log() / unit, unit), target_N
 
 
-def most_tokens(num_tokens: int, host_group: ProcessGroup) -> int:
-    """The largest token count of any rank, over a CPU group: the device is not asked."""
-    most = torch.tensor([num_tokens], dtype=torch.int64)
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=host_group)
-    return int(most)
+def token_fingerprint(labels_N: Tensor) -> Tensor:
+    """A whole number below 2^24 that depends on every label and its place: exact in fp32. 0-d int64, on the device."""
+    weight_N = torch.arange(1, labels_N.shape[0] + 1, device=labels_N.device) * 0x1E3779B97F4A7C15
+    weight_N ^= weight_N >> 31  # int64 products wrap
+    return ((weight_N * labels_N).sum() >> 40) & 0xFFFFFF
+
+
+def _check_equal(pair: Tensor) -> None:
+    """On the largest of c and of −c over ranks."""
+    equal = pair[0] == -pair[1]
+    message = (
+        "labels differ between ranks that bring the same tokens: pass the same hidden states and labels, in one order, "
+        "on all ranks that share the vocabulary, or, where each rank has tokens of its own, their group as token_group"
+    )
+    if pair.is_cuda:
+        device_check(equal, f"{message}.")
+    elif not equal:
+        raise ValueError(f"{message}.")
 
 
 def gather_tokens(own: Tensor, most: int, group: ProcessGroup, fill: float | int = 0) -> Tensor:

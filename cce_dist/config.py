@@ -3,46 +3,32 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import torch
+from pydantic import Field, ValidationError
 
-Gradient = Literal["unbiased", "exact", "filtered"]
-Backend = Literal["auto", "triton", "torch"]
-FirstPass = Literal["auto", "full", "fp8"]
+from cce_dist.loss.settings import Gradient, LossSettings, choose_gradient
 
 
-class CCEConfig(BaseModel):
-    """Settings of the loss. An unknown key or a bad value raises, naming the key, the value and what is allowed.
+class CCEConfig(LossSettings):
+    """Settings of the loss, and of how it enters a model. An unknown key or a bad value raises, naming the key, the
+    value and what is allowed.
 
-    Where a key is ``None`` the loss chooses (``filter_eps`` by mode, ``workspace_mb`` by mode and number of tokens).
-    The string "auto" is not a value here: accelerate rejects it inside a DeepSpeed JSON.
+    Where a key is ``None`` the loss chooses (``gradient`` by backend, ``filter_eps`` by mode, ``workspace_mb`` by mode
+    and number of tokens). The string "auto" is not a number here: accelerate rejects it inside a DeepSpeed JSON.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     enabled: bool = True
-    gradient: Gradient = "unbiased"
-    tail: bool = True
-    filter_eps: float | None = Field(default=None, ge=0.0, lt=1.0)
-    backend: Backend = "auto"
-    first_pass: FirstPass = "auto"
-    workspace_mb: int | None = Field(default=None, ge=1)
-    seed: int | None = None
-    max_tokens: int | None = Field(default=None, ge=1)
     vocab_parallel_size: int | None = Field(default=None, ge=1)
     materialize: Literal["warn", "raise"] = "warn"
 
     def loss_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of `linear_cross_entropy` that these settings fix."""
-        return {
-            "gradient": self.gradient,
-            "tail": self.tail,
-            "filter_eps": "auto" if self.filter_eps is None else self.filter_eps,
-            "backend": self.backend,
-            "first_pass": self.first_pass,
-            "workspace_mb": self.workspace_mb,
-            "seed": self.seed,
-            "max_tokens": self.max_tokens,
-        }
+        return {name: getattr(self, name) for name in LossSettings.model_fields}
+
+    def gradient_on(self, device: torch.device) -> Gradient:
+        """The gradient that these settings mean on a device, in 16- and 32-bit training."""
+        triton = self.backend == "triton" or (self.backend == "auto" and device.type == "cuda")
+        return self.gradient or choose_gradient("triton" if triton else "torch", self.filter_eps)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], where: str) -> "CCEConfig":
@@ -60,13 +46,13 @@ class CCEConfig(BaseModel):
         try:
             return cls.model_validate(dict(mapping))
         except ValidationError as error:
-            faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
+            by_key = {str(fault["loc"][0]): fault for fault in reversed(error.errors())}  # of a union's the first
+            faults = "\n".join(f"  {_describe(key, fault)}" for key, fault in reversed(by_key.items()))
             known = ", ".join(cls.model_fields)
             raise ValueError(f"{where} is not valid:\n{faults}\nKnown keys: {known}.") from None
 
 
-def _describe(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
+def _describe(key: str, fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         return f"{key}: unknown key (value {fault['input']!r}); remove it or correct its name."
     return f"{key} = {fault['input']!r}: {fault['msg']}."

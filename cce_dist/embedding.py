@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cce_dist.collectives import gather_tokens, most_tokens, reduce_scatter_tokens
+from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
+from cce_dist.device_check import device_check
 from cce_dist.owner import ShardOwner
 from cce_dist.shard import VocabShard
+from cce_dist.shard.agreement import Agreement
 
 OutputDtype = Callable[[], torch.dtype | None]
 _NO_ID = -(2**62)
@@ -81,11 +83,10 @@ class _Lookup(torch.autograd.Function):
         padding_idx: int | None,
         dtype: torch.dtype | None,
     ) -> Tensor:
-        assert shard.host_group is not None
         ids_n = ids_N = ids.reshape(-1).long()
-        most = ids_n.shape[0]
+        alike = {"embedding's dimension": weight_VD.shape[1], "embedding's dtype": str(dtype or weight_VD.dtype)}
+        most = Agreement(shard, ids_n.shape[0], alike).most_tokens()
         if shard.token_group is not None:
-            most = most_tokens(most, shard.host_group)
             ids_N = gather_tokens(ids_n, most, shard.token_group, fill=_NO_ID)
         _check_ids(ids_N, shard.vocab_size)
         columns_N = shard.local_columns(ids_N).long()
@@ -126,7 +127,7 @@ def _check_ids(ids_N: Tensor, vocab_size: int) -> None:
     legal = ((ids_N >= 0) & (ids_N < vocab_size)) | (ids_N == _NO_ID)
     message = f"ids must be in [0, {vocab_size})"
     if ids_N.is_cuda:
-        torch._assert_async(legal.all(), f"{message}.")
+        device_check(legal.all(), f"{message}.")
     elif not legal.all():
         raise IndexError(
             f"{message}, got {ids_N[~legal].unique()[:8].tolist()}; check the tokenizer's vocabulary size."

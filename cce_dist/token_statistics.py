@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cce_dist.collectives import gather_tokens, most_tokens
+from cce_dist.collectives import gather_tokens
 from cce_dist.shard import VocabShard
+from cce_dist.shard.agreement import Agreement
 
 _TOKENS, _ROWS = 4096, 2048
 """Size of a chunk: 32 MiB of fp32, of which about four are alive at a time."""
@@ -49,10 +50,10 @@ def token_statistics(
 
     Every rank of ``shard.vocab_group`` must make the call, also with no token.
     """
-    hidden_ND, most = hidden_nD.contiguous(), hidden_nD.shape[0]
+    alike = {"statistics of D": hidden_nD.shape[1], "hidden's dtype": str(hidden_nD.dtype), "bias": bias is not None}
+    hidden_ND = hidden_nD.contiguous()
+    most = Agreement(shard, hidden_nD.shape[0], {**alike, "scale": logit_scale, "softcap": softcap}).most_tokens()
     if shard.token_group is not None:
-        assert shard.host_group is not None
-        most = most_tokens(hidden_nD.shape[0], shard.host_group)
         hidden_ND = gather_tokens(hidden_ND, most, shard.token_group)
     rows = shard.num_real_rows
     weight_VD, bias_V = weight_VD[:rows], None if bias is None else bias[:rows]

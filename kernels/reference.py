@@ -87,7 +87,7 @@ def scatter_rows(rows_ND: Tensor, token_N: Tensor, n_valid: Tensor, dtype: torch
     """out[token[n]] = rows[n] in ``dtype`` for the first n_valid rows, 0 for the others."""
     valid_N = torch.arange(rows_ND.shape[0], device=rows_ND.device) < n_valid
     rows_ND = torch.where(valid_N[:, None], rows_ND, 0).to(dtype)
-    return torch.empty_like(rows_ND).index_copy_(0, token_N, rows_ND)
+    return torch.empty_like(rows_ND).index_copy_(0, token_N.long(), rows_ND)
 
 
 def _compacted(logits: Logits) -> Logits:

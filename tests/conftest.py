@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -26,11 +27,16 @@ from ranks import RankPool  # noqa: E402
 
 interpreter.quicken()
 
+# What an earlier run has found does not decide what this one tries.
+hypothesis.settings.register_profile("cce_dist", database=None)
+hypothesis.settings.load_profile("cce_dist")
+
 # Files that need an optional framework to be imported are left out where it is not installed.
 _NEEDS = {
     "test_deepspeed_checkpoints.py": ("deepspeed", "transformers"),
     "test_deepspeed_engine.py": ("deepspeed", "transformers"),
-    "test_report.py": ("matplotlib", "rich", "transformers"),
+    "tools/test_doctor.py": ("rich", "yaml"),
+    "tools/test_report.py": ("matplotlib", "rich", "transformers"),
     "test_train.py": ("transformers", "yaml"),
     "test_transformers_patch.py": ("transformers",),
 }
@@ -55,6 +61,12 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector need not look at it over and over."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _in_the_repository() -> None:
+    """Paths in the configs are relative to it; the pool's ranks inherit it."""
+    os.chdir(Path(__file__).parent.parent)
 
 
 @pytest.fixture(scope="session")

@@ -80,6 +80,13 @@ class _RankTraceback(Exception):
         return "\n" + "\n".join(self.args)
 
 
+def starter() -> Any:
+    """What starts processes that have torch imported already, where they can be forks."""
+    context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload([name for name in _SLOW_IMPORTS if name.split(".")[0] in sys.modules])
+    return context
+
+
 class RankPool:
     """``size`` processes, started at first use, that wait for cases."""
 
@@ -133,8 +140,7 @@ class RankPool:
     def _start(self) -> None:
         if self._processes:
             return
-        context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        context.set_forkserver_preload([name for name in _SLOW_IMPORTS if name.split(".")[0] in sys.modules])
+        context = starter()
         environment = dict(os.environ)  # a fork would have that of the first start
         for rank in range(self.size):
             ours, theirs = context.Pipe()

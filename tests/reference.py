@@ -189,15 +189,25 @@ def plain_outcome(problem: Problem, dtype: torch.dtype | None = None) -> Outcome
 
 
 def cce_outcome(problem: Problem, **settings: Any) -> Outcome:
-    """The outcome of `cce_dist.linear_cross_entropy` in this process; the problem has one part."""
+    """The outcome of `cce_dist.linear_cross_entropy` in this process; the problem has one part.
+
+    An int as ``seed`` gives the same draws at each call.
+    """
     (hidden,), (labels,) = [leaf(x) for x in problem.hidden], problem.labels
     weight, bias = leaf(problem.weight), None if problem.bias is None else leaf(problem.bias)
     loss, lse = linear_cross_entropy(
-        hidden, weight, labels, bias=bias, return_lse=True, **{**problem.options, **settings}
+        hidden, weight, labels, bias=bias, return_lse=True, **fixed_draws({**problem.options, **settings}, hidden)
     )
     objective([loss], [lse], problem).backward()
     dbias = () if bias is None else (grad_of(bias),)
     return Outcome((loss.detach(),), (lse.detach(),), (grad_of(hidden),), (grad_of(weight),), dbias)
+
+
+def fixed_draws(settings: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
+    """The settings, an int as ``seed`` made a tensor: of an int the loss makes a sequence of draws."""
+    if settings.get("seed") is None:
+        return settings
+    return {**settings, "seed": torch.tensor(settings["seed"], dtype=torch.int64, device=hidden.device)}
 
 
 def objective(losses: Sequence[Tensor], lses: Sequence[Tensor], problem: Problem) -> Tensor:

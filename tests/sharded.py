@@ -17,7 +17,18 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from ranks import RankPool
-from reference import DEVICE, Outcome, Problem, assert_within, grad_of, leaf, make_problem, objective, plain_outcome
+from reference import (
+    DEVICE,
+    Outcome,
+    Problem,
+    assert_within,
+    fixed_draws,
+    grad_of,
+    leaf,
+    make_problem,
+    objective,
+    plain_outcome,
+)
 from torch import Tensor
 
 from cce_dist import VocabShard, linear_cross_entropy
@@ -68,7 +79,7 @@ def rank_outcome(problem: Problem, layout: Layout, runs: Runs | None, settings: 
         bias=bias,
         shard=shard,
         return_lse=True,
-        **{**problem.options, **settings},
+        **fixed_draws({**problem.options, **settings}, hidden),
     )
     objective([loss], [lse], only(problem, part)).backward()
     dbias = () if bias is None else (grad_of(bias),)

@@ -1,12 +1,17 @@
 """Settings: defaults, validation, and errors that name the key, the value and what is allowed."""
 
+import inspect
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from cce_dist import CCEConfig, linear_cross_entropy
+from cce_dist import CCEConfig, VocabShard, linear_cross_entropy
+from cce_dist.loss.settings import CallSettings, LossSettings, check_settings, contract, resolve
 
 WHERE = 'the section "cce_dist" of ds.json'
 
@@ -15,14 +20,15 @@ def test_the_defaults_are_those_of_the_loss() -> None:
     config = CCEConfig()
     assert config.enabled
     assert config.loss_kwargs() == {
-        "gradient": "unbiased",
+        "gradient": None,
         "tail": True,
-        "filter_eps": "auto",
+        "filter_eps": None,
         "backend": "auto",
         "first_pass": "auto",
         "workspace_mb": None,
         "seed": None,
         "max_tokens": None,
+        "agreement": "every_call",
     }
 
 
@@ -36,6 +42,33 @@ def test_settings_reach_the_loss() -> None:
         gradients.append(gradient)
     assert torch.equal(gradients[0], gradients[1])
     assert not torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "chosen"),
+    [
+        ({}, "cpu", "exact"),
+        ({}, "cuda", "unbiased"),
+        ({"backend": "torch"}, "cuda", "exact"),
+        ({"backend": "triton"}, "cpu", "unbiased"),
+        ({"filter_eps": 0.01}, "cpu", "unbiased"),
+        ({"gradient": "filtered"}, "cpu", "filtered"),
+        ({"gradient": "exact"}, "cuda", "exact"),
+    ],
+)
+def test_the_default_gradient_is_the_fast_one_of_the_device(settings: dict[str, Any], device: str, chosen: str) -> None:
+    assert CCEConfig(**settings).gradient_on(torch.device(device)) == chosen
+
+
+def test_the_loss_takes_the_default_gradient_of_its_backend() -> None:
+    """On the torch backend exact: the gradient is that of the exact mode, bit by bit."""
+    hidden, weight, labels = torch.randn(5, 8), torch.randn(700, 8, requires_grad=True), torch.tensor([1, 2, 3, 4, 5])
+    default, exact, unbiased = (
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, **settings), weight)[0]
+        for settings in ({}, {"gradient": "exact"}, {"gradient": "unbiased", "filter_eps": 0.3})
+    )
+    assert torch.equal(default, exact)
+    assert not torch.equal(default, unbiased)
 
 
 def test_a_config_cannot_be_changed() -> None:
@@ -62,6 +95,8 @@ def test_a_config_cannot_be_changed() -> None:
         ({"enabled": "perhaps"}, ["enabled", "perhaps", "boolean"]),
         ({"tail": None}, ["tail", "None", "boolean"]),
         ({"seed": "x"}, ["seed", "x", "integer"]),
+        ({"seed": 2**63}, ["seed", str(2**63), "less than"]),
+        ({"agreement": "never"}, ["agreement", "never", "every_call", "first_call"]),
     ],
 )
 def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(mapping: dict[str, Any], parts: list[str]) -> None:
@@ -91,3 +126,39 @@ def test_a_valid_section_is_taken_as_it_is() -> None:
     config = CCEConfig.from_mapping(mapping, WHERE)
     assert {key: getattr(config, key) for key in mapping} == mapping
     assert CCEConfig.from_mapping({}, WHERE) == CCEConfig()
+
+
+# One setting, one field: what else names the settings follows from it
+
+
+def test_the_signature_of_the_loss_is_the_settings_fields() -> None:
+    parameters = inspect.signature(linear_cross_entropy).parameters
+    own = ["hidden", "weight", "labels", "bias", "shard", "return_lse"]
+    assert list(parameters) == [*own, *CallSettings.model_fields]
+    defaults = {name: p.default for name, p in parameters.items() if name not in own}
+    assert defaults == {name: field.default for name, field in CallSettings.model_fields.items()}
+
+
+def test_the_docstring_of_the_loss_describes_every_setting() -> None:
+    text = inspect.getdoc(linear_cross_entropy)
+    assert text is not None
+    arguments = text[text.index("Args:") : text.index("Returns:")]
+    described = {name for line in re.findall(r"^    (\w[\w, ]*):", arguments, re.M) for name in line.split(", ")}
+    assert set(inspect.signature(linear_cross_entropy).parameters) == described
+
+
+def test_every_setting_of_a_config_reaches_the_loss_and_the_ranks_agree_on_it() -> None:
+    config = CCEConfig()
+    assert set(config.loss_kwargs()) == set(LossSettings.model_fields) < set(CallSettings.model_fields)
+    hidden, weight, labels = torch.zeros(3, 8), torch.zeros(40, 8), torch.zeros(3).long()
+    settings = check_settings(config.loss_kwargs())
+    shard = VocabShard.whole(40)
+    alike = contract(hidden, weight, None, shard, settings, resolve(settings, hidden, labels, shard, True))
+    may_differ = {name for name, field in CallSettings.model_fields.items() if field.json_schema_extra}
+    assert set(CallSettings.model_fields) - set(alike) == may_differ == {"seed", "num_valid_tokens"}
+
+
+def test_readmes_table_has_every_key_with_its_default() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    table = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", text[text.index("## Settings") :], re.M))
+    assert table == {name: json.dumps(field.default) for name, field in CCEConfig.model_fields.items()}

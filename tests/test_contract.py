@@ -19,9 +19,12 @@ from reference import (
     assert_no_worse,
     assert_repeats,
     cce_outcome,
+    fixed_draws,
     generator_state,
+    grad_of,
     leaf,
     make_problem,
+    plain_outcome,
     relative_error,
 )
 from sharded import Layout, assert_ranks_no_worse, make_rank_problem, sharded_outcome
@@ -248,7 +251,9 @@ def test_two_losses_in_one_backward_add_up(mode: dict[str, Any], backend: str) -
     hidden = [leaf(problem.hidden[0]), leaf(other.hidden[0])]
     total = torch.zeros((), device=DEVICE)
     for p, e in zip((problem, other), hidden, strict=True):
-        loss, lse = linear_cross_entropy(e, weight, p.labels[0], return_lse=True, backend=backend, **mode)
+        loss, lse = linear_cross_entropy(
+            e, weight, p.labels[0], return_lse=True, backend=backend, **fixed_draws(mode, e)
+        )
         total = total + loss * p.upstream[0] + sum((lse * u).sum() for u in p.lse_upstream)
     total.backward()
     assert relative_error(weight.grad, alone[0].dweight[0] + alone[1].dweight[0]) < 1e-6
@@ -272,7 +277,7 @@ def test_only_the_wanted_gradients_are_computed(wanted: str, mode: dict[str, Any
         problem.labels[0],
         bias=inputs["bias"],
         reduction="none",
-        **mode,
+        **fixed_draws(mode, inputs["hidden"]),
     )
     loss.backward(problem.upstream[0])
     for name, expected in (("hidden", full.dhidden), ("weight", full.dweight), ("bias", full.dbias)):
@@ -379,6 +384,22 @@ def test_deterministic_mode_repeats_gradients_bitwise(backend: str) -> None:
     assert_same(first, second)
 
 
+@every_mode_and_backend
+def test_a_huge_upstream_gradient_overflows_no_sooner_than_the_gradient(mode: dict[str, Any], backend: str) -> None:
+    """3e38 is past the largest power of two that fp32 has; the gradients are some 1e36."""
+    problem = peaked(reduction="none", ignored=0.0)
+    settings = {"filter_eps": 1e-3, **mode, "backend": backend}
+    for field, smaller in (("dhidden", 2.0**-8), ("dweight", 2.0**8)):
+        scaled = replace(problem, hidden=(problem.hidden[0] / smaller,), weight=problem.weight * smaller)
+        one, huge = (
+            cce_outcome(replace(scaled, upstream=(torch.full_like(problem.upstream[0], size),)), **settings)
+            for size in (1e-3, 3e38)
+        )
+        expected = getattr(one, field)[0].double() * 3e41
+        assert 1e35 < expected.abs().amax() < 1e38
+        assert relative_error(getattr(huge, field)[0], expected) < 1e-5
+
+
 # Draws
 
 
@@ -397,6 +418,43 @@ def test_seeds_decide_the_draws(backend: str) -> None:
     seeded = [cce_outcome(problem, seed=5, **settings).dweight[0] for _ in range(2)]
     assert_repeats(seeded[0], seeded[1])
     assert torch.equal(state, generator_state()), "a given seed must not consume the generator"
+
+
+@every_backend
+def test_an_int_as_seed_gives_other_draws_at_each_call(backend: str) -> None:
+    """Averaged over calls the gradient tends to the exact one, which it would not if the draws were the same."""
+    problem = peaked()
+    truth = plain_outcome(problem, torch.float64).dweight[0]
+    grads = []
+    for _ in range(24):
+        hidden, weight = problem.hidden[0], leaf(problem.weight)
+        loss = linear_cross_entropy(
+            hidden, weight, problem.labels[0], backend=backend, filter_eps=0.2, seed=2_000_003, **problem.options
+        )
+        (loss * problem.upstream[0]).sum().backward()
+        grads.append(grad_of(weight).double())
+    alone = max(relative_error(grad, truth) for grad in grads)
+    assert relative_error(torch.stack(grads).mean(0), truth) < 2.5 * alone / 24**0.5
+
+
+@every_backend
+def test_a_tensor_as_seed_counts_with_its_value_at_the_call(backend: str) -> None:
+    problem, seed = peaked(), torch.tensor(5, device=DEVICE)
+    settings: dict[str, Any] = {"backend": backend, "filter_eps": 0.2, **problem.options}
+
+    def gradient(advance: int) -> Tensor:
+        weight = leaf(problem.weight)
+        loss = linear_cross_entropy(problem.hidden[0], weight, problem.labels[0], seed=seed, **settings)
+        seed.add_(advance)
+        (loss * problem.upstream[0]).sum().backward()
+        return grad_of(weight)
+
+    five, six, back = gradient(1), gradient(-1), gradient(0)
+    assert_repeats(five, back)
+    assert not torch.equal(five, six)
+    for wrong in (torch.tensor([5]), torch.tensor(5.0), torch.tensor(5, device="meta")):
+        with pytest.raises(ValueError, match="a tensor as seed must be int64, 0-d"):
+            linear_cross_entropy(problem.hidden[0], problem.weight, problem.labels[0], seed=wrong)
 
 
 def test_recomputation_by_checkpointing_draws_the_same() -> None:
@@ -539,6 +597,11 @@ GOOD: dict[str, Any] = {
         ({"filter_eps": float("nan")}, "filter_eps must be"),
         ({"num_valid_tokens": 3, "reduction": "sum"}, "num_valid_tokens.*mean"),
         ({"num_valid_tokens": torch.ones(2)}, "num_valid_tokens must be"),
+        ({"num_valid_tokens": -1}, "num_valid_tokens must be an int, 0 or more.*-1"),
+        ({"weight": torch.tensor(3.0)}, r"weight \[V, D\].*weight \[\]"),
+        ({"agreement": "never"}, "agreement must be.*every_call.*never"),
+        ({"smoothing": 0.1}, "takes no argument smoothing"),
+        ({"shard": 40}, "shard must be a VocabShard or None, got int"),
         ({"workspace_mb": 0}, "workspace_mb must be"),
         ({"workspace_mb": 1.5}, "workspace_mb must be"),
         ({"max_tokens": 10.5}, "max_tokens must be"),
@@ -576,7 +639,7 @@ def test_autocast_computes_in_its_dtype_and_returns_the_inputs_dtypes(mode: dict
     hidden, weight, bias = leaf(problem.hidden[0]), leaf(problem.weight), leaf(problem.bias)  # type: ignore[arg-type]
     with torch.autocast(DEVICE, dtype=dtype):
         loss = linear_cross_entropy(
-            hidden, weight, problem.labels[0], bias=bias, reduction="none", backend=backend, **mode
+            hidden, weight, problem.labels[0], bias=bias, reduction="none", backend=backend, **fixed_draws(mode, hidden)
         )
     loss.backward(problem.upstream[0])
     assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32,) * 3  # type: ignore[union-attr]

@@ -3,13 +3,19 @@
 Errors of use end on every rank with a text that says what to change, and never in a hang: the pool has timeouts.
 """
 
+import copy
+import io
+import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from launched import Command
 from ranks import RankPool
 from reference import (
     DEVICE,
@@ -24,11 +30,13 @@ from reference import (
     plain_outcome,
     relative_error,
 )
+from runs import RENDEZVOUS
 from sharded import (
     Layout,
     Runs,
     assert_ranks_no_worse,
     device_of,
+    local_rows,
     make_rank_problem,
     make_shard,
     on_ranks,
@@ -39,8 +47,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from cce_dist import VocabShard, linear_cross_entropy
+from cce_dist import ShardedCCEHead, VocabShard, linear_cross_entropy
 from cce_dist.kernels.problem import TILE
+from cce_dist.token_statistics import token_statistics
 
 UNEVEN = ((13,), (4,), (21,), (9,))
 VOCAB = 601  # no multiple of 2, 3, 4 or of a tile
@@ -367,6 +376,99 @@ def test_a_dtensor_classifier_brings_its_rows_and_group(
         assert_within(Outcome((loss,), (lse,), (dhidden,), (dweight,), (dbias,)), truth, plain)
 
 
+HELD: dict[str, tuple[str, Any, Any]] = {
+    "replicated": ("replicated", [Replicate()], None),
+    "a sequence in parts": ("replicated", [Shard(0)], [Shard(0)]),
+    "a sequence in parts, whole labels": ("replicated", [Shard(0)], None),
+    "parts of each rank's own": ("sharded", [Shard(0)], None),
+    "parts of each rank's own, labels too": ("sharded", [Shard(0)], [Shard(0)]),
+}
+
+
+def _hidden_as_dtensor(problem: Problem, held: str) -> tuple[Tensor, Tensor, Tensor]:
+    layout, placements, label_placements = HELD[held]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shard = VocabShard.even(problem.vocab_size, mesh, mesh if layout == "sharded" else None)
+    hidden = distribute_tensor(problem.hidden[0], mesh, placements).requires_grad_()
+    labels: Tensor = problem.labels[0]
+    if label_placements is not None:
+        labels = distribute_tensor(labels, mesh, label_placements)
+    elif layout == "sharded":
+        labels = labels.chunk(mesh.size())[mesh.get_local_rank()]
+    weight = leaf(local_rows(problem.weight, shard))
+    loss = linear_cross_entropy(hidden, weight, labels, shard=shard, reduction="sum")
+    (loss * problem.upstream[0]).backward()
+    assert isinstance(hidden.grad, DTensor)
+    total = loss.detach()
+    if layout == "sharded":
+        dist.all_reduce(total)
+    return total, hidden.grad.full_tensor(), grad_of(weight)
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_hidden_states_that_are_dtensors(ranks: RankPool, held: str) -> None:
+    problem = make_rank_problem(((13,),), VOCAB, reduction="sum", ignored=0.2)
+    truth, plain = plain_outcome(problem, torch.float64), plain_outcome(problem)
+    by_rank = ranks.run(2, _hidden_as_dtensor, problem, held)
+    for loss, dhidden, _ in by_rank:
+        dweight = torch.cat([rows for _, _, rows in by_rank])
+        assert_within(Outcome((loss,), (), (dhidden,), (dweight,), ()), truth._replace(lse=()), plain._replace(lse=()))
+
+
+def _refused_hidden(case: str) -> str:
+    if case == "2-D":
+        mesh = init_device_mesh("cpu", (1, 2))
+        shard = VocabShard.even(40, dist.group.WORLD)
+        hidden = distribute_tensor(torch.zeros(4, 8), mesh, [Replicate(), Replicate()])
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        shard = VocabShard.even(40, mesh, mesh)
+        hidden = distribute_tensor(torch.zeros(4, 8), mesh, [Replicate() if case == "the same tokens" else Shard(1)])
+    labels = torch.zeros(4 if case != "parts" else 2).long()
+    return _error_of(lambda: linear_cross_entropy(hidden, torch.zeros(shard.num_rows, 8), labels, shard=shard))
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("2-D", "hidden must be a plain tensor or a DTensor on a 1-D mesh"),
+        ("the same tokens", "of which token_group says that each brings tokens of its own"),
+        ("columns", "of which token_group says that each brings tokens of its own"),
+    ],
+)
+def test_hidden_states_that_say_something_else_than_the_shard_are_refused(
+    ranks: RankPool, case: str, text: str
+) -> None:
+    for said in ranks.run(2, _refused_hidden, case, timeout=20):
+        assert text in said, said
+
+
+def _saved_after_a_loss() -> list[str]:
+    mesh = init_device_mesh("cpu", (2,))
+    head = torch.nn.Linear(8, 40, bias=False)
+    head.weight = torch.nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
+    linear_cross_entropy(torch.randn(3, 8), head.weight, torch.arange(3)).backward()
+    linear_cross_entropy(torch.randn(3, 8), head.weight * 2, torch.arange(3)).backward()
+    torch.save(head, io.BytesIO())
+    copied = copy.deepcopy(head)
+    assert torch.equal(copied.weight.full_tensor(), head.weight.full_tensor())  # type: ignore[operator]
+    said = []
+    for value in (VocabShard.even(40, mesh), ShardedCCEHead.from_linear(torch.nn.Linear(8, 40), mesh)):
+        try:
+            torch.save(value, io.BytesIO())
+        except TypeError as error:
+            said.append(str(error))
+    return said
+
+
+def test_nothing_of_ours_hangs_on_what_users_save_and_shards_say_that_they_do_not_pickle(ranks: RankPool) -> None:
+    for said in ranks.run(2, _saved_after_a_loss):
+        assert len(said) == 2
+        assert all("VocabShard with process groups cannot be pickled" in text and "state_dict" in text for text in said)
+    whole = pickle.loads(pickle.dumps(VocabShard.whole(12)))
+    assert (whole.runs, whole.vocab_size) == (((0, 12),), 12)
+
+
 def _refused_dtensor(placement: str) -> str:
     mesh = init_device_mesh("cpu", (2,))
     full = torch.zeros(40, 8)
@@ -536,25 +638,222 @@ def test_shards_that_do_not_tile_the_vocabulary_raise_on_all(
         assert text in said
 
 
-def _later_call_differs(change: dict[str, Any], layout: Layout) -> tuple[str, float]:
+def _later_call_differs(change: dict[str, Any], layout: Layout) -> tuple[str, float, float]:
     shard = VocabShard.even(40, dist.group.WORLD, dist.group.WORLD if layout == "sharded" else None)
-    _call(shard=shard)()
-    said = _error_of(_call(shard=shard, **change)) if dist.get_rank() == 0 else ""
-    return said, float(_call(shard=shard)())
+    before = float(_call(shard=shard)())
+    said = _error_of(_call(shard=shard, **(change if dist.get_rank() == 0 else {})))
+    return said, before, float(_call(shard=shard)())
+
+
+LATER: dict[str, tuple[dict[str, Any], str]] = {
+    "softcap": ({"softcap": 2.0}, "softcap must be equal"),
+    "gradient": ({"gradient": "unbiased"}, "gradient must be equal"),
+    "bias": ({"bias": True}, "bias must be equal"),
+    "dtype": ({"dtype": torch.bfloat16}, "dtype must be equal"),
+    "D": ({"dim": 4}, "dimension must be equal"),
+    "shift": ({"shift": 1}, "shift must be equal"),
+    "no gradient": ({"grad": False}, "need of a gradient must be equal"),
+    "a wrong shape": ({"labels": torch.zeros(4).long()}, "rank 0: labels must have hidden's shape"),
+    "a wrong dtype": ({"labels": torch.zeros(3)}, "rank 0: labels must be integers"),
+    "no tensor": ({"labels": None}, "rank 0: labels must be a tensor, got NoneType"),
+    "a label out of range": ({"labels": torch.tensor([0, 40, 0])}, "rank 0: labels must be in [0, 40)"),
+    "an unknown argument": ({"smoothing": 0.1}, "rank 0: linear_cross_entropy takes no argument smoothing"),
+    "num_valid_tokens": ({"num_valid_tokens": -1}, "rank 0: num_valid_tokens must be an int, 0 or more"),
+    "a small workspace": ({"workspace_mb": 0}, "rank 0: workspace_mb must be an int, 1 or more"),
+}
 
 
 @every_layout
-@pytest.mark.parametrize(
-    "change", [{"softcap": 2.0}, {"gradient": "unbiased"}, {"bias": True}, {"dtype": torch.bfloat16}, {"dim": 4}]
-)
-def test_a_later_call_that_differs_raises_before_any_collective(
-    ranks: RankPool, change: dict[str, Any], layout: Layout
+@pytest.mark.parametrize(("change", "text"), LATER.values(), ids=LATER)
+def test_a_later_call_that_differs_raises_on_every_rank(
+    ranks: RankPool, change: dict[str, Any], text: str, layout: Layout
 ) -> None:
-    """Rank 0 alone raises and tries again as agreed; rank 1 never notices."""
-    (said, loss), (_, other) = ranks.run(2, _later_call_differs, change, layout, timeout=20)
-    assert "differs from the first" in said
-    assert next(iter(change)) in said or "dtype" in said or "dimension" in said
-    assert loss == other
+    """And the ranks go on together after it."""
+    for said, before, after in ranks.run(2, _later_call_differs, change, layout, timeout=20):
+        assert text in said, said
+        assert before == after
+
+
+def test_a_later_call_with_another_number_of_replicated_tokens_raises_on_every_rank(ranks: RankPool) -> None:
+    for said, before, after in ranks.run(2, _later_call_differs, {"tokens": 5}, "replicated", timeout=20):
+        assert "number of tokens must be equal on all ranks, got rank 0: 5, rank 1: 3" in said
+        assert before == after
+
+
+def test_more_tokens_than_max_tokens_raise_on_every_rank(ranks: RankPool) -> None:
+    change = {"tokens": 9, "max_tokens": 8}
+    for said, _, _ in ranks.run(2, _later_call_differs, change, "sharded", timeout=20):
+        assert "rank 0: max_tokens must be an int, at least this rank's 9 tokens" in said
+
+
+def _without_grad_mode_on_one_rank(layout: Layout) -> tuple[str, str]:
+    shard = VocabShard.even(40, dist.group.WORLD, dist.group.WORLD if layout == "sharded" else None)
+    _call(shard=shard)()
+    with torch.set_grad_enabled(dist.get_rank() == 0):
+        return _error_of(_call(shard=shard)), _error_of(_call(shard=shard))
+
+
+@every_layout
+def test_no_grad_on_one_rank_raises_on_every_rank(ranks: RankPool, layout: Layout) -> None:
+    for twice in ranks.run(2, _without_grad_mode_on_one_rank, layout, timeout=20):
+        assert all("grad mode must be equal on all ranks, got rank 0: True, rank 1: False" in said for said in twice)
+
+
+def _first_call_only(layout: Layout) -> tuple[str, bool]:
+    shard = VocabShard.even(40, dist.group.WORLD, dist.group.WORLD if layout == "sharded" else None)
+    settings: dict[str, Any] = {"shard": shard, "agreement": "first_call", "max_tokens": 3}
+    first = _call(**settings)()
+    said = _error_of(_call(**settings, softcap=-1.0)) if dist.get_rank() == 0 else ""
+    return said, torch.equal(_call(**settings)(), first)
+
+
+@every_layout
+def test_after_the_first_call_ranks_may_go_on_without_asking_each_other(ranks: RankPool, layout: Layout) -> None:
+    """Rank 0 alone raises and tries again; rank 1 never notices."""
+    (said, same), (_, same_there) = ranks.run(2, _first_call_only, layout, timeout=20)
+    assert "softcap must be" in said
+    assert same
+    assert same_there
+
+
+def _first_call_differs(layout: Layout) -> str:
+    change = {"softcap": 3.0} if dist.get_rank() == 1 else {}
+    return _error_of(_call(layout=layout, agreement="first_call", max_tokens=3, **change))
+
+
+@every_layout
+def test_the_first_call_is_agreed_on_even_so(ranks: RankPool, layout: Layout) -> None:
+    for said in ranks.run(2, _first_call_differs, layout, timeout=20):
+        assert "softcap must be equal" in said
+
+
+def _first_call_without_max_tokens() -> str:
+    return _error_of(_call(agreement="first_call"))
+
+
+def test_without_an_exchange_sharded_tokens_need_a_maximum(ranks: RankPool) -> None:
+    for said in ranks.run(2, _first_call_without_max_tokens, timeout=20):
+        assert 'agreement="first_call" needs max_tokens' in said
+
+
+def _settings_change_from_call_to_call() -> list[float]:
+    shard = VocabShard.even(40, dist.group.WORLD, dist.group.WORLD)
+    groups = len(dist.distributed_c10d._world.pg_names)
+    changes: list[dict[str, Any]] = [{}, {"reduction": "sum"}, {}, {"logit_scale": 2.0}, {"shift": 1}, {"grad": False}]
+    losses = [float(_call(shard=shard, **change)().detach()) for change in changes]
+    replaced = [float(_call(shard=replace(shard, vocab_size=size))().detach()) for size in (39, 38)]
+    return [*losses, *replaced, len(dist.distributed_c10d._world.pg_names) - groups]
+
+
+def test_settings_may_change_from_call_to_call_and_groups_are_shared(ranks: RankPool) -> None:
+    log = torch.tensor([40.0, 39.0, 38.0]).log().tolist()
+    expected = [log[0], 3 * log[0], log[0], log[0], log[0], log[0], log[1], log[2]]
+    for *losses, groups in ranks.run(2, _settings_change_from_call_to_call, timeout=20):
+        assert losses == pytest.approx(expected)
+        assert groups == 0
+
+
+def _different_labels(layout: Layout, change: str) -> str:
+    """Zeros as hidden states: nothing but the labels differs."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    labels = torch.arange(6) if change != "the same" else torch.arange(3, 9)
+    if change == "another label" and rank == world - 1:
+        labels[2] = 30
+    if change == "another order" and rank == world - 1:
+        labels = labels.flip(0)
+    if change == "other tokens":
+        labels = labels + rank
+    if change == "ignored" and rank == world - 1:
+        labels[4] = -100
+    token_group = None
+    if layout == "grid":
+        groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+        token_group = groups[rank % 2]
+    shard = VocabShard.even(40, dist.group.WORLD, token_group)
+    return _error_of(_call(shard=shard, tokens=6, labels=labels))
+
+
+@pytest.mark.parametrize(("world", "layout"), [(2, "replicated"), (3, "replicated"), (4, "grid")])
+@pytest.mark.parametrize("change", ["the same", "another label", "another order", "other tokens", "ignored"])
+def test_replicated_ranks_with_different_labels_all_raise(
+    ranks: RankPool, world: int, layout: Layout, change: str
+) -> None:
+    for said in ranks.run(world, _different_labels, layout, change, timeout=20):
+        if change == "the same":
+            assert said == "no error"
+        else:
+            assert "labels differ between ranks that bring the same tokens" in said
+
+
+def _wrong_in_one_vocabulary_group(first: bool) -> str:
+    """Vocabulary and tokens over pairs of ranks, the mean over all four."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = pairs[dist.get_rank() // 2]
+    shard = VocabShard.even(40, pair, pair, count_group=dist.group.WORLD)
+    if not first:
+        _call(shard=shard, reduction="sum")()  # the pairs agree; nothing is counted yet
+    return _error_of(_call(shard=shard, **({"softcap": -1.0} if dist.get_rank() == 3 else {})))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_fault_in_one_vocabulary_group_raises_in_the_others_of_its_count_group(ranks: RankPool, first: bool) -> None:
+    for said in ranks.run(4, _wrong_in_one_vocabulary_group, first, timeout=20):
+        assert "rank 3: softcap must be" in said
+
+
+LATER_FAULT_IN_ONE_GROUP = """
+import torch, torch.distributed as dist
+from cce_dist import VocabShard, linear_cross_entropy
+
+dist.init_process_group("gloo")
+pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+pair = pairs[dist.get_rank() // 2]
+shard = VocabShard.even(40, pair, pair, count_group=dist.group.WORLD)
+for step in range(2):
+    labels = torch.tensor([1, 2, 77 if (step, dist.get_rank()) == (1, 3) else 3])
+    linear_cross_entropy(torch.zeros(3, 8), torch.zeros(shard.num_rows, 8), labels, shard=shard)
+    print("done with step", step, flush=True)
+"""
+
+
+@pytest.mark.full
+def test_a_later_fault_in_one_vocabulary_group_ends_the_others_by_the_launcher(tmp_path: Path) -> None:
+    """Ranks 2 and 3 raise; ranks 0 and 1 wait for them in the mean's sum, and torchrun ends those."""
+    script = tmp_path / "script.py"
+    script.write_text(LATER_FAULT_IN_ONE_GROUP)
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", *RENDEZVOUS, script]
+    with Command(arguments, tmp_path / "log") as command:
+        assert command.wait(120) != 0
+        assert "rank 3: labels must be in [0, 40) or ignore_index, got [77]" in command.said
+        assert command.said.count("done with step 0") == 4
+        assert "done with step 1" not in command.said
+        assert command.alive() == []
+
+
+def _vocabulary_groups_with_different_settings() -> str:
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = pairs[dist.get_rank() // 2]
+    shard = VocabShard.even(40, pair, pair, count_group=dist.group.WORLD)
+    return _error_of(_call(shard=shard, logit_scale=1.0 + dist.get_rank() // 2))
+
+
+def test_vocabulary_groups_of_a_count_group_must_compute_the_same(ranks: RankPool) -> None:
+    for said in ranks.run(4, _vocabulary_groups_with_different_settings, timeout=20):
+        assert "logit_scale must be equal on all ranks, got rank 0: 1.0, rank 1: 1.0, rank 2: 2.0" in said
+
+
+def _different_things_at_once() -> str:
+    shard = VocabShard.even(40, dist.group.WORLD, dist.group.WORLD)
+    _call(shard=shard)()
+    if dist.get_rank() == 0:
+        return _error_of(_call(shard=shard))
+    terms: dict[str, Any] = {"bias": None, "shard": shard, "logit_scale": 1.0, "softcap": None}
+    return _error_of(lambda: token_statistics(torch.zeros(3, 8), torch.zeros(shard.num_rows, 8), **terms))
+
+
+def test_ranks_that_call_different_things_all_raise(ranks: RankPool) -> None:
+    for said in ranks.run(2, _different_things_at_once, timeout=20):
+        assert "must be equal on all ranks, got rank 0" in said
 
 
 def _bad_label(layout: Layout, label: int, at_rank: int) -> str:

@@ -1,6 +1,7 @@
 """Which rows a rank holds, how labels map to them, and what a VocabShard refuses at construction."""
 
 import dataclasses
+from datetime import timedelta
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from cce_dist import VocabShard
 from cce_dist.shard import new_subgroup
+from cce_dist.shard.groups import timeout_of
 
 
 def test_whole_is_all_rows_in_one_process() -> None:
@@ -178,3 +180,18 @@ def _group_of_ranks_with_unequal_numbers_of_groups() -> str:
 def test_a_group_that_torch_cannot_make_is_an_error_on_every_rank(ranks: RankPool) -> None:
     for said in ranks.run(2, _group_of_ranks_with_unequal_numbers_of_groups, timeout=30):
         assert "can make a new group of them only where these numbers are equal" in said
+
+
+def _timeouts() -> list[timedelta | None]:
+    given = dist.new_group([0, 1], timeout=timedelta(seconds=77))
+    assert dist.group.WORLD is not None
+    grid = VocabShard.even(40, given, dist.new_group([dist.get_rank()], use_local_synchronization=True))
+    made = [new_subgroup([0, 1], given), new_subgroup([0, 1], given, "gloo"), grid.replica_group]
+    shortened = new_subgroup([0, 1], given, timeout=timedelta(seconds=5))
+    return [timeout_of(group) for group in (*made, shortened) if group is not None]
+
+
+def test_groups_take_the_timeout_of_the_group_that_they_come_from(ranks: RankPool) -> None:
+    inherited = timedelta(seconds=77)
+    for said in ranks.run(2, _timeouts):
+        assert said == [inherited, inherited, inherited, timedelta(seconds=5)]

@@ -240,6 +240,7 @@ def _describe(engine: Any, owner: ShardOwner, settings: CCEConfig) -> str:
     tensor = tensor_parallel.tensor_parallel_size(engine.mpu)
     return (
         f"cce_dist is active: ZeRO stage {engine.zero_optimization_stage()}, "
-        f"{f'tensor parallelism over {tensor}, ' if tensor > 1 else ''}gradient={settings.gradient}, "
+        f"{f'tensor parallelism over {tensor}, ' if tensor > 1 else ''}"
+        f"gradient={settings.gradient_on(engine.device)}, "
         f"{shard.vocab_size} vocabulary rows over {group} rank(s), {shard.num_rows} of them on rank 0"
     )

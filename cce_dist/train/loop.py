@@ -204,7 +204,7 @@ def _start(this: _Run) -> Progress:
 def _announce(this: _Run, metrics: Metrics) -> None:
     """Says what runs, and writes it to run.json for `compare`."""
     settings, place = this.settings, this.place
-    gradient = engines.head_settings(settings).gradient if settings.head == "cce" else None
+    gradient = engines.head_settings(settings).gradient_on(place.device) if settings.head == "cce" else None
     head = "a plain head" if gradient is None else f"a vocabulary-parallel CCE head ({gradient})"
     parameters = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in this.network.parameters())
     metrics.say(

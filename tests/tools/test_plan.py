@@ -13,15 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import RankPool
 
-from cce_dist import VocabShard, linear_cross_entropy, plan
+from cce_dist import VocabShard, linear_cross_entropy
 from cce_dist.cli import main
 from cce_dist.kernels.problem import TILE
-from cce_dist.plan import ELEMENT, GPUS, Job, Setting
+from cce_dist.tools.plan import spread
+from cce_dist.tools.plan.calibration import STOCK, calibrate, compute_ms
+from cce_dist.tools.plan.job import ELEMENT, GPUS, Job, group_sizes
+from cce_dist.tools.plan.links import LATENCY_MS
+from cce_dist.tools.plan.memory import OPTIMIZER, loss_bytes
+from cce_dist.tools.plan.spread import Setting
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "benchmarks/results").glob("loss-*-trained-*.json"))
 GPU = "h100"  # the one that was measured
-CALIBRATION = plan.calibrate(FILES, GPU)
+CALIBRATION = calibrate(FILES, GPU)
 GEMMA = Job(vocab=262144, hidden=2304, tokens=8192, gpus=64, gpu="h100")
 WORDS = ["--vocab", "262144", "--hidden", "2304", "--tokens", "8192", "--gpus", "64"]
 
@@ -32,7 +37,7 @@ def measurements() -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
     for file in FILES:
         content = json.loads(file.read_text())
         shapes |= content["shapes"] if GPU in content["gpu"].lower() else {}
-    methods = (plan.STOCK, "cce_dist unbiased", "cce_dist filtered", "cce_dist exact")
+    methods = (STOCK, "cce_dist unbiased", "cce_dist filtered", "cce_dist exact")
     rows = [(shape, method, r, r["methods"].get(method, {})) for shape, r in shapes.items() for method in methods]
     return [row for row in rows if "both_ms" in row[3]]
 
@@ -53,7 +58,7 @@ jobs = st.builds(
 
 
 def by_name(job: Job) -> dict[str, Setting]:
-    return {setting.name.split()[0]: setting for setting in plan.settings(job, CALIBRATION)}
+    return {setting.name.split()[0]: setting for setting in spread.settings(job, CALIBRATION)}
 
 
 class TestAgainstMeasurements:
@@ -62,19 +67,19 @@ class TestAgainstMeasurements:
         self, shape: str, method: str, result: dict[str, Any], row: dict[str, Any]
     ) -> None:
         tokens, vocab, hidden = result["num_tokens"], result["vocab_size"], result["hidden_size"]
-        ms = plan.compute_ms(CALIBRATION, method, GPU, tokens, vocab, hidden)
+        ms = compute_ms(CALIBRATION, method, GPU, tokens, vocab, hidden)
         assert ms == pytest.approx(row["both_ms"], rel=0.25)
-        if method == plan.STOCK:
+        if method == STOCK:
             peak = CALIBRATION.logit_bytes[method] * tokens * vocab
         else:
             returned = ELEMENT * tokens * hidden  # the benchmark leaves out the gradients that are returned
-            peak = sum(plan.loss_bytes(tokens, vocab, hidden, method.split()[1], None, 1)) - returned
+            peak = sum(loss_bytes(tokens, vocab, hidden, method.split()[1], None, 1)) - returned
         assert peak == pytest.approx(row["peak_mb"] * 1e6, rel=0.15)
 
     def test_the_error_that_is_printed_is_the_largest_of_the_fit(self) -> None:
         assert 0 < CALIBRATION.error < 0.25
         fits = [
-            plan.compute_ms(CALIBRATION, m, GPU, r["num_tokens"], r["vocab_size"], r["hidden_size"]) / row["both_ms"]
+            compute_ms(CALIBRATION, m, GPU, r["num_tokens"], r["vocab_size"], r["hidden_size"]) / row["both_ms"]
             for _, m, r, row in MEASURED
         ]
         assert max(abs(fit - 1) for fit in fits) <= CALIBRATION.error + 1e-9
@@ -83,15 +88,15 @@ class TestAgainstMeasurements:
         content = json.loads(FILES[-1].read_text())
         (tmp_path / "initial.json").write_text(json.dumps({**content, "steps": 0}))
         with pytest.raises(ValueError, match="no measurement of a GPU among a100, h100"):
-            plan.calibrate([tmp_path / "initial.json"], GPU)
+            calibrate([tmp_path / "initial.json"], GPU)
 
     @pytest.mark.parametrize(("name", "key"), [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100")])
     def test_the_gpu_of_a_file_is_known_by_its_name(self, tmp_path: Path, name: str, key: str) -> None:
         content = json.loads(FILES[-1].read_text())
         (tmp_path / "other.json").write_text(json.dumps({**content, "gpu": name}))
-        assert plan.calibrate([tmp_path / "other.json", *FILES], key).gpu == key
+        assert calibrate([tmp_path / "other.json", *FILES], key).gpu == key
         (tmp_path / "other.json").write_text(json.dumps({**content, "gpu": "NVIDIA GH200 480GB"}))
-        got, expected = (plan.calibrate(files, "b200") for files in ([tmp_path / "other.json", *FILES], FILES))
+        got, expected = (calibrate(files, "b200") for files in ([tmp_path / "other.json", *FILES], FILES))
         assert (got.gpu, got.shapes) == (expected.gpu, expected.shapes)
         for name, coefficients in expected.forward.items():
             assert got.forward[name] == pytest.approx(coefficients)
@@ -102,9 +107,9 @@ class TestAgainstMeasurements:
             for row in result["methods"].values():
                 row.update({key: 3 * row[key] for key in ("forward_ms", "both_ms") if key in row})
         (tmp_path / "slow.json").write_text(json.dumps(content))
-        slow = plan.calibrate([tmp_path / "slow.json"], GPU)
-        fast = plan.calibrate(FILES[-1:], GPU)
-        ms = [plan.vocabulary_parallel(GEMMA, c, 1).compute for c in (fast, slow)]
+        slow = calibrate([tmp_path / "slow.json"], GPU)
+        fast = calibrate(FILES[-1:], GPU)
+        ms = [spread.vocabulary_parallel(GEMMA, c, 1).compute for c in (fast, slow)]
         assert ms[1] == pytest.approx(3 * ms[0])
 
 
@@ -139,7 +144,7 @@ class TestAgainstAllocations:
     @pytest.mark.parametrize("gradient", ["unbiased", "exact"])
     def test_what_the_sharded_loss_keeps_for_backward(self, ranks: RankPool, gradient: str) -> None:
         tokens, hidden_size, vocab, world = 48, 32, 4 * TILE, 2
-        planned, summaries, _ = plan.loss_bytes(world * tokens, vocab // world, hidden_size, gradient, None, world)
+        planned, summaries, _ = loss_bytes(world * tokens, vocab // world, hidden_size, gradient, None, world)
         states = planned * ELEMENT / (ELEMENT + 4)  # the rest is dE, in backward
         for kept in ranks.run(world, _saved_by_the_loss, tokens, hidden_size, vocab, gradient):
             assert sum(size for half, of_tokens, size in kept if half and of_tokens) == states
@@ -148,7 +153,7 @@ class TestAgainstAllocations:
 
     def test_the_rows_that_a_group_smaller_than_the_ranks_gathers(self, ranks: RankPool) -> None:
         job = Job(vocab=64, hidden=8, tokens=4, gpus=4, gpu="h200", gpus_per_node=4)
-        planned = plan.vocabulary_parallel(job, CALIBRATION, 2).bytes.rows / 2  # and as much for their gradient
+        planned = spread.vocabulary_parallel(job, CALIBRATION, 2).bytes.rows / 2  # and as much for their gradient
         assert ranks.run(4, _assembled_rows, 64, 8, 2) == [planned] * 4
 
 
@@ -158,7 +163,9 @@ class TestHowFiguresMove:
     def test_more_tokens_or_a_larger_head_never_cost_less(self, job: Job, factor: int) -> None:
         for key in ("tokens", "vocab", "hidden"):
             larger = job._replace(**{key: factor * getattr(job, key)})
-            for before, after in zip(plan.settings(job, CALIBRATION), plan.settings(larger, CALIBRATION), strict=True):
+            for before, after in zip(
+                spread.settings(job, CALIBRATION), spread.settings(larger, CALIBRATION), strict=True
+            ):
                 assert after.step >= before.step
                 assert after.bytes.total >= before.bytes.total
 
@@ -166,14 +173,14 @@ class TestHowFiguresMove:
     @given(job=jobs)
     def test_a_faster_network_never_costs_more(self, job: Job) -> None:
         faster = job._replace(network=4 * GPUS[job.gpu].network)
-        for before, after in zip(plan.settings(job, CALIBRATION), plan.settings(faster, CALIBRATION), strict=True):
+        for before, after in zip(spread.settings(job, CALIBRATION), spread.settings(faster, CALIBRATION), strict=True):
             assert after.links <= before.links
             assert after.compute == before.compute
 
     @settings(derandomize=True, deadline=None, database=None)
     @given(job=jobs)
     def test_a_larger_group_holds_fewer_rows_and_more_hidden_states(self, job: Job) -> None:
-        sizes = [plan.vocabulary_parallel(job, CALIBRATION, size).bytes for size in plan.group_sizes(job)]
+        sizes = [spread.vocabulary_parallel(job, CALIBRATION, size).bytes for size in group_sizes(job)]
         for smaller, larger in itertools.pairwise(sizes):
             assert larger.rows < smaller.rows
             assert larger.hidden > smaller.hidden
@@ -182,7 +189,7 @@ class TestHowFiguresMove:
     @settings(derandomize=True, deadline=None, database=None)
     @given(job=jobs)
     def test_the_stored_bytes_of_all_ranks_are_those_of_one_classifier(self, job: Job) -> None:
-        whole = job.vocab * job.hidden * (2 * ELEMENT + plan.OPTIMIZER)
+        whole = job.vocab * job.hidden * (2 * ELEMENT + OPTIMIZER)
         for name, setting in by_name(job).items():
             copies = {"plain": job.gpus, "tensor": job.gpus / min(job.gpus, 8)}.get(name, 1)
             assert sum(setting.bytes[:3]) * job.gpus == pytest.approx(copies * whole)
@@ -190,8 +197,8 @@ class TestHowFiguresMove:
     @settings(derandomize=True, deadline=None, database=None)
     @given(job=jobs, memory=st.floats(1e6, 1e12))
     def test_what_is_recommended_fits_and_nothing_that_fits_is_much_faster(self, job: Job, memory: float) -> None:
-        found = plan.settings(job, CALIBRATION)
-        best = plan.recommend(found, memory)
+        found = spread.settings(job, CALIBRATION)
+        best = spread.recommend(found, memory)
         fitting = [setting for setting in found if setting.bytes.total <= memory]
         assert (best is None) == (not fitting)
         if best is not None:
@@ -203,7 +210,7 @@ class TestHowFiguresMove:
         job = GEMMA._replace(gpus=8)
         found = by_name(job)
         size = 2 * 262144 * 2304
-        latency = 3 * plan.LATENCY_MS * 3
+        latency = 3 * LATENCY_MS * 3
         assert found["FSDP"].links == pytest.approx(3 * 1e3 * size * 7 / 8 / 450e9 + latency)
         assert found["FSDP"].bytes.rows == 2 * size
         assert found["cce_dist"].bytes.rows == 0  # vocab_parallel_size 8: each holds its own
@@ -217,7 +224,7 @@ class TestCommand:
         assert main(["plan", *WORDS, "--gpu", "h200", "--plot", str(tmp_path / "plan.png")]) == 0
         said = capsys.readouterr().out
         job = GEMMA._replace(gpu="h200")
-        best = plan.recommend(plan.settings(job, CALIBRATION), GPUS["h200"].memory)
+        best = spread.recommend(spread.settings(job, CALIBRATION), GPUS["h200"].memory)
         assert best is not None
         (marked,) = [line for line in said.splitlines() if line.rstrip().endswith("<--")]
         assert marked.strip().startswith(f"{best.name} ")
@@ -242,7 +249,7 @@ class TestCommand:
         assert "Gradient: exact" in from_files
 
     def test_a_workspace_that_large_groups_would_refuse_leaves_them_out(self) -> None:
-        assert plan.group_sizes(GEMMA._replace(workspace_mb=64)) == [1, 2, 4, 8, 16, 32]
+        assert group_sizes(GEMMA._replace(workspace_mb=64)) == [1, 2, 4, 8, 16, 32]
 
     def test_a_head_that_fits_nowhere_is_said_with_exit_code_1(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["plan", *WORDS, "--head-gb", "0.5"]) == 1

@@ -1,6 +1,7 @@
 """``cce-dist report``: what one or several runs of the trainer logged, as a PNG and as one self-contained HTML file.
 
-Everything that comes from the runs' files is data: validated as numbers, escaped as text.
+In: folders of the trainer, with metrics.jsonl and run.json. Out: report.png and report.html. Everything that comes from
+the runs' files is data: validated as numbers, escaped as text.
 """
 
 import base64

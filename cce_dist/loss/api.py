@@ -1,0 +1,228 @@
+"""The public function: its settings, what it checks, and what the ranks say to each other.
+
+The path of a token: `linear_cross_entropy` checks, agrees with the other ranks' hosts on the call (`shard.agreement`)
+and flattens; `autograd.LinearCrossEntropy` gathers the ranks' tokens where they differ, puts the valid ones first
+(`tokens`), has the backend summarise this rank's rows (`kernels`), and merges the shards' log-sum-exps and target
+logits (`collectives`); after a first pass in 8 bits they are refined and merged again. Backward hands the backend the
+global log-sum-exp, keeps dC on its rank and sums dE over the ranks, while the backend computes dC.
+
+Collectives of a call, with N tokens in all, n of each of W ranks, D hidden; fp32 where no dtype is named:
+
+| layout         | forward                                           | backward                                       |
+|----------------|---------------------------------------------------|------------------------------------------------|
+| single process | none                                              | none                                           |
+| tensor         | MAX [N] (+ 2 numbers, which compare labels),      | dE: all-reduce [N, D], beside dC               |
+| parallel       | SUM [2, N]                                        |                                                |
+| own tokens     | all-gather hidden [n, D] in its dtype and labels  | all-gather upstream [n, 2];                    |
+|                | [n] in int64; MAX [N], SUM [2, N]                 | dE: reduce-scatter [N, D], beside dC           |
+| FSDP x TP      | as own tokens: gathered over the token group,     | as own tokens, over the token group; then dE:  |
+|                | MAX and SUM over all                              | all-reduce [n, D] over those with equal tokens |
+
+The 8-bit pass adds a MAX and a SUM of the same sizes before the refinement; a mean over ranks, a SUM of two fp64
+numbers in forward and of one in backward. Before all of them the hosts exchange seven integers.
+
+Shapes: n tokens of this rank, D hidden, V local rows of the classifier.
+"""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from cce_dist.collectives import group_mean
+from cce_dist.loss.autograd import Call, LinearCrossEntropy
+from cce_dist.loss.settings import (
+    CallSettings,
+    Method,
+    check_labels,
+    check_settings,
+    check_tensors,
+    contract,
+    resolve,
+    takes_settings,
+    workspace_bytes,
+)
+from cce_dist.loss.tokens import held, redistributed, shifted, unflatten
+from cce_dist.shard import VocabShard
+from cce_dist.shard.agreement import Agreement
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shard: VocabShard | None = None,
+    return_lse: Literal[False] = False,
+    **settings: Any,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shard: VocabShard | None = None,
+    return_lse: Literal[True],
+    **settings: Any,
+) -> tuple[Tensor, Tensor]: ...
+@takes_settings
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shard: VocabShard | None = None,
+    return_lse: bool = False,
+    **settings: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of z = softcap·tanh(logit_scale·(hidden · weightᵀ + bias) / softcap) against labels.
+
+    Source of the method: "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009. Every rank of
+    ``shard.vocab_group`` must make the call in every step, also with no token or no valid label. Settings may change
+    from call to call, on all ranks alike.
+
+    Args:
+        hidden: [..., D], fp32, fp16, bf16 (or fp64 with the torch backend); cast to the autocast dtype under autocast.
+            A DTensor on a 1-D mesh, as a tensor-parallel body gives it: the ranks of ``token_group`` bring the tokens
+            that they hold, other ranks all tokens.
+        weight: [V, D], this rank's rows; cast to hidden's dtype, its gradient returns in its own. A DTensor must be
+            Shard(0) on a 1-D mesh: rows and group come from it, and its gradient is a DTensor.
+        labels: [...], integers in [0, vocab_size) over the GLOBAL vocabulary, or the ignored one. Ranks that bring the
+            same tokens must bring the same labels, which is checked (on CUDA by a device-side assertion).
+        bias: [V], this rank's.
+        shard: which global rows these are, and the process groups. None: all rows, in this process alone.
+        ignore_index: the label of tokens that have none.
+        shift: position l of hidden is compared with label l + shift, along labels' last axis.
+        softcap, logit_scale: None leaves them out.
+        reduction: "none": [..., L - shift], 0 where ignored. "sum": over this rank's tokens. "mean": over the valid
+            tokens of ``shard.count_group``, the same value on every rank of it; NaN where there is no valid token.
+        num_valid_tokens: with "mean", divide this rank's sum by this instead (an int, or a 0-d tensor).
+        gradient: "exact"; "unbiased": negligible parts of the softmax are sampled, exact in expectation; "filtered":
+            they are replaced by their mean. None: "exact" with the torch backend, "unbiased" with Triton's kernels or
+            where ``filter_eps`` is given.
+        tail: False: "filtered" drops the negligible parts, as the paper does.
+        filter_eps: softmax mass below which 128 consecutive rows are negligible to a token; 0 makes any mode exact;
+            None (or "auto"): chosen by mode and vocabulary.
+        seed: of the sampling. None: drawn from the default generator of the device, anew in each call. An int: the
+            start of a sequence, which all calls of this process with that int go on with, also those of a captured
+            CUDA graph. A 0-d int64 tensor on hidden's device: its value at the time of the call; the caller changes it.
+        backend: "triton" (CUDA), "torch" (any device), "auto": triton on CUDA.
+        first_pass: "fp8": forward finds the parts of the softmax that matter from 8-bit copies of hidden and weight,
+            then computes those in full: half the time, and an error of the loss below that of bf16 logits. "full": all
+            in hidden's precision. "auto": fp8 where it was measured to pay (16-bit training on Hopper, with a filter).
+        workspace_mb: memory that backward may use for recomputed probabilities, at least 256 bytes a token (fp32: 512).
+        max_tokens: the most tokens that any rank of the token group brings; None: the ranks exchange it per call.
+        agreement: "every_call": the hosts exchange a few numbers in each call, so that what any of them knows of a
+            fault is an error on every rank. "first_call": only in the first call with given settings; later the others
+            wait for a rank that has raised until their group's timeout. It needs ``max_tokens`` with a token group, and
+            no group that moves CPU tensors. The replay of a CUDA graph exchanges nothing.
+        return_lse: also return the log-sum-exp [..., L - shift] (fp32, differentiable, 0 where ignored).
+
+    Returns:
+        The loss in fp32 (fp64 for fp64), or (loss, lse).
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, on every rank of the vocabulary group (there a
+            ValueError), before anything is computed. On CUDA a label out of range is a device-side assertion, on every
+            rank. A ``shard`` that is none, and what happens in backward, concern the rank alone.
+    """
+    if shard is not None and not isinstance(shard, VocabShard):
+        raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}.")
+    shard = shard if shard is not None else _own_shard(weight)
+    weight_VD, bias_V = _local(weight), _local(bias)
+    checked: tuple[CallSettings, Method] | None = None
+    fault: Exception | None = None
+    tokens, equal, in_parts = 0, {}, False
+    try:
+        own_settings = check_settings(settings)
+        hidden, labels, in_parts = held(hidden, labels, shard)
+        check_tensors(hidden, weight_VD, labels, bias_V, shard)
+        tokens = labels.numel()
+        if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        needs_grad = any(x is not None and x.requires_grad for x in (hidden, weight_VD, bias_V))
+        method = resolve(own_settings, hidden, labels, shard, needs_grad and torch.is_grad_enabled())
+        equal = {
+            **contract(hidden, weight_VD, bias_V, shard, own_settings, method),
+            "tokens are in a DTensor's parts": in_parts,
+        }
+        if shard.token_group is None:
+            workspace_bytes(own_settings.workspace_mb, method, tokens, hidden.element_size())
+        if not in_parts and not labels.is_cuda:
+            _flat_labels(labels, own_settings, shard)
+        checked = own_settings, method
+    except (TypeError, ValueError) as error:
+        fault = error  # told to every rank, and raised there
+    agreed = Agreement(
+        shard,
+        tokens,
+        equal,
+        fault,
+        every_call=settings.get("agreement") != "first_call",
+        counts=checked is not None and checked[0].reduction == "mean" and checked[0].num_valid_tokens is None,
+    )
+    if checked is None or in_parts:
+        agreed.most_tokens()
+    assert checked is not None
+    own_settings, method = checked
+    if in_parts:
+        hidden, labels = redistributed(hidden), redistributed(labels)
+    labels_n = _flat_labels(labels, own_settings, shard)
+    nll_n, lse_n = LinearCrossEntropy.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight_VD,
+        bias_V,
+        Call(labels_n, shard, own_settings, method, agreed, torch.is_grad_enabled()),
+    )
+    loss = _reduce(nll_n, labels_n, labels, shard, own_settings)
+    return (loss, unflatten(lse_n, labels, own_settings.shift)) if return_lse else loss
+
+
+def _flat_labels(labels: Tensor, settings: CallSettings, shard: VocabShard) -> Tensor:
+    """Shifted labels [n], int64, on a CPU checked."""
+    labels_n = shifted(labels.long(), settings.shift, settings.ignore_index).reshape(-1)
+    if not labels_n.is_cuda:  # else the gathered ones, on every rank
+        check_labels(labels_n, settings.ignore_index, shard.vocab_size)
+    return labels_n
+
+
+def _reduce(nll_n: Tensor, labels_n: Tensor, labels: Tensor, shard: VocabShard, settings: CallSettings) -> Tensor:
+    if settings.reduction == "none":
+        return unflatten(nll_n, labels, settings.shift)
+    own_sum = nll_n.sum()
+    if settings.reduction == "sum":
+        return own_sum
+    if settings.num_valid_tokens is not None:
+        return own_sum / settings.num_valid_tokens
+    own_count = (labels_n != settings.ignore_index).sum()
+    group = shard.count_group if shard.count_group is not None else shard.token_group
+    return own_sum / own_count if group is None else group_mean(own_sum, own_count, group)
+
+
+def _local(x: Any) -> Any:
+    """This rank's part of a parameter; a DTensor's gradient returns with its placements."""
+    return x.to_local(grad_placements=x.placements) if isinstance(x, DTensor) else x
+
+
+_dtensor_shards: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The shards of DTensors, by mesh and shape: ranks compare rows at the first use of a shard. Nothing hangs on the
+parameters and meshes, which users save."""
+
+
+def _own_shard(weight: Any) -> VocabShard:
+    """The shard of a classifier that comes without one."""
+    if not isinstance(weight, DTensor):
+        rows = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else 1
+        return VocabShard.whole(max(rows, 1))
+    shards = _dtensor_shards.setdefault(weight.device_mesh, {})
+    key = weight.shape, tuple(weight.placements)
+    if key not in shards:
+        shards[key] = VocabShard.from_dtensor(weight)
+    return shards[key]

@@ -1,0 +1,259 @@
+"""Forward and backward of the loss: this rank's rows by the backend, the ranks' parts put together.
+
+In: flat tokens of this rank, local rows, and a `Call` with all the rest. Out: nll and lse of the tokens, their
+gradients.
+
+Shapes: n tokens of this rank, N tokens of the token group, D hidden, V local rows, T tiles, S splits.
+"""
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cce_dist.collectives import (
+    gather_tokens,
+    merge_softmax,
+    start_all_reduce,
+    start_reduce_scatter,
+    token_fingerprint,
+)
+from cce_dist.kernels import reference
+from cce_dist.kernels.problem import MOST_DRAWN, TILE, Filter, Gradients, Logits, Normaliser, Tiles, Upstream, Wanted
+from cce_dist.loss.settings import CallSettings, Method, check_labels, workspace_bytes
+from cce_dist.loss.tokens import Order, gather, own, valid_first
+from cce_dist.shard import VocabShard
+from cce_dist.shard.agreement import Agreement
+
+
+class Call(NamedTuple):
+    """What a call is, apart from the tensors that may need a gradient.
+
+    Attributes:
+        labels_n: int64, shifted.
+        agreed: awaited before the first collective on the device.
+        grad_enabled: of the caller; inside an autograd function it is always off.
+    """
+
+    labels_n: Tensor
+    shard: VocabShard
+    settings: CallSettings
+    method: Method
+    agreed: Agreement
+    grad_enabled: bool
+
+    @property
+    def backend(self) -> ModuleType:
+        if self.method.backend == "torch":
+            return reference
+        from cce_dist.kernels import pipeline  # imports triton
+
+        return pipeline
+
+
+class Saved(NamedTuple):
+    """The tensors that backward needs: as one tuple through ``save_for_backward``, so that recomputation brings all."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    target_N: Tensor
+    token_N: Tensor
+    place_N: Tensor
+    n_valid: Tensor
+    seed: Tensor | None
+    max_N: Tensor
+    log_sum_N: Tensor
+    tile_lse_TN: Tensor | None
+    reference_SN: Tensor | None
+
+    @property
+    def order(self) -> Order:
+        return Order(self.token_N, self.place_N, self.n_valid)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """(nll_n, lse_n) of this rank's tokens, 0 where ignored."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        shard, settings, method = call.shard, call.settings, call.method
+        num_tokens = most = call.labels_n.shape[0]
+        if shard.token_group is not None:
+            most = call.agreed.most_tokens()
+            most = most if settings.max_tokens is None else settings.max_tokens
+        hidden_ND, labels_N = gather(hidden_nD, call.labels_n, shard, most, settings.ignore_index)
+        workspace = workspace_bytes(settings.workspace_mb, method, labels_N.shape[0], hidden_ND.element_size())
+        if labels_N.is_cuda:
+            check_labels(labels_N, settings.ignore_index, shard.vocab_size)
+        same_labels = token_fingerprint(labels_N) if shard.same_tokens else None
+        valid_N = labels_N != settings.ignore_index
+        order = valid_first(valid_N)
+        columns_N = torch.where(valid_N, shard.local_columns(labels_N), -1)
+        target_N = columns_N[order.token_N].to(torch.int32)
+        hidden_ND = hidden_ND if hidden_ND.stride(1) == 1 else hidden_ND.contiguous()
+
+        needs_grad = call.grad_enabled and any(ctx.needs_input_grad[:3])
+        logits = _logits(hidden_ND, weight_VD, bias_V, target_N, order, call)
+        with torch.autocast(hidden_nD.device.type, enabled=False):
+            if method.first_pass == "fp8":
+                estimate = call.backend.estimate(logits)
+                call.agreed.most_tokens()
+                estimated, _ = merge_softmax(estimate.summary, shard.vocab_group, same_labels)
+                same_labels = None
+                summary = call.backend.refine(logits, estimate, estimated, method.filter_eps)
+            else:
+                summary = call.backend.summarise(logits, needs_grad and method.gradient != "exact", workspace)
+                call.agreed.most_tokens()
+            normaliser, target_logit_N = merge_softmax(summary, shard.vocab_group, same_labels)
+
+        if needs_grad:
+            seed = _draw_seed(settings.seed, hidden_nD.device) if method.gradient == "unbiased" else None
+            tile_lse_TN, reference_SN, tiles_per_split = summary.tiles or (None, None, 0)
+            ctx.call, ctx.most, ctx.workspace = call, most, workspace
+            ctx.unit, ctx.tiles_per_split = normaliser.unit, tiles_per_split
+            ctx.set_materialize_grads(False)
+            max_and_sum = normaliser.max_N, normaliser.log_sum_N
+            saved = Saved(hidden_ND, weight_VD, bias_V, target_N, *order, seed, *max_and_sum, tile_lse_TN, reference_SN)
+            ctx.save_for_backward(*saved)
+        nll_N, lse_N = order.restore(normaliser.nll(target_logit_N)), order.restore(normaliser.lse_N)
+        return own(nll_N, num_tokens, most, shard), own(lse_N, num_tokens, most, shard)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_nll_n: Tensor | None, grad_lse_n: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        saved = Saved(*ctx.saved_tensors)
+        shard, weight_VD, bias_V = call.shard, saved.weight_VD, saved.bias_V
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        with torch.autocast(saved.hidden_ND.device.type, enabled=False):
+            upstream = _upstream(grad_nll_n, grad_lse_n, saved, call, ctx.most)
+            logits = _logits(saved.hidden_ND, weight_VD, bias_V, saved.target_N, saved.order, call)
+            tiles = None
+            if saved.tile_lse_TN is not None:
+                tiles = Tiles(saved.tile_lse_TN, saved.reference_SN, ctx.tiles_per_split)
+            finish: Callable[[], Tensor] | None = None
+
+            def reduce_hidden(partial_ND: Tensor) -> None:
+                nonlocal finish
+                finish = _start_reduction(partial_ND, saved, call)
+
+            gradients: Gradients = call.backend.differentiate(
+                logits,
+                tiles,
+                Normaliser(saved.max_N, saved.log_sum_N, ctx.unit),
+                upstream,
+                _filter(call, logits, saved.seed),
+                Wanted(wants_hidden, wants_weight, wants_bias, weight_VD.dtype, ctx.workspace),
+                None if shard.vocab_group is None else reduce_hidden,
+            )
+            if gradients.hidden_ND is not None and finish is None:
+                reduce_hidden(gradients.hidden_ND)
+            grad_hidden_nD = None if finish is None else finish()
+        grad_bias_V = None if bias_V is None or gradients.bias_V is None else gradients.bias_V.to(bias_V.dtype)
+        return grad_hidden_nD, _with_padding(gradients.weight_VD, weight_VD), _with_padding(grad_bias_V, bias_V), None
+
+
+def _logits(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, order: Order, call: Call
+) -> Logits:
+    """The real rows of the shard, in hidden's dtype, and the tokens that meet them."""
+    rows, settings = call.shard.num_real_rows, call.settings
+    return Logits(
+        hidden_ND,
+        weight_VD[:rows].to(hidden_ND.dtype).contiguous(),
+        None if bias_V is None else bias_V[:rows].contiguous(),
+        target_N,
+        order.token_N,
+        order.place_N,
+        call.shard.tile_keys(TILE, hidden_ND.device),
+        order.n_valid,
+        1.0 if settings.logit_scale is None else settings.logit_scale,
+        settings.softcap,
+    )
+
+
+def _filter(call: Call, logits: Logits, seed: Tensor | None) -> Filter:
+    share = logits.weight_VD.shape[0] / call.shard.vocab_size
+    method = call.method
+    return Filter(method.gradient, method.filter_eps, call.settings.tail, MOST_DRAWN * share, seed)
+
+
+_NEXT_SEED = 0x9E3779B97F4A7C15 - 2**64  # as a signed number
+_seeds: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """int64 [1], of this call alone: backward, and a recomputed forward's backward, get it with the saved tensors."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed.detach().reshape(1).clone()
+    if (seed, device) not in _seeds:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"seed={seed} is used for the first time inside of a CUDA graph capture, where its sequence would "
+                "start anew at each replay: call the loss once before capturing, or pass a tensor as seed."
+            )
+        _seeds[seed, device] = torch.full((1,), seed, dtype=torch.int64, device=device)
+    own_seed = _seeds[seed, device].clone()
+    _seeds[seed, device] += _NEXT_SEED
+    return own_seed
+
+
+def _upstream(grad_nll_n: Tensor | None, grad_lse_n: Tensor | None, saved: Saved, call: Call, most: int) -> Upstream:
+    """The two upstream gradients of every token of the group, compacted and scaled to at most about 1."""
+    dtype, group = saved.max_N.dtype, call.shard.token_group
+    zero_n = torch.zeros(call.labels_n.shape[0], dtype=dtype, device=saved.max_N.device)
+    grads_n2 = torch.stack([zero_n if grad is None else grad.to(dtype) for grad in (grad_nll_n, grad_lse_n)], dim=1)
+    grads_N2 = saved.order.to_front(grads_n2 if group is None else gather_tokens(grads_n2, most, group))
+    softmax_N, target_N = grads_N2.sum(1), grads_N2[:, 0]
+    if grads_N2.shape[0] == 0:
+        return Upstream(softmax_N, target_N, softmax_N.new_ones(()))
+    both_2N = torch.stack((softmax_N, target_N))
+    largest = torch.where(both_2N.isfinite(), both_2N.abs(), 0).amax()
+    highest = math.frexp(torch.finfo(dtype).max)[1] - 1  # the next power of two is infinite
+    scale = torch.where(largest == 0, 1.0, torch.exp2(torch.ceil(torch.log2(largest)).clamp(max=highest)))
+    return Upstream(softmax_N / scale, target_N / scale, scale)
+
+
+def _start_reduction(partial_ND: Tensor, saved: Saved, call: Call) -> Callable[[], Tensor]:
+    """Starts summing the shards' dE (used up) over the ranks; when called, the rows of this rank's tokens."""
+    shard, dtype, num_tokens = call.shard, saved.hidden_ND.dtype, call.labels_n.shape[0]
+
+    def in_place(rows_ND: Tensor, dtype: torch.dtype) -> Tensor:
+        rows: Tensor = call.backend.scatter_rows(rows_ND, saved.token_N, saved.n_valid, dtype)
+        return rows
+
+    reduce_dtype = partial_ND.dtype if shard.reduce_dtype is None else shard.reduce_dtype
+    if shard.token_group is None:
+        if shard.vocab_group is None:
+            return lambda: in_place(partial_ND, dtype)
+        finish_sum = start_all_reduce(partial_ND.to(reduce_dtype), shard.vocab_group)
+        return lambda: in_place(finish_sum(), dtype)
+    finish_scatter = start_reduce_scatter(in_place(partial_ND, reduce_dtype), num_tokens, shard.token_group)
+
+    def finish() -> Tensor:
+        own_nD = finish_scatter()
+        if shard.replica_group is not None:
+            own_nD = own_nD.contiguous()
+            dist.all_reduce(own_nD, group=shard.replica_group)
+        return own_nD.to(dtype)
+
+    return finish
+
+
+def _with_padding(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """Zero gradient for the padding rows."""
+    if grad is None or parameter is None or grad.shape == parameter.shape:
+        return grad
+    whole = grad.new_zeros(parameter.shape)
+    whole[: grad.shape[0]] = grad
+    return whole

@@ -1,0 +1,335 @@
+"""The settings of the loss: each is one field here, with its default, its check, and the rule that an error states.
+
+`LossSettings` are those that a config file can fix, and the base of `CCEConfig`; `CallSettings` adds what belongs to a
+call. `linear_cross_entropy` takes the fields as keywords, the ranks agree on them (`contract`), and README and the
+docstring are tested against them. `resolve` turns what is left open into a `Method`, once the tensors are known.
+
+Shapes: D hidden, V local rows of the classifier.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
+from torch import Tensor
+
+from cce_dist.device_check import device_check
+from cce_dist.kernels.problem import TILE
+from cce_dist.shard import VocabShard
+
+Gradient = Literal["unbiased", "exact", "filtered"]
+Backend = Literal["auto", "triton", "torch"]
+FirstPass = Literal["auto", "full", "fp8"]
+Agreeing = Literal["every_call", "first_call"]
+Reduction = Literal["mean", "sum", "none"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_EXACT_WORKSPACE_MB = 256
+_SPARSE_WORKSPACE_MB = 64
+_MAY_DIFFER: dict[str, Any] = {"may_differ": True}
+"""Marks a field that ranks may set differently."""
+
+
+def _no_tensor(x: Any) -> Any:
+    """A learned scale would silently get no gradient."""
+    if isinstance(x, Tensor):
+        raise ValueError("a tensor")
+    return x
+
+
+_Float = Annotated[float, BeforeValidator(_no_tensor)]
+
+
+def _is_scalar(x: Tensor) -> Tensor:
+    if x.ndim:
+        raise ValueError("a tensor must be 0-d")
+    return x
+
+
+class LossSettings(BaseModel):
+    """How the loss is computed. A description completes "... must be"; None leaves the choice to the loss."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gradient: Gradient | None = Field(default=None, description='"unbiased", "exact", "filtered" or None')
+    tail: bool = Field(default=True, description="True or False")
+    filter_eps: float | None = Field(default=None, ge=0.0, lt=1.0, description='"auto", None or in [0, 1)')
+    backend: Backend = Field(default="auto", description='"auto", "triton" or "torch"')
+    first_pass: FirstPass = Field(default="auto", description='"auto", "full" or "fp8"')
+    workspace_mb: int | None = Field(default=None, ge=1, description="an int, 1 or more, or None")
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | InstanceOf[Tensor] | None = Field(
+        default=None, description="a 64-bit int, a 0-d int64 tensor or None", json_schema_extra=_MAY_DIFFER
+    )
+    max_tokens: int | None = Field(default=None, ge=1, description="an int, 1 or more, or None")
+    agreement: Agreeing = Field(default="every_call", description='"every_call" or "first_call"')
+
+
+class CallSettings(LossSettings):
+    """The same, and what the loss of one call is."""
+
+    model_config = ConfigDict(strict=True)
+
+    ignore_index: int = Field(default=-100, description="an int")
+    shift: int = Field(default=0, ge=0, description="an int, 0 or more (0 for one label)")
+    softcap: _Float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a positive float or None")
+    logit_scale: _Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
+    reduction: Reduction = Field(default="mean", description='"mean", "sum" or "none"')
+    num_valid_tokens: Annotated[int, Field(ge=0)] | Annotated[InstanceOf[Tensor], AfterValidator(_is_scalar)] | None = (
+        Field(None, description="an int, 0 or more, a 0-d tensor or None", json_schema_extra=_MAY_DIFFER)
+    )
+
+
+def check_settings(given: Mapping[str, Any]) -> CallSettings:
+    """The settings of a call.
+
+    Raises:
+        TypeError: an unknown one. ValueError: one that is not allowed; both by name.
+    """
+    if given.get("filter_eps") == "auto":
+        given = {**given, "filter_eps": None}
+    unknown = [name for name in given if name not in CallSettings.model_fields]
+    if unknown:
+        raise TypeError(
+            f"linear_cross_entropy takes no argument {', '.join(unknown)}; its settings are "
+            f"{', '.join(CallSettings.model_fields)}."
+        )
+    try:
+        return CallSettings(**given)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        _require(False, f"{name} must be {CallSettings.model_fields[name].description}", given[name])
+        raise
+
+
+def takes_settings(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a function that takes ``**settings`` the signature with each of them by name, as help() shows it."""
+    signature = inspect.signature(function)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    settings = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation)
+        for name, field in CallSettings.model_fields.items()
+    ]
+    function.__signature__ = signature.replace(parameters=[*named, *settings])  # type: ignore[attr-defined]
+    return function
+
+
+class Method(NamedTuple):
+    """What the settings leave open, chosen: how this call is computed."""
+
+    gradient: Gradient
+    filter_eps: float
+    backend: Literal["triton", "torch"]
+    first_pass: Literal["full", "fp8"]
+
+
+def resolve(settings: CallSettings, hidden: Tensor, labels: Tensor, shard: VocabShard, needs_grad: bool) -> Method:
+    """Chooses what is open.
+
+    Raises:
+        ValueError: a setting that does not go with the tensors, the shard or another setting.
+    """
+    _require(labels.ndim > 0 or settings.shift == 0, "shift must be 0 for one label, which has no axis", settings.shift)
+    _require(
+        settings.num_valid_tokens is None or settings.reduction == "mean",
+        'num_valid_tokens goes with reduction="mean"',
+        repr(settings.reduction),
+    )
+    if isinstance(settings.seed, Tensor):
+        seed = settings.seed
+        _require(
+            seed.ndim == 0 and seed.dtype == torch.int64 and seed.device == hidden.device,
+            f"a tensor as seed must be int64, 0-d, on {hidden.device}",
+            f"{seed.dtype} of shape {list(seed.shape)} on {seed.device}",
+        )
+    tokens = labels.numel()
+    _require(
+        settings.max_tokens is None or settings.max_tokens >= tokens,
+        f"max_tokens must be an int, at least this rank's {tokens} tokens, or None",
+        settings.max_tokens,
+    )
+    _require(
+        settings.agreement == "every_call" or shard.token_group is None or settings.max_tokens is not None,
+        'agreement="first_call" needs max_tokens where each rank brings its own tokens, since the ranks do not '
+        "exchange their numbers then",
+        settings.max_tokens,
+    )
+    backend = _backend(settings.backend, hidden)
+    gradient = settings.gradient or choose_gradient(backend, settings.filter_eps)
+    eps = _eps(gradient, shard.vocab_size) if settings.filter_eps is None else settings.filter_eps
+    exact = gradient == "exact" or eps == 0
+    return Method(
+        "exact" if exact else gradient,
+        eps,
+        backend,
+        "full" if exact or not needs_grad else _first_pass(settings.first_pass, hidden, backend),
+    )
+
+
+def contract(
+    hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, shard: VocabShard, settings: CallSettings, method: Method
+) -> Mapping[str, Any]:
+    """What every rank of the vocabulary group must say alike in a call, by name."""
+    alike = {
+        name: getattr(settings, name)
+        for name, field in CallSettings.model_fields.items()
+        if not field.json_schema_extra
+    }
+    counted = "" if settings.num_valid_tokens is None else " with num_valid_tokens"
+    return {
+        "vocab_size": shard.vocab_size,
+        "grad mode": torch.is_grad_enabled(),
+        "hidden's last dimension": hidden.shape[-1],
+        "hidden's dtype": str(hidden.dtype),
+        "hidden's need of a gradient": hidden.requires_grad,
+        "weight's need of a gradient": weight_VD.requires_grad,
+        "bias": bias_V is not None,
+        "bias's need of a gradient": bias_V is not None and bias_V.requires_grad,
+        "token_group": shard.token_group is not None,
+        "count_group": shard.count_group is not None,
+        "reduce_dtype": str(shard.reduce_dtype),
+        **alike,
+        **method._asdict(),
+        "reduction": settings.reduction + counted,
+    }
+
+
+def check_tensors(hidden: Any, weight_VD: Any, labels: Any, bias_V: Any, shard: VocabShard) -> None:
+    """Raises TypeError or ValueError where shapes, dtypes or devices do not fit together or to the shard."""
+    for name, x in (("hidden", hidden), ("weight", weight_VD), ("labels", labels), ("bias", bias_V)):
+        if not isinstance(x, Tensor) and not (name == "bias" and x is None):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
+    for name, x in (("hidden", hidden), ("weight", weight_VD), ("bias", bias_V)):
+        _require(bool(x is None or x.is_floating_point()), f"{name} must be a floating-point tensor", _dtype(x))
+    _require(hidden.dtype in _DTYPES, "hidden must be fp32, fp16, bf16 or fp64", hidden.dtype)
+    is_integral = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    _require(is_integral, "labels must be integers", labels.dtype)
+    _require(
+        hidden.ndim >= 1 and weight_VD.ndim == 2 and weight_VD.shape[1] == hidden.shape[-1],
+        "hidden must be [..., D] and weight [V, D] with the same D",
+        f"hidden {list(hidden.shape)} and weight {list(weight_VD.shape)}",
+    )
+    expected = list(hidden.shape[:-1])
+    _require(list(labels.shape) == expected, f"labels must have hidden's shape less its last axis, {expected}", labels)
+    _require(
+        weight_VD.shape[0] == shard.num_rows,
+        f"weight must hold the shard's {shard.num_rows} rows {shard.runs} (pass this rank's rows, or build the "
+        "VocabShard from the split that was used)",
+        f"{weight_VD.shape[0]} rows",
+    )
+    if bias_V is not None:
+        rows = weight_VD.shape[0]
+        _require(list(bias_V.shape) == [rows], f"bias must be [{rows}], one entry per local row", bias_V)
+    devices = {str(x.device) for x in (hidden, weight_VD, labels, bias_V) if x is not None}
+    _require(len(devices) == 1, "hidden, weight, labels and bias must be on one device", sorted(devices))
+
+
+def check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """Raises ValueError for a label out of range. On CUDA a device-side assertion does, which does not wait."""
+    legal = ((labels >= 0) & (labels < vocab_size)) | (labels == ignore_index)
+    message = f"labels must be in [0, {vocab_size}) or ignore_index"
+    if labels.is_cuda:
+        device_check(legal.all(), f"{message}.")
+    elif not legal.all():
+        raise ValueError(
+            f"{message}, got {labels[~legal].unique()[:8].tolist()}; check the tokenizer's vocabulary size."
+        )
+
+
+def choose_gradient(backend: str, filter_eps: float | None) -> Gradient:
+    """What ``gradient=None`` stands for: the torch backend is fastest with "exact", Triton with "unbiased"."""
+    return "unbiased" if backend == "triton" or filter_eps is not None else "exact"
+
+
+def workspace_bytes(workspace_mb: int | None, method: Method, num_tokens: int, element_size: int) -> int:
+    """The memory that backward may use, for all tokens that the loss works on: equal on all ranks.
+
+    Raises:
+        ValueError: where ``workspace_mb`` is less than one tile of probabilities of all tokens.
+    """
+    least_mb = least_workspace_mb(num_tokens, element_size)
+    chosen = workspace_mb
+    if chosen is None:
+        chosen = default_workspace_mb(num_tokens, element_size, method.gradient == "exact")
+    _require(
+        chosen >= least_mb,
+        f"workspace_mb must be at least {least_mb}, {TILE * element_size} bytes for each of the {num_tokens} tokens",
+        chosen,
+    )
+    return chosen << 20
+
+
+def least_workspace_mb(num_tokens: int, element_size: int) -> int:
+    """One tile of probabilities of all tokens."""
+    return max(-(-num_tokens * TILE * element_size // (1 << 20)), 1)
+
+
+def default_workspace_mb(num_tokens: int, element_size: int, exact: bool) -> int:
+    """What ``workspace_mb=None`` stands for.
+
+    With fewer probabilities at hand the sparse backward waits for them, and tiles of many tokens need more.
+    """
+    least_mb = least_workspace_mb(num_tokens, element_size)
+    return max(_EXACT_WORKSPACE_MB, least_mb) if exact else _SPARSE_WORKSPACE_MB + 8 * least_mb
+
+
+def _require(holds: bool, rule: str, got: Any) -> None:
+    if not holds:
+        shown = _shown(got) if isinstance(got, Tensor) else got
+        raise ValueError(
+            f"{rule}; got {shown!r}." if isinstance(shown, str) and shown is got else f"{rule}; got {shown}."
+        )
+
+
+def _shown(x: Tensor) -> str:
+    return f"shape {list(x.shape)}" if x.ndim else f"a 0-d {x.dtype} tensor"
+
+
+def _dtype(x: Any) -> Any:
+    return getattr(x, "dtype", None)
+
+
+def _eps(gradient: Gradient, vocab_size: int) -> float:
+    """What benchmarks/results asks for, at V = 50k and 128k to 262k: with "unbiased", errors of dE and dC like those of
+    bf16 logits (torch.compile); with "filtered", one of dE just below 1e-2."""
+    is_large = vocab_size >= 100_000
+    if gradient == "filtered":
+        return 2.0**-9.4 if is_large else 2.0**-10.25
+    if vocab_size >= 200_000:
+        return 2.0**-9.3
+    return 2.0**-9.5 if is_large else 2.0**-9
+
+
+def _backend(backend: Backend, hidden: Tensor) -> Literal["triton", "torch"]:
+    can_triton = hidden.dtype != torch.float64 and (hidden.is_cuda or _interpreted())
+    _require(
+        backend != "triton" or can_triton,
+        'backend="triton" needs CUDA tensors (or TRITON_INTERPRET=1 in the environment) of at most 32 bits; use '
+        '"torch" or "auto"',
+        f"{hidden.dtype} on {hidden.device.type}",
+    )
+    return "triton" if backend == "triton" or (backend == "auto" and hidden.is_cuda and can_triton) else "torch"
+
+
+def _first_pass(first_pass: FirstPass, hidden: Tensor, backend: str) -> Literal["full", "fp8"]:
+    """ "auto" is where benchmarks/results show that it pays; the interpreter computes it if asked, for tests."""
+    can_fp8 = backend == "triton" and hidden.element_size() == 2
+    if hidden.is_cuda:
+        can_fp8 = can_fp8 and torch.cuda.get_device_capability(hidden.device) >= (8, 9)
+    _require(
+        first_pass != "fp8" or can_fp8,
+        'first_pass="fp8" needs 16-bit hidden states, backend="triton" and an NVIDIA GPU of compute capability 8.9 or '
+        'more (Ada, Hopper or later); use "full" or "auto"',
+        f'{hidden.dtype} on {hidden.device.type} with backend="{backend}"',
+    )
+    if first_pass == "auto":
+        pays = can_fp8 and hidden.is_cuda and torch.cuda.get_device_capability(hidden.device)[0] == 9
+        return "fp8" if pays and not torch.are_deterministic_algorithms_enabled() else "full"
+    return first_pass
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

@@ -1,0 +1,119 @@
+"""Tokens on their way to the kernels and back: flattened and shifted, gathered over ranks, the valid ones first.
+
+In: hidden states and labels of any leading shape, plain or DTensors. Out: losses and gradients in the caller's order.
+
+Shapes: n tokens of this rank, N tokens of the token group, D hidden.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as ShardPlacement
+
+from cce_dist.collectives import gather_tokens
+from cce_dist.shard import VocabShard
+from cce_dist.shard.groups import ranks_of
+
+
+class Order(NamedTuple):
+    """A permutation that brings the valid tokens to the front, in their order.
+
+    Attributes:
+        token_N: int32, where the tokens at the front come from.
+        place_N: int32, the inverse: where each token went.
+        n_valid: int32 [1], on the device.
+    """
+
+    token_N: Tensor
+    place_N: Tensor
+    n_valid: Tensor
+
+    def to_front(self, values_N: Tensor) -> Tensor:
+        """Values [N, ...] in the new order, 0 where not valid."""
+        valid_N = torch.arange(self.token_N.shape[0], device=self.token_N.device) < self.n_valid
+        return torch.where(valid_N.view(-1, *(1,) * (values_N.ndim - 1)), values_N[self.token_N], 0)
+
+    def restore(self, values_N: Tensor) -> Tensor:
+        """Values [N] back in the order before, 0 where not valid."""
+        return torch.where(self.place_N < self.n_valid, values_N[self.place_N], 0)
+
+
+def valid_first(valid_N: Tensor) -> Order:
+    before_N = valid_N.cumsum(0)
+    n_valid = before_N[-1:] if valid_N.shape[0] else before_N.new_zeros(1)
+    index_N = torch.arange(valid_N.shape[0], device=valid_N.device)
+    place_N = torch.where(valid_N, before_N - 1, n_valid + index_N - before_N)
+    token_N = torch.empty_like(index_N).scatter_(0, place_N, index_N)
+    return Order(token_N.to(torch.int32), place_N.to(torch.int32), n_valid.to(torch.int32))
+
+
+def gather(
+    hidden_nD: Tensor, labels_n: Tensor, shard: VocabShard, most: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """All tokens of the token group, each rank's part padded to ``most``; without one, the rank's own."""
+    if shard.token_group is None:
+        return hidden_nD, labels_n
+    labels_N = gather_tokens(labels_n, most, shard.token_group, fill=ignore_index)
+    return gather_tokens(hidden_nD, most, shard.token_group), labels_N
+
+
+def own(values_N: Tensor, num_tokens: int, most: int, shard: VocabShard) -> Tensor:
+    """This rank's part of what `gather` has brought together."""
+    if shard.token_group is None:
+        return values_N
+    first = most * dist.get_rank(shard.token_group)
+    return values_N[first : first + num_tokens].clone()
+
+
+def shifted(labels: Tensor, shift: int, ignore_index: int) -> Tensor:
+    """Labels moved ``shift`` positions ahead; positions without a label are ignored."""
+    if shift == 0:
+        return labels
+    moved = torch.full_like(labels, ignore_index)
+    kept = max(labels.shape[-1] - shift, 0)
+    moved[..., :kept] = labels[..., shift:]
+    return moved
+
+
+def unflatten(values_n: Tensor, labels: Tensor, shift: int) -> Tensor:
+    values = values_n.view(labels.shape)
+    return values if shift == 0 else values[..., : max(labels.shape[-1] - shift, 0)]
+
+
+def held(hidden: Any, labels: Any, shard: VocabShard) -> tuple[Any, Any, bool]:
+    """Hidden states and labels as plain tensors, without communication; or still DTensors, to be `redistributed`.
+
+    Raises:
+        ValueError: DTensors that say something else than the shard.
+    """
+    given = {"hidden": hidden, "labels": labels}
+    for name, x in given.items():
+        if not isinstance(x, DTensor):
+            continue
+        placements = tuple(x.placements)
+        if x.device_mesh.ndim != 1:
+            raise ValueError(
+                f"{name} must be a plain tensor or a DTensor on a 1-D mesh, got {placements} on a mesh of shape "
+                f"{tuple(x.device_mesh.shape)}; pass its to_local()."
+            )
+        ranks = ranks_of(x.device_mesh.get_group())
+        own = shard.token_group is not None and len(ranks) > 1 and set(ranks) <= set(ranks_of(shard.token_group))
+        last = hidden.ndim - 1
+        if own and not (isinstance(placements[0], ShardPlacement) and placements[0].dim != last):
+            raise ValueError(
+                f"{name} is a DTensor with placements {placements} over ranks {ranks}, of which token_group says that "
+                "each brings tokens of its own: shard it along a dimension of tokens, or leave token_group out."
+            )
+        if own or placements == (Replicate(),):
+            given[name] = x.to_local(grad_placements=placements)
+    return given["hidden"], given["labels"], any(isinstance(x, DTensor) for x in given.values())
+
+
+def redistributed(x: Tensor) -> Tensor:
+    """All tokens of a DTensor, on each rank; the gradient that each has is that of all tokens."""
+    if not isinstance(x, DTensor):
+        return x
+    return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])

@@ -1,0 +1,1 @@
+"""What a person asks before and after a run: ``doctor``, ``plan``, ``report``. Each is a command of `cce_dist.cli`."""

@@ -1,0 +1,116 @@
+"""Stage 3: is a small sharded loss, with its gradients, that of all logits in fp64?
+
+In: the size of the vocabulary groups, the device. Out: a `Report` of the largest error; the row of the table.
+Shapes: n tokens of this rank, N of the token group, D hidden, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from cce_dist.loss import linear_cross_entropy
+from cce_dist.shard import VocabShard
+from cce_dist.tools.doctor.reports import Faults, Report
+
+
+class Case(NamedTuple):
+    """A loss to be compared. ``sharded``: each rank brings its own tokens, else all bring the same."""
+
+    sharded: bool
+    dtype: torch.dtype
+    gradient: str
+
+    def __str__(self) -> str:
+        tokens = "own tokens" if self.sharded else "same tokens"
+        return f"{tokens}, {str(self.dtype).removeprefix('torch.')}, {self.gradient}"
+
+
+_ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Relative norms of errors: far above rounding, far below any fault."""
+
+
+def examine(size: int, device: torch.device) -> Report:
+    world = dist.get_world_size()
+    group = dist.group.WORLD if size == world else dist.new_subgroups(size)[0]
+    assert isinstance(group, ProcessGroup)
+    dtypes = [torch.float32]
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        dtypes.append(torch.bfloat16)
+    cases = [Case(s, dtype, g) for s in (False, True) for dtype in dtypes for g in ("exact", "unbiased")]
+    faults: Faults = []
+    worst = 0.0
+    for case in cases:
+        errors = loss_errors(case, group, device)
+        worst = max(worst, *(error / _ALLOWED[case.dtype] for error in errors.values()))
+        wrong = {name: error for name, error in errors.items() if not error <= _ALLOWED[case.dtype]}
+        if wrong:
+            listed = ", ".join(f"{name} by {error:.2g}" for name, error in wrong.items())
+            faults.append(
+                (
+                    "loss",
+                    f"({case}) differs from fp64 logits: {listed}, allowed {_ALLOWED[case.dtype]:g}. Run it on this "
+                    "machine alone (cce-dist doctor): a fault there too is of its GPU, driver or versions; else of the "
+                    "links to the other ranks.",
+                )
+            )
+    return Report({"cases": len(cases), "worst": worst, "size": size, "world": world}, faults, [])
+
+
+def loss_errors(case: Case, group: ProcessGroup, device: torch.device) -> dict[str, float]:
+    """Relative errors of this rank's loss, dE and dC against all logits in fp64. All ranks draw the same problem."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    draw = torch.Generator().manual_seed(7)
+    per_rank = max(64 // world, 1)
+    counts = [per_rank + r % 2 for r in range(world)] if case.sharded else [per_rank * world]
+    vocab, hidden_size = max(600, 2 * world + 3), 32
+    # So flat a softmax that nothing is sampled: "unbiased" is exact here, by its own path.
+    hidden_ND, weight_VD = (
+        (scale * torch.randn(rows, hidden_size, generator=draw)).to(case.dtype).double()
+        for rows, scale in ((sum(counts), 1.0), (vocab, hidden_size**-0.5))
+    )
+    labels_N = torch.randint(vocab, (sum(counts),), generator=draw)
+    labels_N[::7] = -100
+    truth_ND, truth_VD = hidden_ND.requires_grad_(), weight_VD.requires_grad_()
+    truth_N = torch.nn.functional.cross_entropy(truth_ND @ truth_VD.T, labels_N, reduction="none")
+    truth_N.sum().backward()
+
+    shard = VocabShard.even(vocab, group, group if case.sharded else None)
+    own = slice(sum(counts[:rank]), sum(counts[: rank + 1])) if case.sharded else slice(None)
+    rows = slice(shard.start, shard.stop)
+    hidden_nD, rows_VD = (x.detach().to(device, case.dtype).requires_grad_() for x in (hidden_ND[own], weight_VD[rows]))
+    loss_n = linear_cross_entropy(
+        hidden_nD, rows_VD, labels_N[own].to(device), shard=shard, reduction="none", gradient=case.gradient
+    )  # type: ignore[call-overload]
+    loss_n.sum().backward()
+    return {
+        "loss": _error(loss_n, truth_N[own]),
+        "d hidden": _error(hidden_nD.grad, _grad(truth_ND)[own]),
+        "d weight": _error(rows_VD.grad, _grad(truth_VD)[rows]),
+    }
+
+
+def _error(x: Tensor | None, truth: Tensor) -> float:
+    if x is None:
+        return float("inf")
+    difference = (x.detach().double().cpu() - truth.detach()).norm()
+    return float(difference / truth.detach().norm().clamp_min(1e-30))
+
+
+def _grad(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
+
+
+def compare(reports: Mapping[int, Report]) -> tuple[Faults, Faults]:
+    return [], []  # each rank has compared with the same reference
+
+
+def describe(reports: Mapping[int, Report]) -> list[tuple[str, str]]:
+    first = next(iter(reports.values())).facts
+    worst = max(report.facts["worst"] for report in reports.values())
+    groups = f"{first['world'] // first['size']} group(s) of {first['size']}"
+    return [("loss", f"{first['cases']} cases over {groups}; largest error {worst:.2g} of what is allowed")]

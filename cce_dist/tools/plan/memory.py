@@ -1,0 +1,63 @@
+"""Bytes of one rank: what each way to spread the head stores, and what the loss holds beside.
+
+In: tokens and rows that a rank works on. Out: `Bytes` and the terms of the loss, derived from what the code allocates.
+"""
+
+from typing import NamedTuple
+
+from cce_dist.kernels.problem import TILE
+from cce_dist.loss.settings import default_workspace_mb
+from cce_dist.tools.plan.job import ELEMENT
+
+_PAIR_ROWS, _CHUNK_D, _AT_ONCE_D = 128, 512, 1024
+"""The sparse backward's work items, as on Hopper (kernels/tuning.json): an 8-byte entry of its queue each."""
+OPTIMIZER = 12
+"""Bytes of AdamW's state a weight: fp32 weight and two moments."""
+
+
+class Bytes(NamedTuple):
+    """Of one rank, at the head's peak.
+
+    Attributes:
+        weight, gradient, optimizer: what the rank stores.
+        rows: copies of weights that were gathered, and gradients that are not yet reduced.
+        hidden: hidden states of all tokens that the rank works on, and their gradient, where there are others' too.
+        logits: logits, or what stands for them from forward to backward.
+        workspace: what backward takes beside.
+    """
+
+    weight: float = 0.0
+    gradient: float = 0.0
+    optimizer: float = 0.0
+    rows: float = 0.0
+    hidden: float = 0.0
+    logits: float = 0.0
+    workspace: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def loss_bytes(
+    tokens: int, rows: int, hidden: int, gradient: str, workspace_mb: int | None, ranks: int
+) -> tuple[float, ...]:
+    """What the loss holds beside its inputs and dC, for 16-bit ``tokens`` by ``rows`` of the classifier.
+
+    Returns:
+        The hidden states of all ranks that it saves and the fp32 dE; the summaries of the tiles that it saves; what the
+        rest of backward takes at its peak: the workspace, and the tail's (R E) and the queue of pairs, or two copies of
+        the hidden states; or the copy of dE at the end (in 16 bits, or in fp32 where ``ranks`` reduce-scatter it).
+    """
+    exact = gradient == "exact"
+    elements = tokens * hidden
+    tiles = -(-rows // TILE)
+    workspace = workspace_mb if workspace_mb is not None else default_workspace_mb(tokens, ELEMENT, exact)
+    chunks = 0 if hidden <= _AT_ONCE_D else -(-hidden // _CHUNK_D)
+    queue = 8 * tiles * -(-tokens // _PAIR_ROWS) * (1 + chunks)
+    beside = 2 * ELEMENT * elements if exact else ELEMENT * tiles * hidden + queue
+    at_work = (workspace << 20) + beside
+    at_end = (ELEMENT if ranks == 1 else 4) * elements
+    summaries = 0 if exact else ELEMENT * tiles * tokens
+    gathered = 0 if ranks == 1 else ELEMENT * elements
+    return float(gathered + 4 * elements), float(summaries), float(max(at_work, at_end))
