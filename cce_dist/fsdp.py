@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
 from cce_dist.announce import announce_active
+from cce_dist.collective_logits import await_ranks
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.config import CCEConfig
 from cce_dist.embedding import check_embedding, make_vocab_parallel
@@ -56,7 +57,7 @@ from cce_dist.fsdp_in_full import in_full_in_forward, unshard
 from cce_dist.lazy_logits import make_lazy
 from cce_dist.liger import refuse_liger_forward
 from cce_dist.owner import divide_gradient, local_rows
-from cce_dist.shard import VocabShard, new_subgroup
+from cce_dist.shard import VocabShard, host_group, new_subgroup
 
 Run = tuple[int, int]
 
@@ -228,6 +229,8 @@ class FSDPOwner:
         counted = mesh.mesh if own_tokens else mesh.mesh[..., t]
         count_group = token_group if counted.numel() == dist.get_world_size(token_group) else group(counted)
         self._token_copies = 1 if own_tokens else parts
+        # All ranks that gather the rows for real logits, on the hosts.
+        self._host_group = host_group(vocab_group if d == shards else group(ranks_ST))
         self.shard = VocabShard(
             tuple(self._held),
             num_rows,
@@ -247,6 +250,7 @@ class FSDPOwner:
 
     def gathered_forward(self, hidden: Tensor) -> Tensor:
         """The head's forward where real logits [..., V] are wanted: the classifier is gathered in hidden's dtype."""
+        await_ranks(self._host_group, "the logits of a classifier that FSDP2 shards")
         hidden = self.own_tokens(hidden)
         weight_VD, bias_V = (
             None if p is None else self._whole(p, hidden.dtype) for p in self._head._parameters.values()

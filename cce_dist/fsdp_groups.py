@@ -39,6 +39,10 @@ def check_torch(mesh: DeviceMesh) -> None:
         known = known and state._state_ctx.iter_forward_root is None and probe in state._modules and not in_backward()
         _drop(state, group)
         known = known and not param_groups(probe)
+        known = known and all(  # what fsdp_in_full is made of
+            callable(x)
+            for x in (torch.Tensor._make_wrapper_subclass, torch._C._disabled_torch_function_impl)  # type: ignore[attr-defined]
+        )
     except (AttributeError, TypeError, ValueError):
         known = False
     if not known:

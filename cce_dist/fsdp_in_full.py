@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from cce_dist.lazy_logits import MaterializedLogitsWarning
 
@@ -44,7 +43,7 @@ class InFull(torch.Tensor):
 
     _gather: Callable[[], Tensor]
     _gathered: Tensor | None
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = getattr(torch._C, "_disabled_torch_function_impl", None)  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device, gather: Callable[[], Tensor]) -> Any:
@@ -67,8 +66,14 @@ class InFull(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = tree_map_only(InFull, InFull.value, (args, kwargs or {}))
-        return function(*args, **kwargs)
+        return function(*_values(args), **{name: _values(x) for name, x in (kwargs or {}).items()})
+
+
+def _values(x: Any) -> Any:
+    """Plain tensors in place of those that stand for gathered ones, also in lists."""
+    if isinstance(x, InFull):
+        return x.value()
+    return type(x)(map(_values, x)) if isinstance(x, list | tuple) else x
 
 
 class _Unshard(torch.autograd.Function):
@@ -134,8 +139,8 @@ class _InFullInForward(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
-        if isinstance(found, Tensor) and name in self._parameters:
-            whole = type(self)._cce_in_full(found)
+        if any(found is parameter for parameter in self.parameters(recurse=False)):
+            whole = type(self)._cce_in_full(found)  # type: ignore[arg-type]
             return found if whole is None else whole
         return found
 

@@ -39,8 +39,11 @@ class CCECallback(TrainerCallback):
         """Before the engine is built: DeepSpeed's config gets its section, and ``deepspeed.initialize`` reads it."""
         if self._is_enabled(args):
             refuse_liger_arguments(args)
-            if getattr(args, "precompute_ref_log_probs", False):
-                self._fuse_before_precomputing()
+            trainer = self._trainer()
+            if getattr(args, "precompute_ref_log_probs", False) and trainer and not trainer.is_deepspeed_enabled:
+                from cce_dist.trl import before_precomputing
+
+                before_precomputing(trainer, self._fuse_untrained)
         if getattr(args, "hf_deepspeed_config", None) is None:
             return
         from cce_dist.deepspeed.engine import SECTION, install
@@ -107,19 +110,6 @@ class CCECallback(TrainerCallback):
         reference = getattr(trainer, "ref_model", None)
         if isinstance(reference, nn.Module) and not trainer.is_deepspeed_enabled:
             self._fuse_untrained(reference)
-
-    def _fuse_before_precomputing(self) -> None:
-        """Log-probabilities of a reference that TRL computes before training, with the policy itself, come from us."""
-        trainer: Any = self._trainer()
-        stock = getattr(trainer, "_precompute_ref_logps", None)
-        if stock is None or trainer.is_deepspeed_enabled:
-            return
-
-        def precompute(*args: Any, **kwargs: Any) -> Any:
-            self._fuse_untrained(trainer.ref_model or trainer.model)
-            return stock(*args, **kwargs)
-
-        trainer._precompute_ref_logps = precompute
 
     def _fuse_untrained(self, model: nn.Module) -> None:
         try:

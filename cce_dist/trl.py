@@ -8,15 +8,17 @@ outputs by way of the output layer. Earlier versions of TRL need nothing: they r
 
 import functools
 import inspect
-from importlib.metadata import version
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
+import trl
 from torch import Tensor, nn
 from torch.nn import functional as F
 from trl.trainer import utils
 
+from cce_dist.device_check import device_check
 from cce_dist.lazy_logits import LazyLogits, fused_evaluation
 
 _OUTPUTS = {"log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"}
@@ -38,7 +40,7 @@ def fuse_forward(model: nn.Module, trl_forward: Any, head: nn.Module) -> None:
     temperature, outputs, to_fp32 = (settings.get(x) for x in ("temperature", "outputs", "cast_lm_head_to_fp32"))
     if temperature is None or outputs is None or to_fp32 is None or not set(outputs) <= _OUTPUTS:
         raise RuntimeError(
-            f"cce_dist.trl does not know the forward that TRL {version('trl')} gives to its models, with "
+            f"cce_dist.trl does not know the forward that TRL {trl.__version__} gives to its models, with "
             f"{sorted(settings)} and outputs={outputs}. It was written for TRL 1.15 and 1.16; use one of those, or "
             "leave out cce_dist's callback."
         )
@@ -76,6 +78,26 @@ def fuse_forward(model: nn.Module, trl_forward: Any, head: nn.Module) -> None:
         return fused
 
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def before_precomputing(trainer: Any, act: Callable[[nn.Module], None]) -> None:
+    """Calls ``act(model)`` with the model of which a trainer is about to compute a reference's log-probabilities.
+
+    Raises:
+        RuntimeError: a trainer that computes them in a way that this version does not know.
+    """
+    stock = getattr(trainer, "_precompute_ref_logps", None)
+    if stock is None:
+        raise RuntimeError(
+            f"cce_dist.trl does not know how the {type(trainer).__name__} of TRL {trl.__version__} precomputes a "
+            "reference's log-probabilities: set precompute_ref_log_probs=False, or leave out cce_dist's callback."
+        )
+
+    def precompute(*args: Any, **kwargs: Any) -> Any:
+        act(trainer.ref_model or trainer.model)
+        return stock(*args, **kwargs)
+
+    trainer._precompute_ref_logps = precompute
 
 
 def trl_forward_of(model: nn.Module) -> Any:
@@ -133,7 +155,7 @@ class _ForTheLog(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:  # type: ignore[override]
         if grad.is_cuda:
-            torch._assert_async((grad == 0).all(), NO_BONUS)
+            device_check((grad == 0).all(), NO_BONUS)
             return None, torch.zeros_like(grad).masked_fill_(grad != 0, torch.nan)
         if grad.count_nonzero():
             raise NotImplementedError(NO_BONUS)

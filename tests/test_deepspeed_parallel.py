@@ -1,7 +1,9 @@
 """DeepSpeed: the classifier sharded over data-parallel ranks (stages 0 to 2), and over tensor-parallel ranks (all)."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,24 @@ def test_a_classifier_sharded_over_data_parallel_ranks_trains_as_in_one_process(
     ranks: RankPool, world: int, case: Case
 ) -> None:
     assert_trains_as_one_process(ranks, world, case)
+
+
+def _logits_on_one_rank() -> tuple[str, float]:
+    """What rank 0 is told when it alone evaluates, and after how many seconds."""
+    engine = make_engine(_sharded(2, stage=1))
+    head = engine.module.get_output_embeddings().eval()
+    head.forward.__self__._host_group = dist.new_group(timeout=timedelta(seconds=3))
+    if dist.get_rank() > 0:
+        return "", 0.0
+    start = time.monotonic()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="collective over ranks") as caught:
+        head(torch.randn(2, HIDDEN))
+    return str(caught.value), time.monotonic() - start
+
+
+def test_logits_that_one_rank_alone_wants_are_an_error_within_the_groups_timeout(ranks: RankPool) -> None:
+    text, seconds = ranks.run(2, _logits_on_one_rank, timeout=200)[0]
+    assert "the logits of a classifier that cce_dist shards" in text and "Ranks 1 failed" in text and 2 < seconds < 10
 
 
 def _train_in_a_second_engine(case: Case) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 import copy
 import logging
 import random
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -772,6 +774,29 @@ def test_a_model_built_on_the_meta_device_trains_after_loading(ranks: RankPool, 
     expected = _train_plain(case, world).losses[0]
     for rank, (on_meta, loss) in enumerate(ranks.run(world, _meta, case)):
         assert on_meta and abs(loss / expected[rank // case.tp] - 1) < 1e-5
+
+
+def _logits_on_one_rank(alone: int) -> tuple[str, float]:
+    """What a rank is told that wants real logits which no other wants, and after how many seconds."""
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    model = PlainLM(103, tied=False).eval()
+    shard_head(model, DeviceMesh.from_group(group, "cpu", mesh_dim_names=("shard",)), config=EXACT)
+    hidden = torch.randn(2, 4, HIDDEN)
+    with torch.no_grad():
+        model.lm_head(hidden)
+        if dist.get_rank() != alone:
+            return "", 0.0
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="collective over ranks") as caught:
+            model.lm_head(hidden)
+    return str(caught.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_logits_that_one_rank_alone_wants_are_an_error_within_the_groups_timeout(ranks: RankPool, alone: int) -> None:
+    text, seconds = ranks.run(2, _logits_on_one_rank, alone)[alone]
+    assert "the logits of a classifier that FSDP2 shards are collective over ranks [0, 1]" in text
+    assert ("Ranks 1 failed", "from rank 0")[alone] in text and 2 < seconds < 10
 
 
 def _what_entering_leaves_behind(entry: str) -> tuple[bool, list[str]]:
