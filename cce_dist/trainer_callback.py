@@ -84,13 +84,19 @@ class CCECallback(TrainerCallback):
         if getattr(args, "hf_deepspeed_config", None) is None and not is_lazy(output_layer(model)):
             patch(model, self._config)
         head = output_layer(model)
+        trainer: Any = self._trainer()
         if getattr(args, "hf_deepspeed_config", None) is not None and not is_lazy(head):
+            if trainer is not None and not hasattr(getattr(trainer.model_wrapped, "optimizer", None), "step"):
+                raise ValueError(
+                    "evaluate() or predict() before train() has made the Trainer build a DeepSpeed engine without an "
+                    "optimizer, in which it cannot train, with cce_dist or without: evaluate after train(), set "
+                    "eval_on_start=True, or evaluate with a Trainer of its own."
+                )
             raise ValueError(
                 "cce_dist is not active in this DeepSpeed engine, which was built before CCECallback could say so: "
                 "give it to the trainer's constructor, callbacks=[CCECallback(...)], not to add_callback."
             )
         self._fuse_trl_forward(model)
-        trainer = self._trainer()
         if trainer is not None:
             self._fuse_reference(trainer)
 

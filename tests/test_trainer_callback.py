@@ -183,6 +183,34 @@ def test_one_process_trains_patched_and_a_second_run_goes_on(tmp_path: Path) -> 
     assert _logged(trainer)[0][0] < log[0][0]
 
 
+def _evaluated_before(folder: str) -> str:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}}
+    accelerate_state.forget()
+    trainer = Trainer(
+        architectures.build("qwen3"),
+        _arguments(folder, deepspeed={**config, "zero_allow_untested_optimizer": True}, use_cpu=False),
+        train_dataset=_data(),
+        eval_dataset=_data()[:2],
+        callbacks=[CCECallback(EXACT)],
+    )
+    trainer.evaluate()
+    with pytest.raises(ValueError, match="before train") as caught:
+        trainer.train()
+    return str(caught.value)
+
+
+@pytest.mark.full
+def test_an_evaluation_before_training_under_zero3_is_named_as_what_stops_it(ranks: RankPool, tmp_path: Path) -> None:
+    try:
+        (text,) = ranks.run(1, _evaluated_before, str(tmp_path), timeout=120)
+    finally:
+        ranks.close()  # accelerate keeps state in the process
+    assert "eval_on_start=True" in text
+
+
 def test_one_line_says_that_it_is_active_whatever_logging_is_configured(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
