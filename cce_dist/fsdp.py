@@ -56,7 +56,7 @@ from cce_dist.fsdp_groups import (
 from cce_dist.fsdp_in_full import in_full_in_forward, unshard
 from cce_dist.lazy_logits import make_lazy
 from cce_dist.liger import refuse_liger_forward
-from cce_dist.owner import divide_gradient, local_rows
+from cce_dist.owner import OnTheseRanks, divide_gradient, local_rows
 from cce_dist.shard import VocabShard, host_group, new_subgroup
 
 Run = tuple[int, int]
@@ -167,7 +167,7 @@ def adopt(
     _install(model, head, mesh, group, sequence_parallel, config)
 
 
-class FSDPOwner:
+class FSDPOwner(OnTheseRanks):
     """The owner of rows that are DTensors on FSDP's mesh, outside of FSDP's groups.
 
     Args:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cce_dist.lazy_logits import MaterializedLogitsWarning
+from cce_dist.owner import OnTheseRanks
 
 
 class Unsharded(Protocol):
@@ -132,7 +133,7 @@ def _call_site() -> FrameType:
     return frame
 
 
-class _InFullInForward(nn.Module):
+class _InFullInForward(OnTheseRanks, nn.Module):
     """Goes before the class of a module that holds parameters of the classifier."""
 
     _cce_in_full: ClassVar[Callable[[Tensor], Tensor | None]]

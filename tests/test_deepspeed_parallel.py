@@ -1,5 +1,7 @@
 """DeepSpeed: the classifier sharded over data-parallel ranks (stages 0 to 2), and over tensor-parallel ranks (all)."""
 
+import copy
+import io
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -66,6 +68,25 @@ def test_a_classifier_sharded_over_data_parallel_ranks_trains_as_in_one_process(
     ranks: RankPool, world: int, case: Case
 ) -> None:
     assert_trains_as_one_process(ranks, world, case)
+
+
+def _head_saved_and_copied() -> tuple[list[str], bool]:
+    engine = make_engine(_sharded(2, stage=0))  # above, DeepSpeed's own attributes of a parameter cannot be pickled
+    head, texts = engine.module.get_output_embeddings(), []
+    for attempt in (lambda: torch.save(head, io.BytesIO()), lambda: copy.deepcopy(head)):
+        with pytest.raises(TypeError, match="cannot be copied|neither be") as caught:
+            attempt()
+        texts.append(str(caught.value))
+    file = io.BytesIO()
+    torch.save(engine.module.state_dict(), file)
+    file.seek(0)
+    rows = torch.load(file, weights_only=True)["lm.lm_head.weight"]
+    return texts, torch.equal(rows.chunk(2)[dist.get_rank()], head.weight)
+
+
+def test_state_dicts_can_be_saved_and_a_cut_head_says_that_it_cannot(ranks: RankPool) -> None:
+    for texts, same in ranks.run(2, _head_saved_and_copied, timeout=200):
+        assert same and all("before its" in text for text in texts)
 
 
 def _logits_on_one_rank() -> tuple[str, float]:

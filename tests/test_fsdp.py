@@ -1,6 +1,7 @@
 """FSDP2 training with a vocabulary-sharded head against the plain model in a single process."""
 
 import copy
+import io
 import logging
 import random
 import time
@@ -774,6 +775,33 @@ def test_a_model_built_on_the_meta_device_trains_after_loading(ranks: RankPool, 
     expected = _train_plain(case, world).losses[0]
     for rank, (on_meta, loss) in enumerate(ranks.run(world, _meta, case)):
         assert on_meta and abs(loss / expected[rank // case.tp] - 1) < 1e-5
+
+
+def _saved_and_copied(case: Case) -> list[str]:
+    """What saving and copying the sharded modules says; the state dict is saved and read again."""
+    model = _build(case)
+    _shard(model, case, _mesh(case))
+    _losses(model, case, 0, 0, _reader(case)).backward()
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    for name, value in torch.load(file, weights_only=False).items():
+        assert torch.equal(value.to_local(), model.state_dict()[name].to_local()), name
+    texts = []
+    with pytest.raises(TypeError, match="cannot be copied") as caught:
+        copy.deepcopy(model.lm_head)
+    texts.append(str(caught.value))
+    for module in (model.lm_head, model.embed) if case.tied else (model.lm_head,):
+        with pytest.raises(TypeError, match="neither be pickled") as caught:
+            torch.save(module, io.BytesIO())
+        texts.append(str(caught.value))
+    return texts
+
+
+@pytest.mark.parametrize("case", [Case(), Case(tied=True)], ids=str)
+def test_state_dicts_can_be_saved_and_modules_say_that_they_cannot(ranks: RankPool, case: Case) -> None:
+    for texts in ranks.run(2, _saved_and_copied, case):
+        assert len(texts) == 2 + case.tied and all("before" in text for text in texts)
 
 
 def _logits_on_one_rank(alone: int) -> tuple[str, float]:

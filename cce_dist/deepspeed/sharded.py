@@ -22,13 +22,14 @@ from torch.nn import functional as F
 from cce_dist.collective_logits import await_ranks
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.embedding import check_embedding, make_vocab_parallel
+from cce_dist.owner import OnTheseRanks
 from cce_dist.shard import VocabShard, host_group, new_subgroup
 
 SECONDS_TO_SAVE = 600
 """How long the first rank that wants a state dict waits for the others before it raises."""
 
 
-class ShardedRows:
+class ShardedRows(OnTheseRanks):
     """Shard owner of a classifier whose rows its own module holds.
 
     Args:
