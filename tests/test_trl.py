@@ -236,6 +236,49 @@ def test_ddp_that_looks_for_unused_parameters_trains_as_stock(ranks: RankPool, t
             assert x == pytest.approx(y, rel=2e-5)
 
 
+def _distilled(folder: str) -> list[list[tuple[float, float]]]:
+    """[stock, ours]: loss and gradient norm of a trainer that multiplies by lm_head.weight, past the head's call."""
+    logs = []
+    for ours in (False, True):
+        accelerate_state.forget()
+        torch.manual_seed(0)
+        arguments = trl.DistillationConfig(
+            **_settings(folder, per_device_train_batch_size=2, max_completion_length=4, max_steps=2)
+        )
+        model, teacher = architectures.build("llama"), architectures.build("llama")
+        with torch.no_grad():
+            teacher.lm_head.weight *= 20
+        _shard_by_fsdp2(model, arguments)
+        trainer = trl.DistillationTrainer(
+            model,
+            teacher_model=teacher,
+            args=arguments,
+            train_dataset=_preferences().remove_columns(["chosen", "rejected"]),
+            processing_class=_tokenizer(),
+            callbacks=[CCECallback(gradient="exact")] if ours else [],
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", MaterializedLogitsWarning)
+            trainer.train()
+        told = [str(x.message) for x in caught if issubclass(x.category, MaterializedLogitsWarning)]
+        assert bool(told) == ours and all("gathered on every rank" in text for text in told)
+        assert is_lazy(output_layer(trainer.model)) == ours
+        logs.append([(float(r["loss"]), float(r["grad_norm"])) for r in trainer.state.log_history if "loss" in r])
+    return logs
+
+
+@pytest.mark.full
+def test_distillation_on_two_ranks_under_fsdp2_has_the_gradient_of_stock(ranks: RankPool, tmp_path: Path) -> None:
+    try:
+        by_rank = ranks.run(2, _distilled, str(tmp_path), timeout=240)
+    finally:
+        ranks.close()  # accelerate keeps state in the process
+    for stock, ours in by_rank:
+        assert len(stock) == 2
+        for x, y in zip(ours, stock, strict=True):
+            assert x == pytest.approx(y, rel=2e-5)
+
+
 REWARDS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
 
