@@ -43,7 +43,7 @@ class CCECallback(TrainerCallback):
             if getattr(args, "precompute_ref_log_probs", False) and trainer and not trainer.is_deepspeed_enabled:
                 from cce_dist.trl import before_precomputing
 
-                before_precomputing(trainer, self._fuse_untrained)
+                before_precomputing(trainer, lambda model: self._fuse_untrained(model, args))
         if getattr(args, "hf_deepspeed_config", None) is None:
             return
         from cce_dist.deepspeed.engine import SECTION, install
@@ -55,7 +55,7 @@ class CCECallback(TrainerCallback):
                 "config: leave one of them out."
             )
         # No defaults: backend="auto" would be among them, which accelerate takes for a blank of its own.
-        config.setdefault(SECTION, self._config.model_dump(exclude_defaults=True))
+        config.setdefault(SECTION, self._settings(args).model_dump(exclude_defaults=True))
         install()
 
     def on_train_begin(
@@ -82,7 +82,7 @@ class CCECallback(TrainerCallback):
                 'patches: set loss_type="nll", which computes no logits either with cce_dist.'
             )
         if getattr(args, "hf_deepspeed_config", None) is None and not is_lazy(output_layer(model)):
-            patch(model, self._config)
+            patch(model, self._settings(args))
         head = output_layer(model)
         trainer: Any = self._trainer()
         if getattr(args, "hf_deepspeed_config", None) is not None and not is_lazy(head):
@@ -115,13 +115,13 @@ class CCECallback(TrainerCallback):
         """A reference model of TRL's, by the same computation as the policy: bf16 logits would round differently."""
         reference = getattr(trainer, "ref_model", None)
         if isinstance(reference, nn.Module) and not trainer.is_deepspeed_enabled:
-            self._fuse_untrained(reference)
+            self._fuse_untrained(reference, trainer.args)
 
-    def _fuse_untrained(self, model: nn.Module) -> None:
+    def _fuse_untrained(self, model: nn.Module, args: TrainingArguments) -> None:
         try:
             with unannounced():
                 if not is_lazy(output_layer(model)):
-                    patch(model, self._config)
+                    patch(model, self._settings(args))
         except (TypeError, ValueError) as error:
             warnings.warn(
                 f"the log-probabilities of the reference model are TRL's, which round otherwise in 16 bits than those "
@@ -140,6 +140,13 @@ class CCECallback(TrainerCallback):
                 return caller
             frame = frame.f_back
         return None
+
+    def _settings(self, args: TrainingArguments) -> CCEConfig:
+        """With a reference the full first pass: that of evaluation, to which the 8-bit one of training is no equal."""
+        has_reference = hasattr(args, "sync_ref_model") or hasattr(args, "precompute_ref_log_probs")
+        if has_reference and self._config.first_pass == "auto":
+            return self._config.model_copy(update={"first_pass": "full"})
+        return self._config
 
     def _is_enabled(self, args: TrainingArguments) -> bool:
         deepspeed = getattr(args, "hf_deepspeed_config", None)

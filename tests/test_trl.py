@@ -287,6 +287,8 @@ def _rewards(folder: str, ours: bool, **settings: Any) -> list[list[float]]:
     settings = {"bf16": True, "learning_rate": 0.0, "max_steps": 6, "gradient_accumulation_steps": 1, **settings}
     trainer = _dpo(folder, ours, **settings)
     trainer.train()
+    if ours:
+        assert output_layer(trainer.model)._cce.config.first_pass == "full"  # type: ignore[union-attr]
     return [[float(row[key]) for key in REWARDS] for row in trainer.state.log_history if "loss" in row]
 
 
