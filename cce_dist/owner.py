@@ -27,6 +27,17 @@ class ShardOwner(Protocol):
         """The rank's bias [V], or None."""
 
 
+class OnTheseRanks:
+    """Goes before what holds process groups, which neither pickle nor deepcopy can take: it says so."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} is part of a classifier whose rows the ranks of this run share: it can neither "
+            "be pickled (torch.save of a module does that) nor copied. Save model.state_dict(), on every rank, or copy "
+            "the model before its classifier is sharded."
+        )
+
+
 class ModuleOwner:
     """Rows held by a module as a plain parameter or a DTensor Shard(0): autograd itself delivers the gradient.
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cce_dist import find, hooks, lazy_logits
+from cce_dist.announce import announce_active
 from cce_dist.config import CCEConfig
 from cce_dist.fsdp import adopt
 from cce_dist.lazy_logits import is_lazy, lazy_calls, make_eager, make_lazy, report
+from cce_dist.liger import refuse_liger_forward
 from cce_dist.owner import ModuleOwner
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,6 +48,7 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
     """
     config = choose_config(config, settings, where="patch")
     if config.enabled:
+        refuse_liger_forward(model)
         head = output_layer(model)
         weight = getattr(head, "weight", None)
         if isinstance(weight, DTensor):
@@ -61,7 +64,10 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
                 "is whole on every rank. Leave it out, or shard the model with FSDP2 or DeepSpeed."
             )
         else:
-            make_lazy(head, ModuleOwner(head), config)
+            owner = ModuleOwner(head)
+            make_lazy(head, owner, config)
+            gradient = config.gradient_on(owner.local_weight().device)
+            announce_active(f"gradient={gradient}, all {owner.shard.vocab_size} vocabulary rows on every rank")
         _Watch.over(model, config, isinstance(weight, DTensor))
     return model
 

@@ -19,12 +19,24 @@ PACKAGE = TESTS.parent / "cce_dist"
 LAYERS = (
     ("kernels",),
     ("device_check",),
-    ("collectives", "shard"),
+    ("collectives", "shard", "collective_logits"),
     ("loss",),
     ("config",),
-    ("checkpoints", "embedding", "find", "head", "hooks", "lazy_logits", "logit_form", "owner", "token_statistics"),
+    (
+        "announce",
+        "checkpoints",
+        "embedding",
+        "find",
+        "head",
+        "hooks",
+        "lazy_logits",
+        "liger",
+        "logit_form",
+        "owner",
+        "token_statistics",
+    ),
     ("",),  # cce_dist itself
-    ("fsdp", "fsdp_groups", "deepspeed", "transformers", "trl", "trainer_callback"),
+    ("fsdp", "fsdp_groups", "fsdp_in_full", "deepspeed", "transformers", "trl", "trainer_callback"),
     ("train",),
     ("tools",),
     ("cli", "doctor", "train.__main__"),
@@ -65,8 +77,12 @@ PRIVATE = {
     "deepspeed.tensor_parallel": ("deepspeed.guard", "_deepspeed_original_loss_function"),
     "fsdp_groups": (
         "fsdp_groups",
-        "_forward_hooks _forward_pre_hooks _fsdp_param_group _fsdp_param_groups _get_fsdp_state _is_root _module_info",
+        "_C _current_graph_task_id _forward_hooks _forward_pre_hooks _fsdp_param_group _fsdp_param_groups "
+        "_get_fsdp_state _is_root _module_info _modules _state_ctx _make_wrapper_subclass "
+        "_disabled_torch_function_impl",
     ),
+    "fsdp_in_full": ("fsdp_groups", "_C _disabled_torch_function_impl _make_wrapper_subclass"),
+    "trl": ("trl", "_precompute_ref_logps"),
     "device_check": ("device_check", "_assert_async"),
     "shard.groups": ("shard.groups", "_device_types _get_backend _timeout _world"),
     "train.place": ("train.place", "_get_default_timeout"),

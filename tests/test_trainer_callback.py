@@ -1,7 +1,10 @@
 """One line makes the Hugging Face Trainer train with cce_dist: it logs what it logs for the stock model."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import accelerate_state
@@ -10,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from ranks import RankPool
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -239,6 +243,50 @@ def test_evaluation_computes_logits_only_where_they_are_wanted(tmp_path: Path, l
     assert len(metrics.logits) == (0 if loss_only else 2)
 
 
+def _evaluated_before(folder: str) -> str:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}}
+    accelerate_state.forget()
+    trainer = Trainer(
+        architectures.build("qwen3"),
+        _arguments(folder, deepspeed={**config, "zero_allow_untested_optimizer": True}, use_cpu=False),
+        train_dataset=_data(),
+        eval_dataset=_data()[:2],
+        callbacks=[CCECallback(EXACT)],
+    )
+    trainer.evaluate()
+    with pytest.raises(ValueError, match="before train") as caught:
+        trainer.train()
+    return str(caught.value)
+
+
+@pytest.mark.full
+def test_an_evaluation_before_training_under_zero3_is_named_as_what_stops_it(ranks: RankPool, tmp_path: Path) -> None:
+    try:
+        (text,) = ranks.run(1, _evaluated_before, str(tmp_path), timeout=120)
+    finally:
+        ranks.close()  # accelerate keeps state in the process
+    assert "eval_on_start=True" in text
+
+
+def test_one_line_says_that_it_is_active_whatever_logging_is_configured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = Trainer(
+        architectures.build("llama"), _arguments(str(tmp_path)), train_dataset=_data(), callbacks=[CCECallback(EXACT)]
+    )
+    trainer.train()
+    active = [record for record in caplog.records if "cce_dist is active" in record.getMessage()]
+    assert [record.name for record in active] == ["cce_dist"]
+    script = "from cce_dist.announce import announce_active as a; a('x'); import logging; logging.basicConfig(); a('y')"
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    ).stderr
+    assert said.splitlines() == ["cce_dist is active: x", "INFO:cce_dist:cce_dist is active: y"]
+
+
 def test_bad_settings_are_refused_where_they_are_given() -> None:
     with pytest.raises(ValueError, match="gradiant: unknown key"):
         CCECallback(gradiant="exact")
@@ -251,6 +299,46 @@ def test_settings_in_two_places_are_refused(tmp_path: Path) -> None:
     arguments.hf_deepspeed_config = HfDeepSpeedConfig({"cce_dist": {"gradient": "exact"}})
     with pytest.raises(ValueError, match="leave one of them out"):
         CCECallback(tail=False).on_init_end(arguments, None, None)
+
+
+def test_arguments_that_make_liger_compute_the_loss_are_refused_before_the_model_is_touched(tmp_path: Path) -> None:
+    model = architectures.build("llama")
+    for settings in ({}, {"liger_kernel_config": {"cross_entropy": True, "fused_linear_cross_entropy": False}}):
+        arguments = _arguments(str(tmp_path), use_liger_kernel=True, **settings)
+        with pytest.raises(ValueError, match="use_liger_kernel=True.*leave Liger out"):
+            Trainer(model, arguments, train_dataset=_data(), callbacks=[CCECallback()])
+        late = Trainer(model, arguments, train_dataset=_data())
+        late.add_callback(CCECallback())
+        with pytest.raises(ValueError, match="use_liger_kernel=True"):
+            late.callback_handler.on_train_begin(arguments, late.state, late.control)
+    arguments = _arguments(str(tmp_path))
+    arguments.use_liger_loss = True  # of TRL before 1.0
+    with pytest.raises(ValueError, match="use_liger_loss=True"):
+        Trainer(model, arguments, train_dataset=_data(), callbacks=[CCECallback()])
+    assert not is_lazy(model.lm_head)
+
+
+def test_ligers_other_kernels_and_a_callback_that_is_switched_off_are_not_refused(tmp_path: Path) -> None:
+    others = _arguments(str(tmp_path), use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": False})
+    CCECallback().on_init_end(others, None, None)
+    CCECallback(enabled=False).on_init_end(_arguments(str(tmp_path), use_liger_kernel=True), None, None)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_whose_forward_liger_has_replaced_is_refused(tmp_path: Path, wrapped: bool) -> None:
+    def lce_forward(self: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+    lce_forward.__module__ = "liger_kernel.transformers.model.llama"  # as apply_liger_kernel_to_llama(model=model) does
+    model = architectures.build("llama")
+    model.forward = MethodType(lce_forward, model)
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    for attempt in (
+        lambda: CCECallback().on_train_begin(_arguments(str(tmp_path)), None, None, model=model),
+        lambda: patch(model),
+    ):
+        with pytest.raises(ValueError, match="liger_kernel.transformers.model.llama.*leave Liger out"):
+            attempt()
 
 
 def test_trainers_that_go_past_the_output_layer_are_refused(tmp_path: Path) -> None:
