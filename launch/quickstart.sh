@@ -15,6 +15,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 output=${OUTPUT:-$root/runs/quickstart}
 ranks=${RANKS:-2}
+if [[ $output != /* ]]; then output=$PWD/$output; fi
 
 cd "$root"
 bash launch/setup.sh deepspeed,train

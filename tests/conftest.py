@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -25,6 +26,10 @@ import interpreter  # noqa: E402
 from ranks import RankPool  # noqa: E402
 
 interpreter.quicken()
+
+# What an earlier run has found does not decide what this one tries.
+hypothesis.settings.register_profile("cce_dist", database=None)
+hypothesis.settings.load_profile("cce_dist")
 
 # Files that need an optional framework to be imported are left out where it is not installed.
 _NEEDS = {
@@ -55,6 +60,12 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector need not look at it over and over."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _in_the_repository() -> None:
+    """Paths in the configs are relative to it; the pool's ranks inherit it."""
+    os.chdir(Path(__file__).parent.parent)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The package: what a wheel holds, what an import brings in, and the scripts."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,6 +15,21 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = [ROOT / ".ci/run", *sorted((ROOT / "launch").glob("*.sh"))]
 
 
+# All that is tracked; beside it may lie what commands, builds and people have left.
+SOURCES = (
+    *(".ci", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "benchmarks", "cce_dist"),
+    *("configs", "docs", "kernels", "launch", "pyproject.toml", "tests"),
+)
+
+
+def _copy_sources(to: Path) -> None:
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, to)
+
+
 def _python(code: str, **environment: str) -> str:
     command = [sys.executable, "-c", code]
     done = subprocess.run(
@@ -27,9 +41,8 @@ def _python(code: str, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source, built = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("wheel")
-    left_out = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, symlinks=True, ignore=left_out)
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    _copy_sources(source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", built, source]
     subprocess.run(pip, check=True, timeout=200)
     (found,) = built.glob("cce_dist-*.whl")
@@ -84,18 +97,30 @@ def test_the_scripts_are_clean_and_say_what_they_do(script: Path) -> None:
         subprocess.run(["shellcheck", script], check=True)
 
 
-@pytest.mark.full
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="the scripts install into a virtual environment")
-def test_quickstart_compares_five_runs_and_fails_where_they_disagree(tmp_path: Path) -> None:
-    environment = {**os.environ, "VENV": sys.prefix, "OUTPUT": str(tmp_path)}
-    quickstart = ["bash", ROOT / "launch/quickstart.sh", "steps=3", "eval_batches=1", "data.vocab_size=512"]
-    done = subprocess.run(quickstart, cwd="/", env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for run in ("deepspeed plain", "deepspeed cce exact", "fsdp2 plain", "fsdp2 cce exact", "fsdp2 cce unbiased"):
-        assert run in done.stdout
-    metrics = tmp_path / "fsdp2-exact/metrics.jsonl"
-    *first, last = metrics.read_text().splitlines()
-    metrics.write_text("\n".join([*first, json.dumps({**json.loads(last), "loss": 0.0})]))
-    runs = [tmp_path / name for name in ("fsdp2-plain", "fsdp2-exact")]
-    assert subprocess.run([sys.executable, "-m", "cce_dist.cli", "compare", *runs], cwd=ROOT).returncode == 1
+def _checks() -> list[list[str]]:
+    """Those of launch/test.sh before the tests, as it calls them."""
+    lines = (ROOT / "launch/test.sh").read_text().splitlines()
+    return [line.split() for line in lines if line.startswith(("ruff ", "mypy "))]
+
+
+def _check(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_the_checks_look_at_the_sources_and_not_at_what_lies_beside_them(tmp_path: Path) -> None:
+    _copy_sources(tmp_path)
+    untidy = "import sys,os\nfrom ranks import nothing\nx: int = 'text'\n"
+    for folder in ("runs/quickstart", "ranks", "launched", "outputs", "build/lib/cce_dist", ".venv/lib"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "untidy.py").write_text(untidy)
+    (tmp_path / "scratch.py").write_text(untidy)
+    assert len(_checks()) == 3
+    for command in _checks():
+        done = _check(command, tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for place in ("tests/test_new.py", "benchmarks/new.py", "cce_dist/train/new.py", "kernels/new.py"):
+        (tmp_path / place).write_text(untidy)
+        for command in _checks()[:2]:
+            assert _check(command, tmp_path).returncode == 1, command
+        (tmp_path / place).unlink()
