@@ -3,9 +3,10 @@
 Both kinds average gradients over the ranks, so the loop hands them losses that are multiplied by the number of ranks.
 """
 
+import importlib.metadata
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from cce_dist.config import CCEConfig
 from cce_dist.train import restricted
 from cce_dist.train.place import Place
 from cce_dist.train.settings import MeshSettings, OptimizerSettings, Settings
-from cce_dist.train.together import together
+from cce_dist.train.together import on_rank_0, together
 
 
 class Engine(Protocol):
@@ -161,9 +162,12 @@ class DeepSpeedEngine:
         return norm if norm >= 0 else math.nan  # DeepSpeed's -1 stands for what is not finite
 
     def save(self, folder: Path) -> None:
-        with _faults_later(self._engine.checkpoint_engine) as check:
-            self._engine.save_checkpoint(str(folder), tag="deepspeed")
+        # What writes files; rank 0 alone copies its scripts, and writes "latest", which is done here.
+        writers = [(self._engine.checkpoint_engine, "save"), (self._engine, "_copy_recovery_script")]
+        with _faults_later(writers) as check:
+            self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
         together(check)
+        on_rank_0(lambda: (folder / "latest").write_text("deepspeed"))
 
     def load(self, folder: Path) -> None:
         mine = slice(dist.get_rank(), None, dist.get_world_size())
@@ -176,26 +180,37 @@ class DeepSpeedEngine:
 
 
 @contextmanager
-def _faults_later(files: Any) -> Iterator[Callable[[], None]]:
-    """An error of DeepSpeed's in writing a file of this rank is raised by what is yielded, once all ranks are there."""
-    faults: list[Exception] = []
-    write = files.save
+def _faults_later(writers: Sequence[tuple[Any, str]]) -> Iterator[Callable[[], None]]:
+    """Errors of methods that write files of this rank are raised by what is yielded, once all ranks are there.
 
-    def write_or_note(*args: Any, **kwargs: Any) -> None:
-        try:
-            write(*args, **kwargs)
-        except Exception as error:
-            faults.append(error)
+    Raises:
+        RuntimeError: this version of DeepSpeed has no such method.
+    """
+    faults: list[Exception] = []
+
+    def noting(write: Callable[..., None]) -> Callable[..., None]:
+        def write_or_note(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except Exception as error:
+                faults.append(error)
+
+        return write_or_note
 
     def check() -> None:
         if faults:
             raise faults[0]
 
-    files.save = write_or_note
+    for owner, name in writers:
+        if not hasattr(owner, name):
+            version = importlib.metadata.version("deepspeed")
+            raise RuntimeError(f"DeepSpeed {version} writes its files in another way: {type(owner)} has no {name}.")
+        setattr(owner, name, noting(getattr(owner, name)))
     try:
         yield check
     finally:
-        del files.save
+        for owner, name in writers:
+            delattr(owner, name)
 
 
 def _single_process(model: PreTrainedModel, settings: Settings, place: Place) -> None:
