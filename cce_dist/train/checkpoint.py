@@ -70,12 +70,12 @@ class _Written(NamedTuple):
     sha256: str
 
 
-def save(root: Path, engine: Engine, progress: Progress, place: Place, keep: int) -> Path:
-    """Collective: writes a checkpoint, removes all but the newest ``keep``, returns its folder.
+def save(root: Path, engine: Engine, progress: Progress, place: Place) -> Path:
+    """Collective: writes a checkpoint, returns its folder.
 
     Raises:
-        RuntimeError: on every rank; it cannot be written, as on a full disk, and checkpoints written before are as they
-            were; or it is written, and an old one cannot be removed.
+        RuntimeError: on every rank; it cannot be written, as on a full disk. Checkpoints written before are as they
+            were.
     """
     final = root / f"step-{progress.step:08d}"
     if newest(root) == final:  # interrupted right after a checkpoint
@@ -95,17 +95,38 @@ def save(root: Path, engine: Engine, progress: Progress, place: Place, keep: int
             f"cannot write the checkpoint {final} ({free:.3f} GB are free there; those written before are as they "
             f"were): {error}"
         ) from error
-    try:
-        on_rank_0(lambda: _remove_old(root, keep))
-    except ValueError as error:
-        raise RuntimeError(f"the checkpoint {final} is complete, but an old one cannot be removed: {error}") from error
     return final
+
+
+def remove_old(root: Path, keep: int) -> None:
+    """Collective: removes all checkpoints but the newest ``keep``.
+
+    Raises:
+        RuntimeError: on every rank; one cannot be removed.
+    """
+
+    def remove() -> None:
+        for old in _all(root)[:-keep]:
+            going = old.with_suffix(_UNFINISHED)  # half removed, it is no checkpoint
+            old.rename(going)
+            shutil.rmtree(going)
+
+    try:
+        on_rank_0(remove)
+    except ValueError as error:
+        raise RuntimeError(
+            f"the newest checkpoints in {root} are complete, but an old one cannot be removed: {error}"
+        ) from error
 
 
 def newest(root: Path) -> Path | None:
     """Collective: the newest complete checkpoint that rank 0 sees, if there is one."""
-    name = on_rank_0(lambda: next((path.name for path in reversed(_all(root))), None))
-    return None if name is None else root / name
+    return next(iter(newest_first(root)), None)
+
+
+def newest_first(root: Path) -> list[Path]:
+    """Collective: the complete checkpoints that rank 0 sees."""
+    return on_rank_0(lambda: _all(root)[::-1])
 
 
 def load(folder: Path, engine: Engine, expected: Progress, steps: int, place: Place) -> Progress:
@@ -152,16 +173,13 @@ def _make_room(root: Path, unfinished: Path) -> None:
 
 
 def _write_own(unfinished: Path, progress: Progress, place: Place) -> None:
-    torch.save(_generators(place), unfinished / f"rng-{place.rank}.pt")
+    file = unfinished / f"rng-{place.rank}.pt"
+    try:
+        torch.save(_generators(place), file)
+    except RuntimeError as error:  # torch does not say which file
+        raise OSError(f"{file}: {error}") from error
     if place.rank == 0:
         (unfinished / "trainer.json").write_text(json.dumps(progress._asdict(), indent=2))
-
-
-def _remove_old(root: Path, keep: int) -> None:
-    for old in _all(root)[:-keep]:
-        going = old.with_suffix(_UNFINISHED)  # half removed, it is no checkpoint
-        old.rename(going)
-        shutil.rmtree(going)
 
 
 def _seal(unfinished: Path, final: Path, place: Place) -> None:

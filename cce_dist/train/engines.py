@@ -101,6 +101,7 @@ class TorchEngine:
 
     def load(self, folder: Path) -> None:
         state = self._state()
+        together(restricted.Reader(folder).read_metadata)  # DCP would hide the error
         with _plain_errors(folder), restricted.data_only():
             dcp.load(state, storage_reader=restricted.Reader(folder))
         set_state_dict(

@@ -96,6 +96,7 @@ def _train(this: _Run, progress: Progress, metrics: Metrics, interrupted: Callab
     settings = this.settings
     seconds, tokens = 0.0, 0
     not_finite = 0  # steps in a row, up to the last one
+    proven = False  # whether the newest checkpoint's weights have given a finite loss, so that older ones may go
     unsaid: OSError | None = None  # an error in writing the metrics, which rank 0 does alone
     while progress.step < settings.steps:
         batches = _next_batches(this, progress)
@@ -143,23 +144,30 @@ def _train(this: _Run, progress: Progress, metrics: Metrics, interrupted: Callab
         if logged:
             seconds, tokens = 0.0, 0
         if not_finite and (last or not_finite == settings.nonfinite_steps):
-            raise RuntimeError(_not_finite(this, progress, not_finite, row))
-        if due:
-            if not_finite:
-                metrics.say(f"no checkpoint of step {progress.step}: loss, gradient norm or weights are not finite")
-            else:
-                _save(this, progress)
+            raise RuntimeError(_not_finite(this, progress, not_finite, row, proven))
+        if healthy and not proven:
+            checkpoint.remove_old(_checkpoints(this), settings.checkpoint.keep)
+            proven = True
+        if due and not_finite:
+            metrics.say(f"no checkpoint of step {progress.step}: loss, gradient norm or weights are not finite")
+        elif due:
+            _save(this, progress)
+            proven = row["eval_loss"] is not None
+            if proven:
+                checkpoint.remove_old(_checkpoints(this), settings.checkpoint.keep)
     together(partial(_raise, unsaid))
     return True
 
 
-def _not_finite(this: _Run, progress: Progress, steps: int, row: dict[str, Any]) -> str:
-    folder = checkpoint.newest(_checkpoints(this))
+def _not_finite(this: _Run, progress: Progress, steps: int, row: dict[str, Any], proven: bool) -> str:
+    names = [folder.name for folder in checkpoint.newest_first(_checkpoints(this))]
+    kept = f"The checkpoints from before are kept, the newest is {names[0]}. " if names else ""
+    if len(names) > 1 and not proven:
+        kept += f"No finite loss came after that one: if it goes wrong again, remove it and go on from {names[1]}. "
     return (
         f"loss, gradient norm or weights have not been finite for {steps} step(s), up to step {progress.step} (loss "
-        f"{row['loss']}, grad_norm {row['grad_norm']}): the run ends, as it learns nothing any more. "
-        + (f"Nothing was written over the checkpoints from before, the newest is {folder}. " if folder else "")
-        + "Lower optimizer.learning_rate or optimizer.clip, or look at the text and the model; nonfinite_steps="
+        f"{row['loss']}, grad_norm {row['grad_norm']}): the run ends, as it learns nothing any more. {kept}"
+        "Lower optimizer.learning_rate or optimizer.clip, or look at the text and the model; nonfinite_steps="
         f"{this.settings.nonfinite_steps} is how many such steps a run may take."
     )
 
@@ -300,7 +308,7 @@ def _announce(this: _Run, metrics: Metrics) -> None:
 
 
 def _save(this: _Run, progress: Progress) -> str:
-    return str(checkpoint.save(_checkpoints(this), this.engine, progress, this.place, this.settings.checkpoint.keep))
+    return str(checkpoint.save(_checkpoints(this), this.engine, progress, this.place))
 
 
 def _checkpoints(this: _Run) -> Path:

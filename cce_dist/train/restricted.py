@@ -6,6 +6,7 @@ they name. The checksums of a checkpoint protect from damage, not from the one w
 
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,10 +62,14 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(
-            f"{self._name} names {module}.{name}, which no checkpoint needs: it is not read, since to read it may run "
-            "code. Use checkpoints that you have written or that you trust, with their author's tools."
-        )
+        raise pickle.UnpicklingError(_refusal(self._name, f"{module}.{name}"))
+
+
+def _refusal(file: object, what: str) -> str:
+    return (
+        f"{file} names {what}, which is no part of a checkpoint: to read it may run code, so it is not read. If you "
+        "trust its author, copy the weights with the tools that it was written with."
+    )
 
 
 def check_deepspeed(files: Iterable[Path]) -> None:
@@ -75,7 +80,11 @@ def check_deepspeed(files: Iterable[Path]) -> None:
     """
     with data_only(deepspeed_classes()):
         for file in files:
-            torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
+            try:
+                torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
+            except pickle.UnpicklingError as error:  # which recommends to read it all the same
+                named = re.search(r"GLOBAL (\S+)", str(error))
+                raise pickle.UnpicklingError(_refusal(file, named[1] if named else "what is no data")) from None
 
 
 def deepspeed_classes() -> list[Any]:

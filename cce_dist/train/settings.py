@@ -120,7 +120,7 @@ class Settings(_Section):
     eval_batches: int = Field(default=8, ge=1)
     nonfinite_steps: int = Field(default=5, ge=1)
     """Steps in a row whose loss or gradient norm is NaN or infinite that end the run with an error. From the first of
-    them on no checkpoint is written, so that those from before stay."""
+    them on no checkpoint is written or removed."""
     measure_head_memory: bool = False
     """Measure the head's memory in the second step of the run; that step is slower."""
     tensorboard: bool = False
