@@ -1,5 +1,6 @@
 """The trainer: settings, data order, runs of both engines against plain ones, resume, Ctrl-C, memory of the head."""
 
+import contextlib
 import json
 import os
 import signal
@@ -45,6 +46,23 @@ def _train_and_interrupt(words: list[str], rows: int) -> bool:
 
 def _names(file: Path, word: str) -> bool:
     return file.exists() and word in file.read_text()
+
+
+def _lose_the_metrics(words: list[str]) -> str:
+    """As `_refusals`; a folder takes the place of metrics.jsonl after the second step."""
+    metrics = Path(next(word.removeprefix("output=") for word in words if word.startswith("output="))) / "metrics.jsonl"
+
+    def replace() -> None:
+        while rows(metrics.parent) < 2:
+            time.sleep(0.01)
+        while not metrics.is_dir():
+            metrics.unlink()
+            with contextlib.suppress(FileExistsError):  # a row was faster
+                metrics.mkdir()
+
+    if dist.get_rank() == 0:
+        threading.Thread(target=replace, daemon=True).start()
+    return _refusals([words])[0]
 
 
 class TestSettings:
@@ -255,6 +273,12 @@ class TestRuns:
                 assert part in text
                 assert len(text) < 300
             assert "close to it are llama" in texts[0]
+
+    def test_metrics_that_cannot_be_written_end_every_rank(self, ranks: RankPool, tmp_path: Path) -> None:
+        words = overrides(tmp_path / "run", **ENGINES["fsdp2"], timeout="100", steps="100000")
+        for text in ranks.run(2, _lose_the_metrics, words, timeout=90):
+            assert "rank 0: IsADirectoryError" in text
+            assert "metrics.jsonl" in text
 
     def test_an_output_folder_belongs_to_one_run_at_a_time(self, ranks: RankPool, tmp_path: Path) -> None:
         words = overrides(tmp_path / "run", engine="none", deepspeed="null", steps="100000")
