@@ -595,8 +595,9 @@ def _install(
         in_full_in_forward(module, owner.in_full)
     shard = owner.shard
     assert shard.vocab_group is not None
+    gradient = config.gradient_on(torch.device(head.weight.device_mesh.device_type))
     announce_active(
-        f"FSDP2, gradient={config.gradient_on(torch.device(head.weight.device_mesh.device_type))}, {shard.vocab_size} vocabulary rows over {shard.vocab_group.size()} "
+        f"FSDP2, gradient={gradient}, {shard.vocab_size} vocabulary rows over {shard.vocab_group.size()} "
         f"rank(s), {shard.num_rows} of them on this one",
         rank=int(head.weight.device_mesh.mesh.min()),
     )

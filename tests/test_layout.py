@@ -48,7 +48,7 @@ REQUIRED = {"torch", "triton", "pydantic"}
 """What any module but the kernels may import, beside Python's own library."""
 KERNELS_REQUIRE = {"torch", "triton"}
 OPTIONAL = {
-    "deepspeed": ("deepspeed", "train.engines"),
+    "deepspeed": ("deepspeed", "train.engines", "train.restricted"),
     "matplotlib": ("tools.plan.plot", "tools.report"),
     "numpy": ("train.data",),
     "packaging": ("deepspeed.guard",),

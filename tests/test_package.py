@@ -1,5 +1,6 @@
 """The package: what a wheel holds, what an import brings in, and the scripts."""
 
+import json
 import os
 import shutil
 import subprocess

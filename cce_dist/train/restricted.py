@@ -43,8 +43,8 @@ class Reader(FileSystemReader):
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = self._get_metadata_path(kwargs.get("rank"))
-        with self.fs.create_stream(path, "rb") as file:
+        path = Path(self.path, ".metadata")
+        with path.open("rb") as file:
             metadata = _Unpickler(file, str(path)).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise pickle.UnpicklingError(f"{path} holds no metadata of a checkpoint.")
