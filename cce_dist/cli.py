@@ -57,7 +57,11 @@ def train(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"cce-dist train: {error}", file=sys.stderr)
         return 2
-    return 0 if run(settings) else 130
+    try:
+        return 0 if run(settings) else 130
+    except KeyboardInterrupt:
+        print("cce-dist train: interrupted before the first step; there is nothing to save", file=sys.stderr)
+        return 130
 
 
 def compare(arguments: Sequence[str]) -> int:

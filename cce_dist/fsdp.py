@@ -23,7 +23,9 @@ over the other vocabulary groups and the replicas of an HSDP mesh here, and divi
 Shapes: D hidden, V rows of the whole classifier, R local rows, S shards, T tensor-parallel ranks.
 """
 
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -35,21 +37,28 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
+from cce_dist.announce import announce_active
+from cce_dist.collective_logits import await_ranks
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.config import CCEConfig
 from cce_dist.embedding import check_embedding, make_vocab_parallel
+from cce_dist.find import output_layer
 from cce_dist.fsdp_groups import (
     check_torch,
+    forward_root,
     fsdp_mesh,
     governing_group,
     holding_group,
+    in_backward,
     parallel_hooks,
     release,
     reshard,
 )
+from cce_dist.fsdp_in_full import in_full_in_forward, unshard
 from cce_dist.lazy_logits import make_lazy
-from cce_dist.owner import divide_gradient, local_rows
-from cce_dist.shard import VocabShard, new_subgroup
+from cce_dist.liger import refuse_liger_forward
+from cce_dist.owner import OnTheseRanks, divide_gradient, local_rows
+from cce_dist.shard import VocabShard, host_group, new_subgroup
 
 Run = tuple[int, int]
 
@@ -80,7 +89,8 @@ def shard_head(
         sequence_parallel: each rank of ``tp`` gives the head its own slice of the sequence, and the loss the labels of
             that slice; the losses of ``tp`` then add up to the whole one. False: every one brings all tokens, and
             hidden states that are DTensors, split along the sequence, are gathered. Not with tied embeddings.
-        head: the classifier, an nn.Linear. None: ``model.get_output_embeddings()``, or else ``model.lm_head``.
+        head: the classifier, an nn.Linear. None: ``model.get_output_embeddings()``, or else ``model.lm_head``; of a
+            layer in PEFT's ``modules_to_save``, the active adapter's copy.
         config: settings of the loss; with ``enabled=False`` nothing is done. ``vocab_parallel_size`` counts the ranks
             that share one copy of the rows: a multiple of tp's size, and a divisor of shards x tp.
 
@@ -159,13 +169,14 @@ def adopt(
     _install(model, head, mesh, group, sequence_parallel, config)
 
 
-class FSDPOwner:
+class FSDPOwner(OnTheseRanks):
     """The owner of rows that are DTensors on FSDP's mesh, outside of FSDP's groups.
 
     Args:
         fsdp_dimensions: of the weight's mesh, the first ones, 1 or 2 (HSDP); one of tensor parallelism may follow.
         fsdp_group: the FSDPParamGroup that held the head, for what the user has set on it; None where there was none.
-        sequence_parallel, vocab_parallel_size: as in `shard_head`.
+        sequence_parallel: as in `shard_head`.
+        config: ``vocab_parallel_size`` and ``materialize`` of it.
     """
 
     def __init__(
@@ -173,14 +184,17 @@ class FSDPOwner:
         model: nn.Module,
         head: nn.Linear,
         fsdp_dimensions: int,
-        fsdp_group: Any | None = None,
-        sequence_parallel: bool = False,
-        vocab_parallel_size: int | None = None,
+        fsdp_group: Any | None,
+        sequence_parallel: bool,
+        config: CCEConfig,
     ) -> None:
         assert isinstance(head.weight, DTensor)
         self._model = model
         self._head = head
         self._fsdp_group = fsdp_group
+        self._materialize = config.materialize
+        self._in_full: dict[tuple[str, bool], Tensor] = {}
+        self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         mesh = head.weight.device_mesh
         self._device_type = mesh.device_type
         place, groups = mesh.get_coordinate(), [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
@@ -206,7 +220,7 @@ class FSDPOwner:
             return new_subgroup(ranks.flatten().tolist(), groups)
 
         # Of the S shards, these have the same rows as this rank's vocabulary group, and those the same place in it.
-        d = shards if vocab_parallel_size is None else vocab_parallel_size // parts
+        d = shards if config.vocab_parallel_size is None else config.vocab_parallel_size // parts
         together, alike = slice(s // d * d, s // d * d + d), slice(s % d, None, d)
         self._held = self._shards[alike]
         self._held_group = None if d == shards else group(ranks_ST[alike, t])
@@ -217,6 +231,8 @@ class FSDPOwner:
         counted = mesh.mesh if own_tokens else mesh.mesh[..., t]
         count_group = token_group if counted.numel() == dist.get_world_size(token_group) else group(counted)
         self._token_copies = 1 if own_tokens else parts
+        # All ranks that gather the rows for real logits, on the hosts.
+        self._host_group = host_group(vocab_group if d == shards else group(ranks_ST))
         self.shard = VocabShard(
             tuple(self._held),
             num_rows,
@@ -228,20 +244,52 @@ class FSDPOwner:
 
     def local_weight(self) -> Tensor:
         """The rank's rows [R, D] on the compute device; the gradient is averaged as FSDP averages."""
-        return self._local(self._head.weight)
+        return self._local(self._parameter("weight"))
 
     def local_bias(self) -> Tensor | None:
         """The rank's bias [R], likewise."""
-        return None if self._head.bias is None else self._local(self._head.bias)
+        return None if self._head._parameters["bias"] is None else self._local(self._parameter("bias"))
 
     def gathered_forward(self, hidden: Tensor) -> Tensor:
         """The head's forward where real logits [..., V] are wanted: the classifier is gathered in hidden's dtype."""
+        await_ranks(self._host_group, "the logits of a classifier that FSDP2 shards")
         hidden = self.own_tokens(hidden)
         weight_VD, bias_V = (
-            None if p is None else self._whole(p, hidden.dtype) for p in (self._head.weight, self._head.bias)
+            None if p is None else self._whole(p, hidden.dtype) for p in self._head._parameters.values()
         )
         assert weight_VD is not None
         return F.linear(hidden, weight_VD, bias_V)
+
+    def in_full(self, parameter: Tensor) -> Tensor | None:
+        """What a parameter of the head is inside a forward, to code that reads it as an attribute; None outside.
+
+        A recomputation in backward counts as inside. One forward gathers a parameter at most once.
+        """
+        root = forward_root(self._modules())
+        name = next((name for name, p in self._head._parameters.items() if p is parameter), None)
+        if name is None or (root is None and not in_backward()):
+            return None
+        key = (name, torch.is_grad_enabled())
+        if key in self._in_full:
+            return self._in_full[key]
+        unsharded = _Unsharded(self, parameter.shape, self.compute_dtype() or parameter.dtype)
+        whole = unshard(self._stored(parameter), unsharded, self._materialize, name)
+        if root is not None:
+            self._in_full[key] = whole
+            self._forget_after(root)
+        return whole
+
+    def _forget_after(self, root: nn.Module) -> None:
+        """Lets go of what a forward of this module has gathered when it ends, also by an exception."""
+        if root not in self._roots:
+            self._roots.add(root)
+            root.register_forward_hook(lambda *_: self._in_full.clear(), always_call=True)
+
+    def _parameter(self, name: str) -> Tensor:
+        """The sharded parameter itself, which the attribute is not inside a forward."""
+        parameter = self._head._parameters[name]
+        assert parameter is not None
+        return parameter
 
     def own_tokens(self, hidden: Tensor) -> Tensor:
         """Plain hidden states of the tokens that this rank brings, out of what a tensor-parallel body gives."""
@@ -279,11 +327,27 @@ class FSDPOwner:
         return divide_gradient(rows, self._divisor())
 
     def _whole(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        rows = self._stored(parameter).to(dtype)
-        rows = _GatherRows.apply(rows, self._shard_group, [_size(run) for run in self._shards])
-        if self._tp_group is not None:
-            rows = _GatherRows.apply(rows, self._tp_group, [_size(run) for run in self._parts])
+        rows = self.gather(self._stored(parameter).to(dtype))
         return divide_gradient(rows, self._divisor() * self._token_copies)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """All rows, of what `_stored` gives on each rank."""
+        for group, sizes in self._cuts():
+            rows = _GatherRows.apply(rows, group, sizes)
+        return rows
+
+    def scatter(self, grad: Tensor) -> Tensor:
+        """The gradient of this rank's rows, of each rank's gradient of all of them; averaged as FSDP averages."""
+        for group, sizes in reversed(self._cuts()):
+            grad = _scatter_rows(grad, group, sizes)
+        return grad / (self._divisor() * self._token_copies)
+
+    def _cuts(self) -> list[tuple[ProcessGroup, list[int]]]:
+        """The groups that the rows are cut over, from the last cut to the first, with the rows of each rank."""
+        cuts = [(self._shard_group, [_size(run) for run in self._shards])]
+        if self._tp_group is not None:
+            cuts.append((self._tp_group, [_size(run) for run in self._parts]))
+        return cuts
 
     def _stored(self, parameter: Tensor) -> Tensor:
         """The rows that FSDP stores on this rank, on the compute device: from the CPU, where FSDP offloads."""
@@ -311,7 +375,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: ProcessGroup, sizes: list[int]) -> Tensor:
-        ctx.group, ctx.sizes, ctx.num_rows = group, sizes, rows.shape[0]
+        ctx.group, ctx.sizes = group, sizes
         most = max(sizes)
         gathered = gather_tokens(rows, most, group)
         if min(sizes) == most:
@@ -320,13 +384,33 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        most = max(ctx.sizes)
-        padded = grad.contiguous()
-        if min(ctx.sizes) < most:
-            padded = grad.new_zeros(len(ctx.sizes) * most, *grad.shape[1:])
-            for index, part in enumerate(grad.split(ctx.sizes)):
-                padded[index * most :][: part.shape[0]] = part
-        return reduce_scatter_tokens(padded, ctx.num_rows, ctx.group), None, None
+        return _scatter_rows(grad, ctx.group, ctx.sizes), None, None
+
+
+def _scatter_rows(grad: Tensor, group: ProcessGroup, sizes: list[int]) -> Tensor:
+    """This rank's rows of the sum over the group's ranks."""
+    most = max(sizes)
+    padded = grad.contiguous()
+    if min(sizes) < most:
+        padded = grad.new_zeros(len(sizes) * most, *grad.shape[1:])
+        for index, part in enumerate(grad.split(sizes)):
+            padded[index * most :][: part.shape[0]] = part
+    return reduce_scatter_tokens(padded, sizes[dist.get_rank(group)], group)
+
+
+@dataclass(frozen=True)
+class _Unsharded:
+    """A parameter of the owner's head as it is inside a forward."""
+
+    owner: FSDPOwner
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return self.owner.gather(rows)
+
+    def scatter(self, grad: Tensor) -> Tensor:
+        return self.owner.scatter(grad)
 
 
 class _OwnTokens(nn.Module):
@@ -340,8 +424,7 @@ class _OwnTokens(nn.Module):
 
 def _find_head(model: nn.Module, head: nn.Module | None) -> nn.Linear:
     if head is None:
-        getter = getattr(model, "get_output_embeddings", None)
-        head = getter() if callable(getter) else getattr(model, "lm_head", None)
+        head = output_layer(model)
     if head is None:
         raise TypeError(
             f"{type(model).__name__} has no output embeddings: neither get_output_embeddings() nor .lm_head gives a "
@@ -441,6 +524,7 @@ def _tied(model: nn.Module, head: nn.Linear) -> list[nn.Module]:
 
 
 def _check_support(model: nn.Module, head: nn.Linear, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+    refuse_liger_forward(model)
     for embedding in _tied(model, head):
         check_embedding(embedding)
         if sequence_parallel:
@@ -497,7 +581,7 @@ def _on_meta(parameter: Tensor, tp: DeviceMesh | None) -> Tensor:
 def _install(
     model: nn.Module, head: nn.Linear, mesh: DeviceMesh, group: Any | None, sequence_parallel: bool, config: CCEConfig
 ) -> None:
-    owner = FSDPOwner(model, head, mesh.ndim, group, sequence_parallel, config.vocab_parallel_size)
+    owner = FSDPOwner(model, head, mesh.ndim, group, sequence_parallel, config)
     for embedding in _tied(model, head):
         make_vocab_parallel(embedding, owner, owner.compute_dtype)  # type: ignore[arg-type]
     for hooks, key in parallel_hooks(head):
@@ -507,3 +591,13 @@ def _install(
     if head.weight.device_mesh.ndim > mesh.ndim:
         head.__class__ = type(type(head).__name__, (_OwnTokens, type(head)), {"_cce_owner": owner})
     head.forward = owner.gathered_forward  # type: ignore[assignment,method-assign]
+    for module in (head, *_tied(model, head)):
+        in_full_in_forward(module, owner.in_full)
+    shard = owner.shard
+    assert shard.vocab_group is not None
+    gradient = config.gradient_on(torch.device(head.weight.device_mesh.device_type))
+    announce_active(
+        f"FSDP2, gradient={gradient}, {shard.vocab_size} vocabulary rows over {shard.vocab_group.size()} "
+        f"rank(s), {shard.num_rows} of them on this one",
+        rank=int(head.weight.device_mesh.mesh.min()),
+    )

@@ -22,7 +22,9 @@ def check_torch(mesh: DeviceMesh) -> None:
     Raises:
         RuntimeError: this torch keeps FSDP2's state in another way.
     """
-    probe = nn.Linear(1, 1, bias=False)
+    probe: nn.Module = nn.utils.skip_init(
+        nn.Linear, 1, 1, bias=False
+    )  # an initialisation would take from the random state
     fully_shard(probe, mesh=mesh)
     assert isinstance(probe, FSDPModule)
     try:
@@ -34,8 +36,13 @@ def check_torch(mesh: DeviceMesh) -> None:
         known = (
             known and state._is_root is None and hasattr(group.mp_policy, "param_dtype") and fsdp_mesh(group) == mesh
         )
+        known = known and state._state_ctx.iter_forward_root is None and probe in state._modules and not in_backward()
         _drop(state, group)
         known = known and not param_groups(probe)
+        known = known and all(  # what fsdp_in_full is made of
+            callable(x)
+            for x in (torch.Tensor._make_wrapper_subclass, torch._C._disabled_torch_function_impl)  # type: ignore[attr-defined]
+        )
     except (AttributeError, TypeError, ValueError):
         known = False
     if not known:
@@ -70,6 +77,18 @@ def fsdp_mesh(group: Any) -> DeviceMesh:
     """The mesh that `fully_shard` was given: without the dimension of tensor parallelism."""
     mesh: DeviceMesh = group.mesh_info.mesh
     return mesh
+
+
+def forward_root(modules: Iterable[nn.Module]) -> nn.Module | None:
+    """The outermost FSDP module whose forward is in progress, in the tree of the first FSDP module of these."""
+    state = next((_state(module) for module in modules if isinstance(module, FSDPModule)), None)
+    root = None if state is None else state._state_ctx.iter_forward_root
+    return None if root is None else root._modules[0]
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward: what computes anything there is a recomputation of a checkpoint."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def reshard(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
+from cce_dist.collective_logits import await_ranks
 from cce_dist.config import CCEConfig
 from cce_dist.loss import linear_cross_entropy
 from cce_dist.owner import ModuleOwner
@@ -22,7 +23,8 @@ class ShardedCCEHead(nn.Module):
     """Linear classifier and cross-entropy in one module; each rank of a mesh stores a shard of the rows.
 
     ``head(hidden, labels)`` is the loss, ``head.logits(hidden)`` the real logits. The state dict has the keys of an
-    ``nn.Linear``: ``weight`` and, possibly, ``bias``, as DTensors.
+    ``nn.Linear``: ``weight`` and, possibly, ``bias``, as DTensors; save that, since a pickle of the module is refused
+    (its shard holds process groups). A deepcopy shares the shard.
 
     Args:
         weight: [V, D], a DTensor that is Shard(0) on a 1-D mesh.
@@ -123,14 +125,17 @@ class ShardedCCEHead(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Real logits [..., vocab_size] of this rank's tokens, for evaluation and generation; without a gradient.
 
-        Every rank of the mesh must call it. With replicated tokens each rank computes its own columns and the columns
-        are gathered. With sharded tokens every rank needs all columns of its own tokens: the whole classifier, in
-        hidden's dtype, is gathered for the duration of the call, and ranks may bring different numbers of tokens.
+        Every rank of the mesh must call it; one that waits in vain is told so within the timeout of the mesh's group.
+        With replicated tokens each rank computes its own columns and the columns are gathered. With sharded tokens
+        every rank needs all columns of its own tokens: the whole classifier, in hidden's dtype, is gathered for the
+        duration of the call, and ranks may bring different numbers of tokens.
 
         Args:
             hidden: [..., D].
         """
         replicated = self.shard.token_group is None
+        assert self.shard.host_group is not None
+        await_ranks(self.shard.host_group, "the logits of a ShardedCCEHead")
 
         def rows(parameter: Tensor) -> Tensor:
             in_dtype = cast(DTensor, parameter.to(hidden.dtype))

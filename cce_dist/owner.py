@@ -27,6 +27,17 @@ class ShardOwner(Protocol):
         """The rank's bias [V], or None."""
 
 
+class OnTheseRanks:
+    """Goes before what holds process groups, which neither pickle nor deepcopy can take: it says so."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} is part of a classifier whose rows the ranks of this run share: it can neither "
+            "be pickled (torch.save of a module does that) nor copied. Save model.state_dict(), on every rank, or copy "
+            "the model before its classifier is sharded."
+        )
+
+
 class ModuleOwner:
     """Rows held by a module as a plain parameter or a DTensor Shard(0): autograd itself delivers the gradient.
 
@@ -41,6 +52,22 @@ class ModuleOwner:
 
     def local_weight(self) -> Tensor:
         return divide_gradient(local_rows(_parameter(self.module, "weight")), self.shard.grad_divisor)
+
+    def shard_of(self, weight_RD: Tensor) -> VocabShard:
+        """The shard of these rows: a vocabulary that a single process holds may have been resized.
+
+        Raises:
+            RuntimeError: another number of rows than that of a shard that other ranks share, or that has padding.
+        """
+        if weight_RD.shape[0] == self.shard.num_rows:
+            return self.shard
+        if self.shard.vocab_group is not None or self.shard.runs != ((0, self.shard.vocab_size),):
+            raise RuntimeError(
+                f"the output layer has {weight_RD.shape[0]} rows on this rank, of which its shard has "
+                f"{self.shard.num_rows}: it was resized since. Resize the vocabulary before the layer is sharded."
+            )
+        self.shard = VocabShard.whole(weight_RD.shape[0])
+        return self.shard
 
     def local_bias(self) -> Tensor | None:
         bias = getattr(self.module, "bias", None)

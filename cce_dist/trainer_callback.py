@@ -1,13 +1,17 @@
 """The Hugging Face Trainer, and the trainers of TRL: one line makes them train with cce_dist."""
 
 import sys
+import warnings
+from types import FrameType
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from cce_dist.announce import unannounced
 from cce_dist.config import CCEConfig
-from cce_dist.lazy_logits import is_lazy
+from cce_dist.lazy_logits import fuse_evaluation_where, is_lazy
+from cce_dist.liger import refuse_liger_arguments, refuse_liger_forward
 from cce_dist.transformers import choose_config, output_layer, patch
 
 
@@ -24,7 +28,7 @@ class CCECallback(TrainerCallback):
 
     Raises:
         ValueError: a bad setting, or config and settings together; when the trainer is built, settings here as well as
-            in DeepSpeed's section.
+            in DeepSpeed's section, or arguments that make Liger compute the loss.
     """
 
     def __init__(self, config: CCEConfig | None = None, **settings: Any) -> None:
@@ -33,6 +37,13 @@ class CCECallback(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before the engine is built: DeepSpeed's config gets its section, and ``deepspeed.initialize`` reads it."""
+        if self._is_enabled(args):
+            refuse_liger_arguments(args)
+            trainer = self._trainer()
+            if getattr(args, "precompute_ref_log_probs", False) and trainer and not trainer.is_deepspeed_enabled:
+                from cce_dist.trl import before_precomputing
+
+                before_precomputing(trainer, lambda model: self._fuse_untrained(model, args))
         if getattr(args, "hf_deepspeed_config", None) is None:
             return
         from cce_dist.deepspeed.engine import SECTION, install
@@ -44,7 +55,7 @@ class CCECallback(TrainerCallback):
                 "config: leave one of them out."
             )
         # No defaults: backend="auto" would be among them, which accelerate takes for a blank of its own.
-        config.setdefault(SECTION, self._config.model_dump(exclude_defaults=True))
+        config.setdefault(SECTION, self._settings(args).model_dump(exclude_defaults=True))
         install()
 
     def on_train_begin(
@@ -52,6 +63,14 @@ class CCECallback(TrainerCallback):
     ) -> None:
         """After the model is wrapped and before the first step."""
         model: nn.Module = kwargs["model"]
+        if not self._is_enabled(args):
+            return
+        refuse_liger_arguments(args)
+        refuse_liger_forward(model)
+        if "trl.trainer.utils" in sys.modules:
+            from cce_dist.trl import refuse_entropy_bonus
+
+            refuse_entropy_bonus(args)
         if args.n_gpu > 1:
             raise ValueError(
                 "cce_dist does not work under nn.DataParallel, which the Trainer takes where one process sees several "
@@ -63,19 +82,88 @@ class CCECallback(TrainerCallback):
                 'patches: set loss_type="nll", which computes no logits either with cce_dist.'
             )
         if getattr(args, "hf_deepspeed_config", None) is None and not is_lazy(output_layer(model)):
-            patch(model, self._config)
+            patch(model, self._settings(args))
         head = output_layer(model)
+        trainer: Any = self._trainer()
         if getattr(args, "hf_deepspeed_config", None) is not None and not is_lazy(head):
-            section = args.hf_deepspeed_config.config.get("cce_dist", {})
-            if section.get("enabled", self._config.enabled):
+            if trainer is not None and not hasattr(getattr(trainer.model_wrapped, "optimizer", None), "step"):
                 raise ValueError(
-                    "cce_dist is not active in this DeepSpeed engine, which was built before CCECallback could say so: "
-                    "give it to the trainer's constructor, callbacks=[CCECallback(...)], not to add_callback."
+                    "evaluate() or predict() before train() has made the Trainer build a DeepSpeed engine without an "
+                    "optimizer, in which it cannot train, with cce_dist or without: evaluate after train(), set "
+                    "eval_on_start=True, or evaluate with a Trainer of its own."
                 )
-        if is_lazy(head) and "trl.trainer.utils" in sys.modules:
-            from cce_dist.trl import fuse_forward, trl_forward_of
+            raise ValueError(
+                "cce_dist is not active in this DeepSpeed engine, which was built before CCECallback could say so: "
+                "give it to the trainer's constructor, callbacks=[CCECallback(...)], not to add_callback."
+            )
+        if is_lazy(head):
+            fuse_evaluation_where(head, _only_the_loss_is_wanted)
+        self._fuse_trl_forward(model)
+        if trainer is not None:
+            self._fuse_reference(trainer)
 
-            base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-            trl_forward = trl_forward_of(base)
-            if trl_forward is not None:
-                fuse_forward(base, trl_forward, head)
+    def _fuse_trl_forward(self, model: nn.Module) -> None:
+        """Puts our forward around one of TRL's, where the model has such."""
+        if "trl.trainer.utils" not in sys.modules:
+            return
+        from cce_dist.trl import fuse_forward, trl_forward_of
+
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        trl_forward = trl_forward_of(base)
+        if trl_forward is not None:
+            fuse_forward(base, trl_forward, output_layer(model))
+
+    def _fuse_reference(self, trainer: Trainer) -> None:
+        """A reference model of TRL's, by the same computation as the policy: bf16 logits would round differently."""
+        reference = getattr(trainer, "ref_model", None)
+        if isinstance(reference, nn.Module) and not trainer.is_deepspeed_enabled:
+            self._fuse_untrained(reference, trainer.args)
+
+    def _fuse_untrained(self, model: nn.Module, args: TrainingArguments) -> None:
+        try:
+            with unannounced():
+                if not is_lazy(output_layer(model)):
+                    patch(model, self._settings(args))
+        except (TypeError, ValueError) as error:
+            warnings.warn(
+                f"the log-probabilities of the reference model are TRL's, which round otherwise in 16 bits than those "
+                f"of cce_dist for the policy, because its output layer cannot be patched: {error}",
+                stacklevel=2,
+            )
+        else:
+            self._fuse_trl_forward(model)
+
+    def _trainer(self) -> Trainer | None:
+        """The trainer that calls: callbacks are given its model, but not its reference model."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, Trainer) and self in caller.callback_handler.callbacks:
+                return caller
+            frame = frame.f_back
+        return None
+
+    def _settings(self, args: TrainingArguments) -> CCEConfig:
+        """With a reference the full first pass: that of evaluation, to which the 8-bit one of training is no equal."""
+        has_reference = hasattr(args, "sync_ref_model") or hasattr(args, "precompute_ref_log_probs")
+        if has_reference and self._config.first_pass == "auto":
+            return self._config.model_copy(update={"first_pass": "full"})
+        return self._config
+
+    def _is_enabled(self, args: TrainingArguments) -> bool:
+        deepspeed = getattr(args, "hf_deepspeed_config", None)
+        section = {} if deepspeed is None else deepspeed.config.get("cce_dist", {})
+        return bool(section.get("enabled", self._config.enabled))
+
+
+def _only_the_loss_is_wanted() -> bool:
+    """Whether this is inside of a Trainer's ``prediction_step`` that drops the logits: no callback says when it begins.
+
+    Generation, and evaluation of the user's own, get the real logits that they expect.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_code.co_varnames:
+            return bool(frame.f_locals["prediction_loss_only"])
+        frame = frame.f_back
+    return False

@@ -1,21 +1,25 @@
 """Hugging Face models: `patch(model)`, and a model of any architecture trains without ever computing its logits.
 
 Only the class of the output layer changes. See `lazy_logits` for what that layer returns, and why every model's own
-loss code runs on it as it is.
+loss code runs on it as it is. A model may be given another output layer afterwards (the vocabulary is resized, PEFT
+wraps the layer, another adapter's copy becomes active): the next forward in training notices.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
+from weakref import ref
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from cce_dist import lazy_logits
+from cce_dist import find, hooks, lazy_logits
+from cce_dist.announce import announce_active
 from cce_dist.config import CCEConfig
 from cce_dist.fsdp import adopt
-from cce_dist.lazy_logits import is_lazy, make_eager, make_lazy
+from cce_dist.lazy_logits import is_lazy, lazy_calls, make_eager, make_lazy, report
+from cce_dist.liger import refuse_liger_forward
 from cce_dist.owner import ModuleOwner
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,8 +29,9 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
     """Makes the model's output layer lazy, in place: in training, `model(..., labels=...)` computes the fused loss.
 
     For a model whose output layer each process holds as a whole, before or after DDP and PEFT wrap it; and for one that
-    a framework (accelerate, the Trainer) has sharded by FSDP2, where it is `cce_dist.fsdp.adopt`. Patch after resizing
-    the vocabulary, which makes a new output layer.
+    a framework (accelerate, the Trainer) has sharded by FSDP2, where it is `cce_dist.fsdp.adopt`. If the model is given
+    another output layer later, a plain nn.Linear becomes lazy too when it is next trained; with any other, or one that
+    is sharded, real logits are computed, which warns or raises as ``config.materialize`` says.
 
     Args:
         model: has ``get_output_embeddings()``, as every Hugging Face model, or wraps one that has.
@@ -43,10 +48,11 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
     """
     config = choose_config(config, settings, where="patch")
     if config.enabled:
+        refuse_liger_forward(model)
         head = output_layer(model)
         weight = getattr(head, "weight", None)
         if isinstance(weight, DTensor):
-            adopt(_unwrap(model), head=head, config=config)
+            adopt(find.unwrapped(model), head=head, config=config)
         elif getattr(weight, "ndim", 2) != 2:
             raise ValueError(
                 f"the output layer of {type(model).__name__} is sharded already, by ZeRO-3 or FSDP1. With DeepSpeed "
@@ -58,7 +64,11 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
                 "is whole on every rank. Leave it out, or shard the model with FSDP2 or DeepSpeed."
             )
         else:
-            make_lazy(head, ModuleOwner(head), config)
+            owner = ModuleOwner(head)
+            make_lazy(head, owner, config)
+            gradient = config.gradient_on(owner.local_weight().device)
+            announce_active(f"gradient={gradient}, all {owner.shard.vocab_size} vocabulary rows on every rank")
+        _Watch.over(model, config, isinstance(weight, DTensor))
     return model
 
 
@@ -69,9 +79,12 @@ def unpatch(model: Model) -> Model:
         ValueError: the model is not patched, or its output layer is a shard on FSDP2's mesh.
     """
     head = output_layer(model)
-    if is_lazy(head) and "forward" in vars(head):
+    heads = [module for module in model.modules() if is_lazy(module)]  # copies of PEFT's among them
+    if any("forward" in vars(lazy) for lazy in heads):
         raise ValueError("an output layer that FSDP2 has sharded cannot be unpatched: build the model anew.")
-    make_eager(head)
+    for lazy in heads or [head]:
+        make_eager(lazy)
+    _Watch.end(model)
     return model
 
 
@@ -82,7 +95,10 @@ def fused_evaluation(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model is not patched.
     """
-    with lazy_logits.fused_evaluation(output_layer(model)):
+    for watch in _watches(model):
+        watch.follow()
+    head = find.running_layer(model)
+    with lazy_logits.fused_evaluation(output_layer(model) if head is None or not is_lazy(head) else head):
         yield
 
 
@@ -105,25 +121,121 @@ def output_layer(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has none.
     """
-    model = _unwrap(model)
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if not isinstance(head, nn.Module):
+    head = find.output_layer(model)
+    if head is None:
         raise ValueError(
             f"model must have an output layer that get_output_embeddings() returns, as ...ForCausalLM models do; "
-            f"{type(model).__name__} has none."
+            f"{type(find.unwrapped(model)).__name__} has none."
         )
-    copies = getattr(head, "modules_to_save", None)
-    if isinstance(copies, nn.ModuleDict):  # PEFT trains a copy of the layer for each adapter
-        active = getattr(head, "active_adapters", None) or []
-        if len(active) != 1 or active[0] not in copies:
-            raise ValueError(
-                f"PEFT keeps copies of the output layer for the adapters {list(copies)}, and {active} are active: make "
-                "one of the former active with set_adapter, then patch."
-            )
-        return copies[active[0]]
     return head
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
+class _Hook:
+    """A hook that hangs on a module of the user's: in a pickle, and in a copy of that module alone, it does nothing."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (nullcontext(), "__exit__")  # takes any arguments, and needs no cce_dist where it is loaded
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return nullcontext().__exit__
+
+
+class _Watch(_Hook):
+    """Looks, before a model's forward in training, whether its output layer is still the one that was patched.
+
+    It hangs on the model and on the parts that the model calls, since PEFT runs a model's forward without calling it.
+    """
+
+    def __init__(self, model: nn.Module, config: CCEConfig, is_sharded: bool) -> None:
+        self._model = ref(model)
+        self._config = config
+        self._is_sharded = is_sharded
+
+    @classmethod
+    def over(cls, model: nn.Module, config: CCEConfig, is_sharded: bool) -> None:
+        cls.end(model)
+        base = _base(model)
+        watch = cls(base, config, is_sharded)
+        for module in _places(base):
+            module.register_forward_pre_hook(watch)
+
+    @staticmethod
+    def end(model: nn.Module) -> None:
+        for module in _base(model).modules():
+            hooks.remove(module, lambda hook: isinstance(hook, _Watch | _PastTheLayer))
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.follow()
+
+    def follow(self) -> None:
+        """Makes a new output layer lazy where it can be; warns or raises where it cannot."""
+        model = self._model()
+        head = None if model is None else find.running_layer(model)
+        if head is None or is_lazy(head):
+            return
+        inner = next((module for module in head.modules() if is_lazy(module)), None)
+        if inner is not None:
+            if not any(isinstance(hook, _PastTheLayer) for hook in hooks.after_hooks(head)):
+                head.register_forward_hook(_PastTheLayer(inner, self._config))
+            return
+        weight = getattr(head, "weight", None)
+        is_whole = isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(weight, DTensor)
+        if is_whole and not self._is_sharded and isinstance(head, nn.Linear):
+            try:
+                make_lazy(head, ModuleOwner(head), self._config)
+                return
+            except TypeError:
+                pass  # it computes something else than F.linear
+        report(
+            self._config,
+            f"logits are computed after all: the output layer of {type(model).__name__} is not the one that was "
+            f"patched but {_named(head)}, in the forward that {{place}} calls.",
+            "Change the output layer before patch, or call unpatch and patch again.",
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo.get(id(self._model()))
+        return super().__deepcopy__(memo) if twin is None else _Watch(twin, self._config, self._is_sharded)
+
+
+class _PastTheLayer(_Hook):
+    """After a wrapper around a lazy output layer has run in training: did it call the layer, or compute by itself?"""
+
+    def __init__(self, inner: nn.Module, config: CCEConfig) -> None:
+        self._inner = ref(inner)
+        self._config = config
+        self._calls = lazy_calls(inner)
+
+    def __call__(self, wrapper: nn.Module, args: Any, output: Any) -> None:
+        inner = self._inner()
+        before, self._calls = self._calls, 0 if inner is None else lazy_calls(inner)
+        trains = wrapper.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if trains and isinstance(output, Tensor) and self._calls == before:
+            report(
+                self._config,
+                f"logits are computed after all: the output layer is wrapped in {_named(wrapper)}, which computes them "
+                "past the layer that was patched, in the forward that {place} calls.",
+                "Leave the output layer out of it.",
+            )
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model that has the output layer, inside of PEFT's."""
+    model = find.unwrapped(model)
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
+
+
+def _places(base: nn.Module) -> list[nn.Module]:
+    """The model, and what its forward calls beside the output layer."""
+    head = find.declared_layer(base)
+    return [base, *(child for child in base.children() if child is not head)]
+
+
+def _watches(model: nn.Module) -> list[_Watch]:
+    return [hook for hook in hooks.pre_hooks(_base(model)) if isinstance(hook, _Watch)]
+
+
+def _named(module: nn.Module) -> str:
+    return f"a {type(module).__module__}.{type(module).__qualname__}"

@@ -8,15 +8,17 @@ outputs by way of the output layer. Earlier versions of TRL need nothing: they r
 
 import functools
 import inspect
-from importlib.metadata import version
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
+import trl
 from torch import Tensor, nn
 from torch.nn import functional as F
 from trl.trainer import utils
 
+from cce_dist.device_check import device_check
 from cce_dist.lazy_logits import LazyLogits, fused_evaluation
 
 _OUTPUTS = {"log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"}
@@ -38,7 +40,7 @@ def fuse_forward(model: nn.Module, trl_forward: Any, head: nn.Module) -> None:
     temperature, outputs, to_fp32 = (settings.get(x) for x in ("temperature", "outputs", "cast_lm_head_to_fp32"))
     if temperature is None or outputs is None or to_fp32 is None or not set(outputs) <= _OUTPUTS:
         raise RuntimeError(
-            f"cce_dist.trl does not know the forward that TRL {version('trl')} gives to its models, with "
+            f"cce_dist.trl does not know the forward that TRL {trl.__version__} gives to its models, with "
             f"{sorted(settings)} and outputs={outputs}. It was written for TRL 1.15 and 1.16; use one of those, or "
             "leave out cce_dist's callback."
         )
@@ -76,6 +78,26 @@ def fuse_forward(model: nn.Module, trl_forward: Any, head: nn.Module) -> None:
         return fused
 
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def before_precomputing(trainer: Any, act: Callable[[nn.Module], None]) -> None:
+    """Calls ``act(model)`` with the model of which a trainer is about to compute a reference's log-probabilities.
+
+    Raises:
+        RuntimeError: a trainer that computes them in a way that this version does not know.
+    """
+    stock = getattr(trainer, "_precompute_ref_logps", None)
+    if stock is None:
+        raise RuntimeError(
+            f"cce_dist.trl does not know how the {type(trainer).__name__} of TRL {trl.__version__} precomputes a "
+            "reference's log-probabilities: set precompute_ref_log_probs=False, or leave out cce_dist's callback."
+        )
+
+    def precompute(*args: Any, **kwargs: Any) -> Any:
+        act(trainer.ref_model or trainer.model)
+        return stock(*args, **kwargs)
+
+    trainer._precompute_ref_logps = precompute
 
 
 def trl_forward_of(model: nn.Module) -> Any:
@@ -120,15 +142,38 @@ def _fused_output(
 
 
 class _ForTheLog(torch.autograd.Function):
-    """A value that belongs to the graph, so that a loss which wants its gradient fails instead of going without."""
+    """A value that belongs to the graph, so that a loss which wants its gradient fails instead of going without.
+
+    A gradient of zeros is none: DDP that looks for unused parameters gives one to every output that the loss leaves
+    out. On CUDA the assertion is the device's, and the gradient NaN, since to look at it would be to wait for it.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, _anchor: Tensor) -> Tensor:
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # type: ignore[override]
-        raise NotImplementedError(
-            "cce_dist computes the entropy of TRL's fused head for the log only, without a gradient: turn off the "
-            "entropy bonus (entropy_coef, use_adaptive_entropy), or leave out cce_dist's callback."
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:  # type: ignore[override]
+        if grad.is_cuda:
+            device_check((grad == 0).all(), NO_BONUS)
+            return None, torch.zeros_like(grad).masked_fill_(grad != 0, torch.nan)
+        if grad.count_nonzero():
+            raise NotImplementedError(NO_BONUS)
+        return None, None
+
+
+NO_BONUS = (
+    "cce_dist computes the entropy of TRL's fused head for the log only, without a gradient: turn off the entropy "
+    "bonus (entropy_coef, use_adaptive_entropy), or leave out cce_dist's callback."
+)
+
+
+def refuse_entropy_bonus(args: Any) -> None:
+    """Looks at the arguments of a TRL trainer, before it trains.
+
+    Raises:
+        NotImplementedError: they ask for an entropy bonus.
+    """
+    bonus = {name: getattr(args, name, 0) for name in ("entropy_coef", "use_adaptive_entropy")}
+    if any(bonus.values()):
+        raise NotImplementedError(f"{', '.join(f'{name}={value}' for name, value in bonus.items())}: {NO_BONUS}")

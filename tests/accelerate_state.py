@@ -15,7 +15,7 @@ def forget() -> None:
         del os.environ[name]
 
 
-def fsdp2_accelerator(model: PreTrainedModel) -> Accelerator:
+def fsdp2_accelerator(model: PreTrainedModel, mixed_precision: str = "no") -> Accelerator:
     """Accelerate has FSDP for accelerators other than the CPU only; beyond that switch its code is the same."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -23,7 +23,9 @@ def fsdp2_accelerator(model: PreTrainedModel) -> Accelerator:
         transformer_cls_names_to_wrap=[type(model.model.layers[0]).__name__],
         cpu_ram_efficient_loading=False,
     )
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, mixed_precision=mixed_precision)
+    if mixed_precision != "no":
+        plugin.set_mixed_precision(mixed_precision)
     AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     return accelerator

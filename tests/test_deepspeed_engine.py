@@ -200,6 +200,13 @@ def test_the_section_is_found_wherever_deepspeed_takes_its_config(
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_reference_model_that_is_not_trained_is_not_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
+    config = {key: value for key, value in make_config(Case()).items() if key != "optimizer"}
+    engine = cce_deepspeed.initialize(model=make_model(Case()), config=config)[0]
+    assert not _is_active(engine) and "cce_dist" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("section", [None, {"enabled": False}])
 def test_without_the_section_it_is_stock_deepspeed(section: dict[str, Any] | None) -> None:
     assert not _is_active(make_engine(Case(stage=0, section=section)))

@@ -1,7 +1,11 @@
 """DeepSpeed: the classifier sharded over data-parallel ranks (stages 0 to 2), and over tensor-parallel ranks (all)."""
 
+import copy
+import io
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +19,24 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("transformers")
 
 from deepspeed_runs import (
+    ACCUMULATION,
     EXACT,
     HIDDEN,
+    STEPS,
     Case,
     assert_trains_as_one_process,
     data_rank,
+    distance,
     fresh_deepspeed,
     make_batch,
+    make_config,
     make_engine,
     make_model,
     measure_a_step,
     take_steps,
     train,
+    train_plain,
+    trained_parameters,
     weights_of,
 )
 
@@ -58,6 +68,84 @@ def test_a_classifier_sharded_over_data_parallel_ranks_trains_as_in_one_process(
     ranks: RankPool, world: int, case: Case
 ) -> None:
     assert_trains_as_one_process(ranks, world, case)
+
+
+def _head_saved_and_copied() -> tuple[list[str], bool]:
+    engine = make_engine(_sharded(2, stage=0))  # above, DeepSpeed's own attributes of a parameter cannot be pickled
+    head, texts = engine.module.get_output_embeddings(), []
+    for attempt in (lambda: torch.save(head, io.BytesIO()), lambda: copy.deepcopy(head)):
+        with pytest.raises(TypeError, match="cannot be copied|neither be") as caught:
+            attempt()
+        texts.append(str(caught.value))
+    file = io.BytesIO()
+    torch.save(engine.module.state_dict(), file)
+    file.seek(0)
+    rows = torch.load(file, weights_only=True)["lm.lm_head.weight"]
+    return texts, torch.equal(rows.chunk(2)[dist.get_rank()], head.weight)
+
+
+def test_state_dicts_can_be_saved_and_a_cut_head_says_that_it_cannot(ranks: RankPool) -> None:
+    for texts, same in ranks.run(2, _head_saved_and_copied, timeout=200):
+        assert same and all("before its" in text for text in texts)
+
+
+def _logits_on_one_rank() -> tuple[str, float]:
+    """What rank 0 is told when it alone evaluates, and after how many seconds."""
+    engine = make_engine(_sharded(2, stage=1))
+    head = engine.module.get_output_embeddings().eval()
+    head.forward.__self__._host_group = dist.new_group(timeout=timedelta(seconds=3))
+    if dist.get_rank() > 0:
+        return "", 0.0
+    start = time.monotonic()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="collective over ranks") as caught:
+        head(torch.randn(2, HIDDEN))
+    return str(caught.value), time.monotonic() - start
+
+
+def test_logits_that_one_rank_alone_wants_are_an_error_within_the_groups_timeout(ranks: RankPool) -> None:
+    text, seconds = ranks.run(2, _logits_on_one_rank, timeout=200)[0]
+    assert "the logits of a classifier that cce_dist shards" in text and "Ranks 1 failed" in text and 2 < seconds < 10
+
+
+def _train_in_a_second_engine(case: Case) -> dict[str, Any]:
+    """A run on a model that an engine has had before, whose steps are undone; and what other settings are told."""
+    first = make_engine(case)
+    model, start = first.module, make_model(case).state_dict()
+    take_steps(first, case, range(2))
+    first.destroy()
+    model.load_state_dict(start)
+    refusals = []
+    for other in (
+        replace(case, stage=3),
+        replace(case, section=EXACT),
+        replace(case, section={**EXACT, "vocab_parallel_size": 4}),
+    ):
+        with pytest.raises(ValueError, match="has cut this model's classifier over 2 ranks") as caught:
+            cce_deepspeed.initialize(model=model, config=make_config(other))
+        refusals.append(str(caught.value))
+    what = {"model_parameters": trained_parameters(case, model)}
+    engine = cce_deepspeed.initialize(model=model, config=make_config(case), **what)[0]
+    losses = take_steps(engine, case, range(STEPS * ACCUMULATION))
+    return {"losses": losses, "weights": weights_of(engine), "refusals": refusals}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(_sharded(2, stage=0, tied=True), id="stage 0"),
+        pytest.param(_sharded(2, stage=2), id="stage 2"),
+        pytest.param(_sharded(2, stage=1, tied=True, vocab_size=101), id="stage 1", marks=pytest.mark.full),
+    ],
+)
+def test_a_second_engine_on_a_model_whose_classifier_was_cut_trains_as_in_one_process(
+    ranks: RankPool, case: Case
+) -> None:
+    expected = train_plain(case, 2)
+    for rank, got in enumerate(ranks.run(2, _train_in_a_second_engine, case, timeout=200)):
+        assert got["losses"] == pytest.approx([step[rank] for step in expected["losses"]], rel=1e-5)
+        assert distance(got["weights"], expected["weights"]) < 1e-5
+        for text in got["refusals"]:
+            assert "build the model anew" in text and "experts" not in text
 
 
 @pytest.mark.full

@@ -1,9 +1,15 @@
 """FSDP2 training with a vocabulary-sharded head against the plain model in a single process."""
 
 import copy
+import io
+import logging
+import random
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +39,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from cce_dist import fsdp_groups
 from cce_dist.config import CCEConfig
@@ -88,14 +95,27 @@ class PlainLM(nn.Module):
         self.layers = nn.ModuleList([block(), block()])
         self.norm = nn.LayerNorm(HIDDEN)
         self.lm_head = nn.Linear(HIDDEN, vocab, bias=not tied)
+        self.tied = tied
         if tied:
             self.lm_head.weight = self.embed.weight
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, past_head: bool = False) -> Tensor:
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x)
-        return self.lm_head(self.norm(x))
+        return self._past_head(self.norm(x)) if past_head else self.lm_head(self.norm(x))
+
+    def _past_head(self, x: Tensor) -> Tensor:
+        """Logits as TRL's distillation computes them, here in a checkpoint: from the weight, past the head's call."""
+
+        def logits(x: Tensor) -> Tensor:
+            weight, bias = (
+                p.full_tensor() if isinstance(p, DTensor) else p
+                for p in (self.embed.weight if self.tied else self.lm_head.weight, self.lm_head.bias)
+            )
+            return F.linear(x, weight, bias)
+
+        return checkpoint(logits, x.to_local() if isinstance(x, DTensor) else x, use_reentrant=False)
 
 
 @dataclass(frozen=True)
@@ -118,10 +138,15 @@ class Case:
     sequence: str = ""
     """With tp: "gathered" or "own", by who gathers a sequence that the body splits; "": all ranks have all of it."""
     cp: int = 1
+    past_head: bool = False
+    """The first loss of a backward is of logits made of the head's weight, past its call."""
 
     @property
     def config(self) -> CCEConfig:
-        return EXACT.model_copy(update={"vocab_parallel_size": self.vocab_parallel})
+        changes: dict[str, Any] = {"vocab_parallel_size": self.vocab_parallel}
+        if self.past_head:
+            changes["materialize"] = "warn"
+        return EXACT.model_copy(update=changes)
 
     def __str__(self) -> str:
         changed = {k: v for k, v in vars(self).items() if v != getattr(Case, k)}
@@ -162,7 +187,7 @@ def _batch(case: Case, step: int, micro: int, rank: int) -> tuple[Tensor, Tensor
     return ids, labels
 
 
-def _loss(model: nn.Module, case: Case, ids: Tensor, labels: Tensor) -> Tensor:
+def _loss(model: nn.Module, case: Case, ids: Tensor, labels: Tensor, past_head: bool = False) -> Tensor:
     if not isinstance(model, PlainLM):
         return model(input_ids=ids, labels=labels, shift_labels=labels).loss
     valid = (labels != -100).sum()
@@ -170,7 +195,7 @@ def _loss(model: nn.Module, case: Case, ids: Tensor, labels: Tensor) -> Tensor:
         ids, labels = _slice(ids, case.cp), _slice(labels, case.cp)
     if dist.is_initialized() and case.sequence == "own":
         labels = _slice(labels, case.tp)
-    logits = model(ids)
+    logits = model(ids, past_head=past_head)
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum") / valid
 
 
@@ -181,7 +206,7 @@ def _slice(x: Tensor, parts: int) -> Tensor:
 
 def _losses(model: nn.Module, case: Case, step: int, micro: int, rank: int) -> Tensor:
     """The loss of a micro-batch; of two forwards with other data, weighted, where a case has two losses."""
-    total = _loss(model, case, *_batch(case, step, micro, rank))
+    total = _loss(model, case, *_batch(case, step, micro, rank), past_head=case.past_head)
     for extra in range(1, case.losses_per_backward):
         total = total + 0.5 * _loss(model, case, *_batch(case, step, 50 + micro, rank + extra))
     return total / case.micro_batches
@@ -365,8 +390,15 @@ FAST = [
     (4, Case(vocab=5, tied=True, mesh=(2, 2), entry="adopt")),
     (2, Case(entry="between", divide_factor=1.0)),
     (2, Case(entry="adopt, norm and head", losses_per_backward=2)),
+    (2, Case(past_head=True)),
+    (4, Case(past_head=True, tied=True, entry="adopt", mesh=(2, 2), losses_per_backward=2)),
+    (4, Case(past_head=True, tp=2, losses_per_backward=2)),
 ]
 FULL = [
+    (2, Case(past_head=True, entry="adopt, norm and head", divide_factor=1.0, micro_batches=2)),
+    (4, Case(past_head=True, vocab_parallel=2, vocab=5, losses_per_backward=2)),
+    (2, Case(past_head=True, entry="adopt, own group", offload=True)),
+    (4, Case(past_head=True, tp=2, sequence="own")),
     (2, Case(tp=2)),  # one shard
     (4, Case(tp=4, vocab=5)),
     (4, Case(tp=2, mesh=(2, 1), entry="before")),  # replicas of one shard
@@ -743,6 +775,122 @@ def test_a_model_built_on_the_meta_device_trains_after_loading(ranks: RankPool, 
     expected = _train_plain(case, world).losses[0]
     for rank, (on_meta, loss) in enumerate(ranks.run(world, _meta, case)):
         assert on_meta and abs(loss / expected[rank // case.tp] - 1) < 1e-5
+
+
+def _saved_and_copied(case: Case) -> list[str]:
+    """What saving and copying the sharded modules says; the state dict is saved and read again."""
+    model = _build(case)
+    _shard(model, case, _mesh(case))
+    _losses(model, case, 0, 0, _reader(case)).backward()
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    for name, value in torch.load(file, weights_only=False).items():
+        assert torch.equal(value.to_local(), model.state_dict()[name].to_local()), name
+    texts = []
+    with pytest.raises(TypeError, match="cannot be copied") as caught:
+        copy.deepcopy(model.lm_head)
+    texts.append(str(caught.value))
+    for module in (model.lm_head, model.embed) if case.tied else (model.lm_head,):
+        with pytest.raises(TypeError, match="neither be pickled") as caught:
+            torch.save(module, io.BytesIO())
+        texts.append(str(caught.value))
+    return texts
+
+
+@pytest.mark.parametrize("case", [Case(), Case(tied=True)], ids=str)
+def test_state_dicts_can_be_saved_and_modules_say_that_they_cannot(ranks: RankPool, case: Case) -> None:
+    for texts in ranks.run(2, _saved_and_copied, case):
+        assert len(texts) == 2 + case.tied and all("before" in text for text in texts)
+
+
+def _logits_on_one_rank(alone: int) -> tuple[str, float]:
+    """What a rank is told that wants real logits which no other wants, and after how many seconds."""
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    model = PlainLM(103, tied=False).eval()
+    shard_head(model, DeviceMesh.from_group(group, "cpu", mesh_dim_names=("shard",)), config=EXACT)
+    hidden = torch.randn(2, 4, HIDDEN)
+    with torch.no_grad():
+        model.lm_head(hidden)
+        if dist.get_rank() != alone:
+            return "", 0.0
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="collective over ranks") as caught:
+            model.lm_head(hidden)
+    return str(caught.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_logits_that_one_rank_alone_wants_are_an_error_within_the_groups_timeout(ranks: RankPool, alone: int) -> None:
+    text, seconds = ranks.run(2, _logits_on_one_rank, alone)[alone]
+    assert "the logits of a classifier that FSDP2 shards are collective over ranks [0, 1]" in text
+    assert ("Ranks 1 failed", "from rank 0")[alone] in text and 2 < seconds < 10
+
+
+def _what_entering_leaves_behind(entry: str) -> tuple[bool, list[str]]:
+    """Whether random numbers go on as if nothing had been, and what was logged."""
+    model, mesh, case = _build(Case()), _mesh(Case()), Case(entry=entry)
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("cce_dist").addHandler(handler)
+    before = torch.random.get_rng_state(), random.getstate()
+    _shard(model, case, mesh)
+    same = torch.equal(torch.random.get_rng_state(), before[0]) and random.getstate() == before[1]
+    logging.getLogger("cce_dist").removeHandler(handler)
+    return same, lines
+
+
+@pytest.mark.parametrize("entry", ["before", "adopt"])
+def test_sharding_takes_no_random_numbers_and_says_once_that_it_is_active(ranks: RankPool, entry: str) -> None:
+    (same, lines), (others_same, others_lines) = ranks.run(2, _what_entering_leaves_behind, entry)
+    assert same and others_same
+    assert others_lines == []
+    assert lines == [
+        "cce_dist is active: FSDP2, gradient=exact, 103 vocabulary rows over 2 rank(s), 52 of them on this one"
+    ]
+
+
+def _attributes_inside_a_forward(materialize: str) -> tuple[Any, ...]:
+    """What code in the body sees of the head's weight, the largest tensor then, and what comes of computing with it."""
+    case = Case(vocab=4001, input_vocab=50)
+    model = _build(case)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    _shard(model, case, _mesh(case), EXACT.model_copy(update={"materialize": materialize}), mp_policy=policy)
+    seen: list[Any] = []
+
+    def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        weight = model.lm_head.weight
+        assert weight is model.lm_head.weight
+        seen.append((weight.dtype, weight.shape, weight.device.type))  # type: ignore[union-attr]
+
+    model.norm.register_forward_pre_hook(read)
+    watch = _LargestTensor()
+    with watch:
+        _losses(model, case, 0, 0, _reader(case)).backward()
+    assert isinstance(model.lm_head.weight, DTensor)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            _losses(model, replace(case, past_head=True), 0, 0, _reader(case)).backward()
+            said = "; ".join(str(warning.message) for warning in caught)
+            assert isinstance(model.lm_head.weight, DTensor)
+        except RuntimeError as error:
+            said = str(error)
+    with torch.no_grad():
+        whole = model(_batch(case, 0, 0, 0)[0], past_head=True)
+        real = model.eval()(_batch(case, 0, 0, 0)[0])
+    return *seen[0], watch.elements, said, float((whole - real).norm() / real.norm())
+
+
+@pytest.mark.parametrize(("materialize", "says"), [("warn", "is gathered on every rank"), ("raise", "forbids")])
+def test_reading_the_dtype_of_the_heads_weight_gathers_nothing_and_computing_with_it_says_so(
+    ranks: RankPool, materialize: str, says: str
+) -> None:
+    for dtype, shape, device, elements, said, error in ranks.run(2, _attributes_inside_a_forward, materialize):
+        assert (dtype, shape, device) == (torch.bfloat16, (4001, HIDDEN), "cpu")
+        assert elements < 0.6 * 4001 * HIDDEN
+        assert says in said and "test_fsdp.py" in said and error < 1e-6
 
 
 class ScaledLinear(nn.Linear):

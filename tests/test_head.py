@@ -1,5 +1,7 @@
 """ShardedCCEHead against nn.Linear and F.cross_entropy, by relative norm."""
 
+import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import RankPool
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
 
@@ -166,3 +168,21 @@ def _head_with(rank_config: dict[str, Any]) -> str:
 def test_settings_that_the_head_does_not_look_at_are_refused(ranks: RankPool, key: dict[str, Any]) -> None:
     for text in ranks.run(2, _head_with, key):
         assert f"config sets {next(iter(key))} = {next(iter(key.values()))!r}" in text
+
+
+def _logits_on_one_rank(alone: int) -> tuple[str, float]:
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    head = ShardedCCEHead.from_linear(_linear(40), DeviceMesh.from_group(group, "cpu"))
+    said, start = "", time.monotonic()
+    if dist.get_rank() == alone:
+        with pytest.raises(RuntimeError, match="not all of them came") as caught:
+            head.logits(torch.zeros(3, HIDDEN))
+        said = str(caught.value)
+    return said, time.monotonic() - start
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_logits_on_one_rank_alone_are_an_error_within_the_groups_timeout(ranks: RankPool, alone: int) -> None:
+    text, seconds = ranks.run(2, _logits_on_one_rank, alone, timeout=30)[alone]
+    assert "the logits of a ShardedCCEHead are collective over ranks [0, 1]" in text
+    assert 1 < seconds < 10

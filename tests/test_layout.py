@@ -19,12 +19,24 @@ PACKAGE = TESTS.parent / "cce_dist"
 LAYERS = (
     ("kernels",),
     ("device_check",),
-    ("collectives", "shard"),
+    ("collectives", "shard", "collective_logits"),
     ("loss",),
     ("config",),
-    ("owner", "head", "embedding", "logit_form", "token_statistics", "lazy_logits"),
+    (
+        "announce",
+        "checkpoints",
+        "embedding",
+        "find",
+        "head",
+        "hooks",
+        "lazy_logits",
+        "liger",
+        "logit_form",
+        "owner",
+        "token_statistics",
+    ),
     ("",),  # cce_dist itself
-    ("fsdp", "fsdp_groups", "deepspeed", "transformers", "trl", "trainer_callback"),
+    ("fsdp", "fsdp_groups", "fsdp_in_full", "deepspeed", "transformers", "trl", "trainer_callback"),
     ("train",),
     ("tools",),
     ("cli", "doctor", "train.__main__"),
@@ -36,7 +48,7 @@ REQUIRED = {"torch", "triton", "pydantic"}
 """What any module but the kernels may import, beside Python's own library."""
 KERNELS_REQUIRE = {"torch", "triton"}
 OPTIONAL = {
-    "deepspeed": ("deepspeed", "train.engines"),
+    "deepspeed": ("deepspeed", "train.engines", "train.restricted"),
     "matplotlib": ("tools.plan.plot", "tools.report"),
     "numpy": ("train.data",),
     "packaging": ("deepspeed.guard",),
@@ -49,6 +61,14 @@ OPTIONAL = {
 """Who imports a package that not everyone has."""
 
 PRIVATE = {
+    "checkpoints": ("checkpoints", "_C _current_graph_task_id"),
+    "hooks": (
+        "hooks",
+        "_backward_hooks _backward_pre_hooks _forward_hooks _forward_hooks_always_called _forward_hooks_with_kwargs "
+        "_forward_pre_hooks _forward_pre_hooks_with_kwargs _global_backward_hooks _global_backward_pre_hooks "
+        "_global_forward_hooks _global_forward_hooks_always_called _global_forward_hooks_with_kwargs "
+        "_global_forward_pre_hooks",
+    ),
     "deepspeed.experts": (
         "deepspeed.guard",
         "_clone_world_group _configure_distributed_model _create_expert_and_data_parallel _get_expert_parallel_group "
@@ -57,8 +77,12 @@ PRIVATE = {
     "deepspeed.tensor_parallel": ("deepspeed.guard", "_deepspeed_original_loss_function"),
     "fsdp_groups": (
         "fsdp_groups",
-        "_forward_hooks _forward_pre_hooks _fsdp_param_group _fsdp_param_groups _get_fsdp_state _is_root _module_info",
+        "_C _current_graph_task_id _forward_hooks _forward_pre_hooks _fsdp_param_group _fsdp_param_groups "
+        "_get_fsdp_state _is_root _module_info _modules _state_ctx _make_wrapper_subclass "
+        "_disabled_torch_function_impl",
     ),
+    "fsdp_in_full": ("fsdp_groups", "_C _disabled_torch_function_impl _make_wrapper_subclass"),
+    "trl": ("trl", "_precompute_ref_logps"),
     "device_check": ("device_check", "_assert_async"),
     "shard.groups": ("shard.groups", "_device_types _get_backend _timeout _world"),
     "train.place": ("train.place", "_get_default_timeout"),

@@ -5,6 +5,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import pytest
@@ -13,8 +14,16 @@ import torch.distributed as dist
 from ranks import RankPool
 from reference import DEVICE
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_modules
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils import weight_norm as old_weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from cce_dist import CCEConfig, VocabShard
 from cce_dist.lazy_logits import LazyLogits, MaterializedLogitsWarning, fused_evaluation, make_eager, make_lazy
@@ -230,15 +239,28 @@ def test_the_warning_names_the_line_that_needed_logits() -> None:
     )
 
 
-def test_logits_are_computed_once() -> None:
+class _Products(TorchDispatchMode):
+    """Counts matrix products with all rows of the head."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.count += "mm" in str(function) and result.shape[-1] == VOCAB
+        return result
+
+
+def test_logits_are_computed_once_and_the_hooks_of_the_call_run_once() -> None:
     head = _head(WARN)
-    calls: list[None] = []
-    head.register_forward_hook(lambda *_: calls.append(None))
-    logits = head(_hidden())
-    assert not calls
-    with pytest.warns(MaterializedLogitsWarning) as caught:
-        (logits.softmax(-1), logits[..., :-1, :].argmax(-1), (logits / 2).float().exp())
-    assert len(caught) == len(calls) == 1
+    calls: list[Any] = []
+    head.register_forward_hook(lambda _, args, output: calls.append(output))
+    with _Products() as products:
+        logits = head(_hidden())
+        assert products.count == 0
+        with pytest.warns(MaterializedLogitsWarning) as caught:
+            (logits.softmax(-1), logits[..., :-1, :].argmax(-1, keepdim=True), (logits / 2).float().exp())
+    assert len(caught) == products.count == 1
+    assert calls == [logits]
 
 
 def test_logits_first_read_without_grad_still_carry_gradients_later() -> None:
@@ -248,6 +270,139 @@ def test_logits_first_read_without_grad_still_carry_gradients_later() -> None:
         assert not logits.exp().requires_grad
     logits.exp().sum().backward()
     assert head.weight.grad is not None
+
+
+class _WithLoss(nn.Module):
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return _flat(self.head(hidden), _labels())
+
+
+def _checkpointed(config: CCEConfig | None, around_the_loss: bool, reentrant: bool) -> list[Any]:
+    head, hidden = _head(config), _hidden()
+    if around_the_loss:
+        loss = checkpoint(_WithLoss(head), hidden, use_reentrant=reentrant)
+    else:
+        loss = _flat(checkpoint(head, hidden, use_reentrant=reentrant), _labels())
+    loss.backward()
+    return [loss.detach(), hidden.grad, head.weight.grad, head.bias.grad]
+
+
+@pytest.mark.parametrize("around_the_loss", [True, False], ids=["head and loss", "head alone"])
+def test_a_checkpoint_around_the_head(around_the_loss: bool) -> None:
+    wanted = _checkpointed(None, around_the_loss, True)
+    _assert_same(_checkpointed(EXACT, around_the_loss, False), wanted)
+    with pytest.warns(MaterializedLogitsWarning, match=f"{__file__}.*reentrant checkpoint.*use_reentrant=False"):
+        got = _checkpointed(WARN, around_the_loss, True)
+    _assert_same(got, wanted)
+    with pytest.raises(RuntimeError, match="reentrant checkpoint"):
+        _checkpointed(EXACT, around_the_loss, True)
+
+
+def test_deepspeeds_checkpoint_around_the_head() -> None:
+    checkpointing = pytest.importorskip("deepspeed.runtime.activation_checkpointing.checkpointing")
+    outcomes = []
+    for config in (WARN, None):
+        head, hidden = _head(config), _hidden()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss = _flat(checkpointing.checkpoint(head, hidden), _labels())
+        assert sum(issubclass(w.category, MaterializedLogitsWarning) for w in caught) == (config is WARN)
+        loss.backward()
+        outcomes.append([loss.detach(), hidden.grad, head.weight.grad])
+    _assert_same(*outcomes)
+
+
+@dataclass
+class _Output:
+    """As a model's output; `_as_lightning_moves` does with it what Lightning's ModelParallelStrategy does."""
+
+    loss: Any
+    logits: Any
+
+
+def _as_lightning_moves(data: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """In the words of lightning_utilities' apply_to_collection: dataclasses are deep-copied, then their fields set."""
+    if isinstance(data, Tensor):
+        return function(data)
+    if is_dataclass(data) and not isinstance(data, type):
+        fields_of = {f.name: getattr(data, f.name) for f in fields(data)}
+        result = copy.deepcopy(data, memo={id(value): value for value in fields_of.values()})
+        for name, value in fields_of.items():
+            setattr(result, name, _as_lightning_moves(value, function))
+        return result
+    return data
+
+
+def test_outputs_that_lightning_copies_train_as_they_are() -> None:
+    outcomes, seen = [], []
+    for config in (EXACT, None):
+        head, hidden = _head(config), _hidden()
+        output = _Output(None, head(hidden) * 0.5)
+        before = output.logits
+
+        def moved(x: Tensor) -> Tensor:
+            y = x.clone()
+            y.register_hook(seen.append)  # as where FSDP2's root waits for the backward
+            return y
+
+        output = _as_lightning_moves(output, moved)
+        loss = _flat(output.logits, _labels())
+        loss.backward()
+        outcomes.append([loss.detach(), hidden.grad, head.weight.grad, head.bias.grad])
+        if config is EXACT:
+            assert isinstance(output.logits, LazyLogits)
+            assert output.logits is not before
+            assert len(seen) == 1
+    _assert_same(*outcomes)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_is_of_the_same_call(copied: Callable[[Any], Any]) -> None:
+    head, hidden = _head(EXACT), _hidden()
+    logits = head(hidden)
+    twin = copied({"logits": logits[..., :40]})["logits"]
+    assert twin.shape == (BATCH, LENGTH, 40)
+    _flat(twin, _labels(40)).backward()
+    plain_head, plain_hidden = _head(None), _hidden()
+    _flat(plain_head(plain_hidden)[..., :40], _labels(40)).backward()
+    _assert_same([hidden.grad, head.weight.grad], [plain_hidden.grad, plain_head.weight.grad])
+    twin = copied(logits)
+    twin.hidden_XD = torch.zeros(3, HIDDEN, device=DEVICE)
+    assert (logits.shape, twin.shape) == ((BATCH, LENGTH, VOCAB), (3, VOCAB))
+
+
+VALUES = {"H", "T", "mH", "mT", "data", "imag", "real", "grad_fn", "grad_dtype"}  # the last one: of leaves alone
+METHODS = (
+    "element_size", "is_complex", "is_contiguous", "is_floating_point", "is_signed", "is_conj", "is_neg",
+    "is_inference", "get_device", "nelement", "ndimension", "numel", "dim",
+)  # fmt: skip
+
+
+def test_every_attribute_that_is_metadata_needs_no_logits() -> None:
+    lazy, stock = (_head(config)(_hidden())[:, 1:].bfloat16() for config in (EXACT, None))
+    names = [
+        name for name in dir(Tensor)
+        if name != "volatile"  # which warns
+        and not name.startswith("_") and name not in VALUES and not callable(getattr(Tensor, name))
+    ]  # fmt: skip
+    assert {"is_cuda", "layout", "is_sparse", "itemsize", "nbytes", "is_meta", "is_leaf"} <= set(names)
+    missing = object()
+    for name in names:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the grad of what is no leaf
+            wanted = getattr(stock, name, missing)
+        assert getattr(lazy, name, missing) == wanted, name
+    for name in METHODS:
+        assert getattr(lazy, name)() == getattr(stock.contiguous(), name)(), name
+    assert torch.is_complex(lazy) == torch.is_complex(stock)
+    assert torch.result_type(lazy, torch.ones(1, device=DEVICE)) == torch.float32
+    assert lazy.is_same_size(stock)
+    with pytest.raises(RuntimeError, match="the attribute real"):
+        _ = lazy.real
 
 
 def test_metadata_needs_no_logits() -> None:
@@ -263,10 +418,230 @@ def test_metadata_needs_no_logits() -> None:
     assert repr(logits) == f"LazyLogits(shape=[2, 6, 53], dtype=torch.bfloat16, device={logits.device})"
 
 
+def _halve_input(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+    return args[0] / 2
+
+
+def _shift_input_by_name(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return (), {"input": (args[0] if args else kwargs["input"]) * 0.3 + 1}
+
+
+def _scale_output(module: nn.Module, args: Any, output: Any) -> Any:
+    return torch.tanh(output / 0.7) * 0.7
+
+
+def _weigh_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    assert kwargs.keys() <= {"input"}
+    return output + _vocab_vector()
+
+
+def _prune(head: nn.Linear) -> None:
+    prune.l1_unstructured(head, "weight", 0.5)
+    prune.l1_unstructured(head, "weight", 0.5)
+
+
+HOOKS: dict[str, Callable[[nn.Linear], Any]] = {
+    "a pre-hook": lambda head: head.register_forward_pre_hook(_halve_input),
+    "a pre-hook with keywords": lambda head: head.register_forward_pre_hook(_shift_input_by_name, with_kwargs=True),
+    "two pre-hooks": lambda head: [head.register_forward_pre_hook(_halve_input) for _ in range(2)],
+    "a hook": lambda head: head.register_forward_hook(_scale_output),
+    "a hook with keywords": lambda head: head.register_forward_hook(_weigh_output, with_kwargs=True),
+    "hooks on both sides": lambda head: [
+        head.register_forward_hook(_scale_output), head.register_forward_pre_hook(_halve_input),
+        head.register_forward_hook(_weigh_output, with_kwargs=True, prepend=True),
+    ],
+    "a hook that is called always": lambda head: head.register_forward_hook(_scale_output, always_call=True),
+    "a pre-hook on all modules": lambda head: torch_modules.register_module_forward_pre_hook(_halve_input),
+    "a hook on all modules": lambda head: torch_modules.register_module_forward_hook(_scale_output),
+    "pruning": lambda head: _prune(head),
+    "weight_norm": lambda head: nn.utils.parametrizations.weight_norm(head),
+    "old weight_norm": lambda head: old_weight_norm(head),
+    "spectral_norm": lambda head: nn.utils.parametrizations.spectral_norm(head),
+    "old spectral_norm": lambda head: nn.utils.spectral_norm(head),
+    "a parametrized bias": lambda head: parametrize.register_parametrization(head, "bias", nn.Softplus()),
+}  # fmt: skip
+
+
+def _two_steps(hook: Callable[[nn.Linear], Any], config: CCEConfig | None, use: Callable[..., Any]) -> list[Any]:
+    """Losses, and gradients of hidden states and of all that the head trains, in each of two optimizer steps."""
+    head = _head(config)
+    torch.manual_seed(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        handles = hook(head)
+    try:
+        optimizer, outcome = torch.optim.SGD(head.parameters(), lr=1.0), []
+        for _ in range(2):
+            hidden = _hidden()
+            loss = use(head(hidden), _labels())
+            loss.backward()
+            outcome += [loss.detach(), hidden.grad, *(p.grad.clone() for p in head.parameters())]
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        for handle in handles if isinstance(handles, list) else [handles]:
+            if isinstance(handle, RemovableHandle):
+                handle.remove()
+    return outcome
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+def test_what_changes_input_output_or_parameters_of_the_call_counts(hook: Callable[[nn.Linear], Any]) -> None:
+    _assert_same(_two_steps(hook, EXACT, _flat), _two_steps(hook, None, _flat), 1e-5)
+
+    def real(logits: Any, labels: Tensor) -> Tensor:
+        return F.nll_loss(logits.log_softmax(-1).flatten(0, 1), labels.flatten())
+
+    with pytest.warns(MaterializedLogitsWarning):
+        got = _two_steps(hook, WARN, real)
+    _assert_same(got, _two_steps(hook, None, real), 1e-5)
+
+
+def test_the_head_is_called_by_keyword_too() -> None:
+    for hook in (_shift_input_by_name, None):
+        heads = [_head(config) for config in (EXACT, None)]
+        if hook is not None:
+            for head in heads:
+                head.register_forward_pre_hook(hook, with_kwargs=True)
+        lazy, stock = (_flat(head(input=_hidden()), _labels()) for head in heads)
+        _assert_same([lazy], [stock])
+
+
+def test_a_hook_may_give_something_else_than_logits() -> None:
+    head = _head(EXACT)
+    head.register_forward_hook(lambda module, args, output: args[0].sum())
+    assert torch.equal(head(_hidden()), _hidden().sum())
+
+
+def test_hooks_that_are_called_always_are_called_after_an_error() -> None:
+    def fail(module: nn.Module, args: Any, output: Any) -> None:
+        raise ValueError("the hook's own")
+
+    seen: list[Any] = []
+    head = _head(EXACT)
+    head.register_forward_hook(fail)
+    head.register_forward_hook(lambda module, args, output: seen.append(output), always_call=True)
+    with pytest.raises(ValueError, match="the hook's own"):
+        head(_hidden())
+    assert len(seen) == 1
+
+
+def _swapped_for_the_call(head: nn.Linear, parameters: dict[str, Tensor]) -> Tensor:
+    logits = torch.func.functional_call(head, parameters, (_hidden(),))
+    return _flat(logits, _labels())
+
+
+def test_parameters_swapped_in_for_one_call_are_those_of_the_loss() -> None:
+    grads = []
+    for config in (EXACT, None):
+        head = _head(config)
+        other = {"weight": (head.weight.detach() * 2).requires_grad_(), "bias": head.bias.detach() + 1}
+        loss = _swapped_for_the_call(head, other)
+        loss.backward()
+        assert head.weight.grad is None
+        grads.append([loss.detach(), other["weight"].grad])
+    _assert_same(*grads)
+
+
+class _Reader:
+    """An owner that reads its rows out of a framework's storage, as those of FSDP2 and ZeRO-3 do."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.head, self.shard, self.reads = head, VocabShard.whole(VOCAB), 0
+
+    def local_weight(self) -> Tensor:
+        self.reads += 1
+        return self.head.weight
+
+    def local_bias(self) -> Tensor | None:
+        return self.head.bias
+
+
+def test_an_owner_is_asked_for_its_rows_when_the_loss_runs_and_parameters_must_be_the_same_then() -> None:
+    head = _head(None)
+    owner = _Reader(head)
+    make_lazy(head, owner, EXACT)
+    logits = head(_hidden())
+    assert owner.reads == 0  # what it gathers lives no longer than the loss needs it
+    _assert_same([_flat(logits, _labels())], [_flat(_head(None)(_hidden()), _labels())])
+    with pytest.raises(RuntimeError, match="have been replaced between its call and the use"):
+        _swapped_for_the_call(head, {"weight": head.weight.detach() * 2})
+    for name in ("bias", "weight"):
+        prune.identity(head, name)
+        with pytest.raises(RuntimeError, match="computed for each call.*_Reader"):
+            head(_hidden())
+        prune.remove(head, name)
+
+
+def _backward_hook(head: nn.Linear) -> RemovableHandle:
+    return head.register_full_backward_hook(lambda module, of_input, of_output: (of_input[0] * 2,))
+
+
+def _own_forward(head: nn.Linear) -> None:
+    head.forward = lambda input: F.linear(input, head.weight * 2, head.bias)  # type: ignore[method-assign]
+
+
+class _Doubled(Tensor):
+    """As a quantised weight: F.linear on it is something of its own."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear:
+            return super().__torch_function__(function, types, (args[0] * 2, *args[1:]), kwargs).as_subclass(Tensor)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def _own_weight(head: nn.Linear) -> None:
+    head.weight = nn.Parameter(head.weight.detach().as_subclass(_Doubled))  # type: ignore[arg-type]
+
+
+REAL: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
+    "a backward hook": (_backward_hook, "backward hooks"),
+    "a backward pre-hook": (
+        lambda head: head.register_full_backward_pre_hook(lambda module, of_output: (of_output[0] * 2,)),
+        "backward hooks",
+    ),
+    "a backward hook on all modules": (
+        lambda head: torch_modules.register_module_full_backward_hook(lambda module, x, y: (x[0] * 2,)),
+        "backward hooks",
+    ),
+    "a forward of its own": (_own_forward, "has the forward .*_own_forward"),
+    "a weight of a class of its own": (_own_weight, "a weight of the class _Doubled"),
+}
+
+
+@pytest.mark.parametrize(("change", "text"), REAL.values(), ids=REAL)
+def test_a_call_that_is_more_than_a_product_gives_real_logits_and_says_so(change: Any, text: str) -> None:
+    with pytest.warns(MaterializedLogitsWarning, match=text):
+        got = _two_steps(change, WARN, _flat)
+    _assert_same(got, _two_steps(change, None, _flat))
+    with pytest.raises(RuntimeError, match=text):
+        _two_steps(change, EXACT, _flat)
+
+
+def test_what_is_written_to_between_call_and_loss_is_refused() -> None:
+    for text, write in (("parameters", lambda h, x: h.weight), ("hidden states", lambda h, x: x)):
+        head, hidden = _head(EXACT), _hidden().detach()
+        logits = head(hidden)
+        with torch.no_grad():
+            write(head, hidden).mul_(2)  # type: ignore[no-untyped-call]
+        with pytest.raises(RuntimeError, match=f"{text}.*changed in place"):
+            _flat(logits, _labels())
+
+
+def test_a_call_without_a_graph_gives_a_loss_without_one() -> None:
+    head = _head(EXACT)
+    with torch.no_grad(), fused_evaluation(head):
+        logits = head(_hidden())
+    assert not logits.requires_grad
+    assert not _flat(logits, _labels()).requires_grad
+
+
 def test_output_hooks_find_the_hidden_states_and_may_replace_them() -> None:
     head, hidden = _head(EXACT), _hidden()
     leaves, structure = tree_flatten({"logits": head(hidden)[..., :-1, :] * 0.5})
-    assert leaves == [hidden]
+    assert [leaf.data_ptr() for leaf in leaves] == [hidden.data_ptr()]
     seen: list[Tensor] = []
     replaced = hidden.clone()
     replaced.register_hook(seen.append)
@@ -480,3 +855,52 @@ def _trained_bias_on_a_shard() -> str:
 
 def test_a_trained_bias_beside_a_sharded_head_is_not_fused(ranks: RankPool) -> None:
     assert all("a trained bias" in text for text in ranks.run(2, _trained_bias_on_a_shard))
+
+
+def _tensor_parallel_losses() -> dict[str, Any]:
+    """Of a head that every rank has as a whole, behind a body whose hidden states are DTensors."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    whole = _hidden().detach()[:, :6]
+    labels = _labels()[:, :6].contiguous()
+    found: dict[str, Any] = {}
+    stock = _head(None)
+    hidden = whole.clone().requires_grad_()
+    loss = _flat(stock(hidden), labels)
+    loss.backward()
+    wanted = [loss.detach(), hidden.grad, stock.weight.grad]
+    for name, placement in {"replicated": Replicate(), "sequence": Shard(1)}.items():
+        for labels_are in ("plain", "replicated", "split"):
+            head = _head(EXACT)
+            hidden = distribute_tensor(whole, mesh, [placement]).requires_grad_()
+            y: Any = labels
+            if labels_are != "plain":
+                y = distribute_tensor(labels, mesh, [Replicate() if labels_are == "replicated" else Shard(1)])
+            loss = _flat(head(hidden), y)
+            loss.backward()
+            _assert_same([loss.detach(), hidden.grad.full_tensor(), head.weight.grad], wanted)
+            with torch.no_grad():
+                assert torch.equal(head(hidden.detach()), stock(whole))
+            found[f"{name}, labels {labels_are}"] = True
+    own = distribute_tensor(whole, mesh, [Shard(1)]).to_local()  # sequence parallel: each rank its slice
+    split = F.cross_entropy(
+        _head(EXACT)(own).flatten(0, 1), distribute_tensor(labels, mesh, [Shard(1)]).flatten(), reduction="sum"
+    )
+    dist.all_reduce(split)
+    _assert_same([split / (labels != -100).sum()], wanted[:1])
+    for name, placement in {"batch": Shard(0), "hidden": Shard(2), "partial": Partial()}.items():
+        hidden = DTensor.from_local(whole, mesh, [placement], run_check=False)
+        with pytest.raises(TypeError, match="hidden states at this output layer are a DTensor.*redistribute"):
+            _head(EXACT)(hidden)
+        found[name] = True
+    with pytest.raises(TypeError, match="target is a DTensor"):
+        _flat(_head(EXACT)(whole), DTensor.from_local(labels, mesh, [Partial()], run_check=False))
+    sharded = _head(None)
+    make_lazy(sharded, _Slices(sharded, tuple(RUNS[2][dist.get_rank()]), tokens=False), EXACT)
+    with pytest.raises(TypeError, match="shard_head"):
+        sharded(distribute_tensor(whole, mesh, [Replicate()]))
+    return found
+
+
+def test_what_a_tensor_parallel_body_gives_is_taken_and_other_dtensors_are_refused(ranks: RankPool) -> None:
+    for found in ranks.run(2, _tensor_parallel_losses):
+        assert len(found) == 9

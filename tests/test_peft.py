@@ -7,7 +7,11 @@ from typing import Any
 import architectures
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import RankPool
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
@@ -96,6 +100,160 @@ def test_a_merged_adapter_and_an_unpatched_model_are_plain_models() -> None:
     patch(model, EXACT)
     losses = [m(**architectures.batch()).loss.detach() for m in (model, wanted)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+
+
+def _with_another_adapter(model: Any, **settings: Any) -> Any:
+    model = _adapted(model, SAVED)
+    torch.manual_seed(4)
+    model.add_adapter("other", peft.LoraConfig(**{**BODY, **settings}))
+    model.set_adapter("other")
+    return model
+
+
+FOLLOWED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "another adapter's copy": ("llama", lambda m: _with_another_adapter(m, modules_to_save=["lm_head"])),
+    "an adapter without a copy": ("llama", lambda m: _with_another_adapter(m)),
+    "a copy tied to that of the embedding": (
+        "llama_tied", lambda m: _adapted(m, {**BODY, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    ),
+    "LoRA on the parameter": ("llama", lambda m: _adapted(m, {**BODY, "target_parameters": ["lm_head.weight"]})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change"), FOLLOWED.values(), ids=FOLLOWED)
+def test_the_output_layer_that_peft_puts_in_place_after_patch_is_fused(name: str, change: Callable[..., Any]) -> None:
+    wanted = _step(change(architectures.build(name)))
+    got = _step(change(patch(architectures.build(name), EXACT)))
+    assert isinstance(got[2].logits, LazyLogits)
+    _assert_equal_to_stock(got, wanted)
+    assert any("lora_A" in key for key in wanted[1])
+
+
+def test_a_switch_of_adapters_after_patch_is_followed_and_unpatch_undoes_all() -> None:
+    outcomes = []
+    for patched in (True, False):
+        model = _with_another_adapter(architectures.build("llama"), modules_to_save=["lm_head"])
+        if patched:
+            patch(model, EXACT)
+        seen = []
+        for adapter in ("other", "default", "other"):
+            model.set_adapter(adapter)
+            seen.append(_step(model))
+            assert isinstance(seen[-1][2].logits, LazyLogits) == patched
+        outcomes.append(seen)
+        if patched:
+            unpatch(model)
+            assert not any(is_lazy(module) for module in model.modules())
+            assert not any(module._forward_pre_hooks for module in model.get_base_model().modules())
+    for got, wanted in zip(*outcomes, strict=True):
+        _assert_equal_to_stock(got, wanted)
+
+
+PAST: dict[str, tuple[str, Any]] = {
+    "tokens of a tied embedding": ("llama_tied", [1, 2, 3]),
+    "tokens of the output layer": ("llama", {"lm_head": [1, 2, 3]}),
+}
+
+
+@pytest.mark.parametrize(("name", "tokens"), PAST.values(), ids=PAST)
+def test_a_wrapper_that_computes_logits_past_the_layer_is_reported(name: str, tokens: Any) -> None:
+    settings = {**BODY, "trainable_token_indices": tokens}
+    wanted = _step(_adapted(architectures.build(name), settings))
+    model = _adapted(patch(architectures.build(name), gradient="exact"), settings)
+    for _ in range(2):
+        with pytest.warns(MaterializedLogitsWarning, match="TrainableTokensWrapper, which computes them past"):
+            got = _step(model)
+    _assert_equal_to_stock(got, wanted)
+    with pytest.raises(RuntimeError, match="materialize='raise'.*TrainableTokensWrapper"):
+        _step(_before(name, settings))
+
+
+LR, STEPS = 1e-2, 3
+
+
+def _batch_of(rank: int) -> dict[str, Tensor]:
+    return {key: x[rank][None] for key, x in architectures.batch().items()}
+
+
+def _plain_losses() -> list[list[float]]:
+    """By step, each of two ranks' losses: one process that trains on the mean of both."""
+    model = _adapted(architectures.build("llama"), SAVED)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-6)
+    losses = []
+    for _ in range(STEPS):
+        of_ranks = [model(**_batch_of(rank)).loss for rank in range(2)]
+        torch.stack(of_ranks).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append([loss.item() for loss in of_ranks])
+    return losses
+
+
+def _under_fsdp2(entry: str) -> list[float]:
+    from cce_dist.fsdp import adopt, shard_head
+
+    model = _adapted(architectures.build("llama"), SAVED)
+    mesh = init_device_mesh("cpu", (2,))
+    if entry == "shard_head":
+        shard_head(model, mesh, config=EXACT)
+    fully_shard(model, mesh=mesh)
+    if entry == "adopt":
+        adopt(model, config=EXACT)
+    if entry == "patch":
+        patch(model, EXACT)
+    assert is_lazy(output_layer(model))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-6)
+    losses = []
+    for _ in range(STEPS):
+        loss = model(**_batch_of(dist.get_rank())).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def _under_deepspeed(stage: int, section: dict[str, Any]) -> list[float]:
+    from deepspeed_runs import fresh_deepspeed
+
+    import cce_dist.deepspeed as cce_deepspeed
+
+    fresh_deepspeed()
+    model = _adapted(architectures.build("llama"), SAVED)
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": LR, "eps": 1e-6, "weight_decay": 1e-2, "torch_adam": True}},
+        "cce_dist": {"gradient": "exact", "materialize": "raise", **section},
+    }  # fmt: skip
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    engine = cce_deepspeed.initialize(model=model, config=config, model_parameters=parameters)[0]
+    assert is_lazy(output_layer(engine.module))
+    losses = []
+    for _ in range(STEPS):
+        loss = engine(**_batch_of(dist.get_rank())).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("train", "arguments"),
+    [
+        *((_under_fsdp2, (entry,)) for entry in ("shard_head", "adopt", "patch")),
+        *((_under_deepspeed, (stage, {})) for stage in (3, 1)),
+        (_under_deepspeed, (1, {"vocab_parallel_size": 2})),
+    ],
+)
+def test_a_copy_of_the_output_layer_trains_under_fsdp2_and_deepspeed(
+    ranks: RankPool, train: Callable[..., list[float]], arguments: tuple[Any, ...]
+) -> None:
+    if train is _under_deepspeed:
+        pytest.importorskip("deepspeed")
+    plain = _plain_losses()
+    assert plain[-1] != pytest.approx(plain[0], rel=1e-3)
+    for rank, losses in enumerate(ranks.run(2, train, *arguments, timeout=120)):
+        assert losses == pytest.approx([step[rank] for step in plain], rel=1e-5)
 
 
 class _Shapes(TorchDispatchMode):

@@ -1,26 +1,31 @@
 """The trainer: settings, data order, runs of both engines against plain ones, resume, Ctrl-C, memory of the head."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from launched import Command
 from ranks import RankPool
-from runs import ENGINES, RENDEZVOUS, ROOT, SMALL, TINY, losses, overrides, train
+from runs import ENGINES, RENDEZVOUS, ROOT, SMALL, TINY, losses, overrides, rows, train
 
 from cce_dist import linear_cross_entropy
 from cce_dist.cli import main
 from cce_dist.train import data, settings
 from cce_dist.train.data import IGNORED, Corpus
 from cce_dist.train.head_memory import HeadMemory
+from cce_dist.train.lock import locked
 from cce_dist.train.metrics import read
 from cce_dist.train.settings import DataSettings, Settings
 
@@ -37,6 +42,27 @@ def _train_and_interrupt(words: list[str], rows: int) -> bool:
     if dist.get_rank() == 1:
         threading.Thread(target=interrupt, daemon=True).start()
     return train(words)
+
+
+def _names(file: Path, word: str) -> bool:
+    return file.exists() and word in file.read_text()
+
+
+def _lose_the_metrics(words: list[str]) -> str:
+    """As `_refusals`; a folder takes the place of metrics.jsonl after the second step."""
+    metrics = Path(next(word.removeprefix("output=") for word in words if word.startswith("output="))) / "metrics.jsonl"
+
+    def replace() -> None:
+        while rows(metrics.parent) < 2:
+            time.sleep(0.01)
+        while not metrics.is_dir():
+            metrics.unlink()
+            with contextlib.suppress(FileExistsError):  # a row was faster
+                metrics.mkdir()
+
+    if dist.get_rank() == 0:
+        threading.Thread(target=replace, daemon=True).start()
+    return _refusals([words])[0]
 
 
 class TestSettings:
@@ -76,6 +102,16 @@ class TestSettings:
         file.write_text(json.dumps({"cce_dist": {"gradiant": "exact"}}))
         with pytest.raises(ValueError, match=r"(?s)ds\.json is not valid.*gradiant: unknown key"):
             head_settings(settings.load(TINY, words))
+
+    def test_an_output_that_cannot_be_a_folder_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        for key in ("output", "data.cache"):
+            for path in (tmp_path / "file", tmp_path / "file/below/it"):
+                words = [*overrides(tmp_path / "run", **ENGINES["fsdp2"]), f"{key}={path}"]
+                with pytest.raises(
+                    ValueError, match=f"{key} = {path}: must be a folder, but {tmp_path}/file is a file"
+                ):
+                    settings.load(TINY, words)
 
     def test_the_command_prints_a_readable_error(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["train", "--config", str(TINY), *overrides(tmp_path, typo="1")]) == 2
@@ -146,6 +182,46 @@ class TestData:
         with pytest.raises(ValueError, match="set data.suffixes"):
             data.prepare(tmp_path / "third", text.model_copy(update={"suffixes": (".rst",)}))
 
+    def test_only_regular_files_are_read_and_what_is_left_out_is_said(
+        self, text: DataSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data.prepare(tmp_path / "cache", text)
+        os.mkfifo(tmp_path / "text/05-fifo.txt")
+        (tmp_path / "text/06-link.txt").symlink_to("nowhere.txt")
+        (tmp_path / "other").mkdir()
+        (tmp_path / "text/07.txt").rename(tmp_path / "other/07.txt")
+        (tmp_path / "text/07.txt").symlink_to(tmp_path / "other/07.txt")
+        data.prepare(tmp_path / "again", text)
+        assert (tmp_path / "again/tokens.npy").read_bytes() == (tmp_path / "cache/tokens.npy").read_bytes()
+        assert capsys.readouterr().err.splitlines() == [
+            f"data.text: {tmp_path}/text/05-fifo.txt is left out: it is no regular file",
+            f"data.text: {tmp_path}/text/06-link.txt is left out: No such file or directory",
+        ]
+
+    def test_no_more_than_max_bytes_is_read_of_one_file_either(self, tmp_path: Path) -> None:
+        text = "Ein Satz über Bären, größer als er sein müsste.\r\n" * 30
+        with (tmp_path / "large.txt").open("wb") as file:
+            file.write(text.encode())
+            file.truncate(1 << 40)  # a hole: to read it all would take a terabyte
+        size = next(size for size in range(900, 1000) if text.encode()[size] & 0xC0 == 0x80)  # within a character
+        given = DataSettings(text=tmp_path / "large.txt", vocab_size=300, sequence_length=8, max_bytes=size)
+        data.prepare(tmp_path / "cache", given)
+        (tmp_path / "cut.txt").write_text(text.encode()[: size - 1].decode().replace("\r\n", "\n"))
+        data.prepare(tmp_path / "expected", given.model_copy(update={"text": tmp_path / "cut.txt"}))
+        read = (tmp_path / "cache/tokens.npy").read_bytes()
+        assert read == (tmp_path / "expected/tokens.npy").read_bytes()
+        data.prepare(tmp_path / "cache", given.model_copy(update={"max_bytes": size - 100}))
+        assert (tmp_path / "cache/tokens.npy").read_bytes() != read
+
+    def test_tokens_that_a_run_reads_are_not_written_over(self, text: DataSettings, tmp_path: Path) -> None:
+        data.prepare(tmp_path / "cache", text)
+        corpus = Corpus(tmp_path / "cache", text, seed=0)
+        before = corpus.train_batch(0, corpus.train_windows)
+        short = tmp_path / "short.txt"
+        short.write_text("another text, which is shorter\n")
+        data.prepare(tmp_path / "cache", text.model_copy(update={"text": short}))
+        assert torch.equal(corpus.train_batch(0, corpus.train_windows).labels_BL, before.labels_BL)
+
 
 class TestRuns:
     @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("deepspeed", marks=pytest.mark.full)])
@@ -183,6 +259,73 @@ class TestRuns:
             ranks.run(2, train, words, timeout=120)
         with pytest.raises(ValueError, match="its seed is 0, this run's is 1"):
             ranks.run(2, train, [*words, "checkpoint.resume=true", "seed=1"], timeout=120)
+
+    def test_a_model_type_that_does_not_exist_is_refused_with_the_closest(
+        self, ranks: RankPool, tmp_path: Path
+    ) -> None:
+        words = overrides(tmp_path / "run", **ENGINES["fsdp2"], timeout="100")
+        attempts = {
+            "model.config.model_type = 'lama': transformers ": "model.config.model_type=lama",
+            "has no causal language model of this type; it has ": "model.config.model_type=vit_mae",
+        }
+        for texts in ranks.run(2, _refusals, [[*words, change] for change in attempts.values()], timeout=120):
+            for part, text in zip(attempts, texts, strict=True):
+                assert part in text
+                assert len(text) < 300
+            assert "close to it are llama" in texts[0]
+
+    def test_metrics_that_cannot_be_written_end_every_rank(self, ranks: RankPool, tmp_path: Path) -> None:
+        words = overrides(tmp_path / "run", **ENGINES["fsdp2"], timeout="100", steps="100000")
+        for text in ranks.run(2, _lose_the_metrics, words, timeout=90):
+            assert "rank 0: IsADirectoryError" in text
+            assert "metrics.jsonl" in text
+
+    def test_an_output_folder_belongs_to_one_run_at_a_time(self, ranks: RankPool, tmp_path: Path) -> None:
+        words = overrides(tmp_path / "run", engine="none", deepspeed="null", steps="100000")
+        other = overrides(tmp_path / "run", **ENGINES["fsdp2"], timeout="100")
+        train_alone = [sys.executable, "-m", "cce_dist.train", "--config", TINY, *words]
+        with Command(train_alone, tmp_path / "log.txt") as job:
+            job.until(lambda: rows(tmp_path / "run") >= 2, 200)
+            about = (tmp_path / "run/run.json").read_text()
+            holder = f"is in use by process {job.process.pid} on {socket.gethostname()}"
+            for texts in ranks.run(2, _refusals, [other], timeout=90):
+                assert f"output={tmp_path}/run {holder}" in texts[0]
+            assert (tmp_path / "run/run.json").read_text() == about
+            assert job.process.poll() is None
+            job.process.kill()
+            job.process.wait()
+        assert ranks.run(2, train, other, timeout=90) == [True, True]  # the kernel has let go of it
+
+    def test_a_signal_ends_a_run_that_has_nothing_to_save(self, tmp_path: Path) -> None:
+        words = overrides(tmp_path / "run", engine="none", deepspeed="null", steps="100000")
+        (tmp_path / "data").mkdir()
+        run = [sys.executable, "-m", "cce_dist.train", "--config", TINY, *words]
+        for number, code in ((signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)):
+            with locked(tmp_path / "data/lock", "the text"), Command(run, tmp_path / "log.txt") as job:
+                job.until(partial(_names, tmp_path / "run/lock", str(job.process.pid)), 200)
+                time.sleep(0.5)  # it waits for the text now
+                job.process.send_signal(number)
+                assert job.wait(20) == code, job.said
+        assert not (tmp_path / "run/checkpoints").exists()
+
+    def test_a_second_signal_ends_a_rank_that_waits_for_another(self, tmp_path: Path) -> None:
+        words = overrides(tmp_path / "run", **ENGINES["fsdp2"], steps="100000")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *RENDEZVOUS]
+        with Command([*torchrun, "-m", "cce_dist.train", "--config", TINY, *words], tmp_path / "log.txt") as job:
+            job.until(lambda: rows(tmp_path / "run") >= 2, 200)
+            (first,), (second,) = job.alive(RANK="0"), job.alive(RANK="1")
+            os.kill(second, signal.SIGSTOP)
+            time.sleep(0.5)
+            os.kill(first, signal.SIGTERM)
+            job.until(lambda: "ends after this step, with a checkpoint; a second signal" in job.said, 20)
+            time.sleep(2.5)
+            assert first in job.alive()
+            os.kill(first, signal.SIGTERM)
+            deadline = time.monotonic() + 20
+            while first in job.alive():
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert "rank 0 ends at the second signal, without a checkpoint" in job.said
 
     @pytest.mark.full
     def test_old_checkpoints_go_and_unfinished_ones_are_not_resumed_from(self, ranks: RankPool, tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """One line makes the Hugging Face Trainer train with cce_dist: it logs what it logs for the stock model."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import accelerate_state
@@ -10,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from ranks import RankPool
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -17,7 +21,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import HfDeepSpeedConfig
 
 from cce_dist import CCEConfig
-from cce_dist.lazy_logits import is_lazy
+from cce_dist.fsdp_groups import reshard
+from cce_dist.lazy_logits import is_lazy, lazy_calls
 from cce_dist.trainer_callback import CCECallback
 from cce_dist.transformers import output_layer, patch
 
@@ -40,10 +45,17 @@ def _arguments(folder: str, **settings: Any) -> TrainingArguments:
     )  # fmt: skip
 
 
-def _logged(trainer: Trainer) -> Log:
-    """(loss, gradient norm) of each optimizer step."""
+def _logged(trainer: Trainer, evaluates: bool = True) -> Log:
+    """(loss, gradient norm) of each optimizer step, and (loss, 0) of an evaluation."""
     trainer.train()
-    return [(row["loss"], float(row["grad_norm"])) for row in trainer.state.log_history if "loss" in row]
+    log = [(row["loss"], float(row["grad_norm"])) for row in trainer.state.log_history if "loss" in row]
+    head = output_layer(trainer.model)
+    before = lazy_calls(head)
+    if not evaluates:
+        return log
+    log.append((trainer.evaluate(_data()[:6])["eval_loss"], 0.0))
+    assert (lazy_calls(head) > before) == is_lazy(head)  # nobody wants its logits
+    return log
 
 
 def _ddp(folder: str, ours: bool, **settings: Any) -> Log:
@@ -55,6 +67,25 @@ def _ddp(folder: str, ours: bool, **settings: Any) -> Log:
     assert isinstance(trainer.model_wrapped, DistributedDataParallel)
     assert is_lazy(output_layer(model)) == ours
     return log
+
+
+def _mean_of_logits(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A loss of the user's own, outside of the model's forward."""
+    logits, labels = outputs.logits[..., :-1, :].flatten(0, 1), labels[..., 1:].flatten()
+    total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def _ddp_outside_of_forward(folder: str, ours: bool, smoothed: bool) -> Log:
+    """DDP looks for unused parameters in what forward returns, and the loss is computed later."""
+    model = architectures.build("qwen3")  # untied
+    settings = {"label_smoothing_factor": 0.1} if smoothed else {}
+    callbacks = [CCECallback(gradient="exact", materialize="warn" if smoothed else "raise")] if ours else []
+    trainer = Trainer(
+        model, _arguments(folder, ddp_find_unused_parameters=True, **settings), train_dataset=_data(),
+        callbacks=callbacks, compute_loss_func=None if smoothed else _mean_of_logits,
+    )  # fmt: skip
+    return _logged(trainer)
 
 
 def _native_fsdp2(folder: str, ours: bool) -> Log:
@@ -75,12 +106,13 @@ def _accelerates_fsdp2(folder: str, ours: bool, name: str) -> Log:
     accelerate_state.fsdp2_accelerator(model)
     trainer = Trainer(model, arguments, train_dataset=_data(), callbacks=callbacks)
     assert trainer.accelerator.is_fsdp2
-    return _sharded_log(trainer, ours)
+    return _sharded_log(trainer, ours, evaluates=False)  # accelerate does not gather losses on a CPU that has FSDP
 
 
-def _sharded_log(trainer: Trainer, ours: bool) -> Log:
-    log = _logged(trainer)
+def _sharded_log(trainer: Trainer, ours: bool, evaluates: bool = True) -> Log:
+    log = _logged(trainer, evaluates)
     head = output_layer(trainer.model)
+    reshard(trainer.model)  # an evaluation leaves the root's parameters gathered
     assert isinstance(head.weight, DTensor)
     assert is_lazy(head) == ours
     return log
@@ -120,7 +152,7 @@ def _zero3(folder: str, ours: bool, section: dict[str, Any] | None) -> Log:
     model = architectures.build("qwen3")
     arguments = _arguments(folder, deepspeed=config, use_cpu=False)
     trainer = Trainer(model, arguments, train_dataset=_data(), callbacks=callbacks)
-    log = _logged(trainer)
+    log = _logged(trainer, evaluates=False)  # accelerate gathers no losses on a CPU with DeepSpeed
     assert is_lazy(output_layer(model)) == ours
     return log
 
@@ -128,6 +160,8 @@ def _zero3(folder: str, ours: bool, section: dict[str, Any] | None) -> Log:
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "DDP": (_ddp, {"average_tokens_across_devices": True}),
     "DDP, tokens counted on each rank": (_ddp, {"average_tokens_across_devices": False}),
+    "DDP, compute_loss_func": (_ddp_outside_of_forward, {"smoothed": False}),
+    "DDP, label smoothing": (_ddp_outside_of_forward, {"smoothed": True}),
     "FSDP2 of transformers": (_native_fsdp2, {}),
     "FSDP2 of accelerate": (_accelerates_fsdp2, {"name": "qwen3"}),
     "FSDP2 of accelerate, tied": (_accelerates_fsdp2, {"name": "llama_tied"}),
@@ -159,7 +193,7 @@ def test_two_ranks_log_what_they_log_for_stock(ranks: RankPool, tmp_path: Path) 
         ranks.close()  # accelerate keeps state in the process
     for logs in by_rank:
         for name, (stock, ours) in logs.items():
-            assert len(stock) == len(ours) == 3
+            assert len(stock) == len(ours) >= 3
             for x, y in zip(ours, stock, strict=True):
                 assert x == pytest.approx(y, rel=1e-5), name
     stock_logs = {name: stock for name, (stock, _) in by_rank[0].items()}
@@ -179,6 +213,80 @@ def test_one_process_trains_patched_and_a_second_run_goes_on(tmp_path: Path) -> 
     assert _logged(trainer)[0][0] < log[0][0]
 
 
+class _Metrics:
+    """What ``compute_metrics`` and generation in a callback see of the model."""
+
+    def __init__(self) -> None:
+        self.logits: list[Any] = []
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        self.logits.append(prediction.predictions)
+        return {}
+
+
+@pytest.mark.parametrize("loss_only", [False, True])
+def test_evaluation_computes_logits_only_where_they_are_wanted(tmp_path: Path, loss_only: bool) -> None:
+    losses, metrics = [], _Metrics()
+    for callbacks in ([CCECallback(gradient="exact", materialize="raise", max_tokens=40)], []):
+        model = architectures.build("llama")
+        arguments = _arguments(str(tmp_path), prediction_loss_only=loss_only, per_device_eval_batch_size=6)
+        trainer = Trainer(
+            model, arguments, train_dataset=_data(), eval_dataset=_data()[:6], callbacks=callbacks,
+            compute_metrics=metrics,
+        )  # fmt: skip
+        trainer.train()
+        before = lazy_calls(model.lm_head)
+        losses.append(trainer.evaluate()["eval_loss"])
+        assert (lazy_calls(model.lm_head) > before) == (loss_only and bool(callbacks))
+        assert type(model.eval()(**architectures.batch()).logits) is torch.Tensor
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(metrics.logits) == (0 if loss_only else 2)
+
+
+def _evaluated_before(folder: str) -> str:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}}
+    accelerate_state.forget()
+    trainer = Trainer(
+        architectures.build("qwen3"),
+        _arguments(folder, deepspeed={**config, "zero_allow_untested_optimizer": True}, use_cpu=False),
+        train_dataset=_data(),
+        eval_dataset=_data()[:2],
+        callbacks=[CCECallback(EXACT)],
+    )
+    trainer.evaluate()
+    with pytest.raises(ValueError, match="before train") as caught:
+        trainer.train()
+    return str(caught.value)
+
+
+@pytest.mark.full
+def test_an_evaluation_before_training_under_zero3_is_named_as_what_stops_it(ranks: RankPool, tmp_path: Path) -> None:
+    try:
+        (text,) = ranks.run(1, _evaluated_before, str(tmp_path), timeout=120)
+    finally:
+        ranks.close()  # accelerate keeps state in the process
+    assert "eval_on_start=True" in text
+
+
+def test_one_line_says_that_it_is_active_whatever_logging_is_configured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = Trainer(
+        architectures.build("llama"), _arguments(str(tmp_path)), train_dataset=_data(), callbacks=[CCECallback(EXACT)]
+    )
+    trainer.train()
+    active = [record for record in caplog.records if "cce_dist is active" in record.getMessage()]
+    assert [record.name for record in active] == ["cce_dist"]
+    script = "from cce_dist.announce import announce_active as a; a('x'); import logging; logging.basicConfig(); a('y')"
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    ).stderr
+    assert said.splitlines() == ["cce_dist is active: x", "INFO:cce_dist:cce_dist is active: y"]
+
+
 def test_bad_settings_are_refused_where_they_are_given() -> None:
     with pytest.raises(ValueError, match="gradiant: unknown key"):
         CCECallback(gradiant="exact")
@@ -191,6 +299,46 @@ def test_settings_in_two_places_are_refused(tmp_path: Path) -> None:
     arguments.hf_deepspeed_config = HfDeepSpeedConfig({"cce_dist": {"gradient": "exact"}})
     with pytest.raises(ValueError, match="leave one of them out"):
         CCECallback(tail=False).on_init_end(arguments, None, None)
+
+
+def test_arguments_that_make_liger_compute_the_loss_are_refused_before_the_model_is_touched(tmp_path: Path) -> None:
+    model = architectures.build("llama")
+    for settings in ({}, {"liger_kernel_config": {"cross_entropy": True, "fused_linear_cross_entropy": False}}):
+        arguments = _arguments(str(tmp_path), use_liger_kernel=True, **settings)
+        with pytest.raises(ValueError, match="use_liger_kernel=True.*leave Liger out"):
+            Trainer(model, arguments, train_dataset=_data(), callbacks=[CCECallback()])
+        late = Trainer(model, arguments, train_dataset=_data())
+        late.add_callback(CCECallback())
+        with pytest.raises(ValueError, match="use_liger_kernel=True"):
+            late.callback_handler.on_train_begin(arguments, late.state, late.control)
+    arguments = _arguments(str(tmp_path))
+    arguments.use_liger_loss = True  # of TRL before 1.0
+    with pytest.raises(ValueError, match="use_liger_loss=True"):
+        Trainer(model, arguments, train_dataset=_data(), callbacks=[CCECallback()])
+    assert not is_lazy(model.lm_head)
+
+
+def test_ligers_other_kernels_and_a_callback_that_is_switched_off_are_not_refused(tmp_path: Path) -> None:
+    others = _arguments(str(tmp_path), use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": False})
+    CCECallback().on_init_end(others, None, None)
+    CCECallback(enabled=False).on_init_end(_arguments(str(tmp_path), use_liger_kernel=True), None, None)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_whose_forward_liger_has_replaced_is_refused(tmp_path: Path, wrapped: bool) -> None:
+    def lce_forward(self: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+    lce_forward.__module__ = "liger_kernel.transformers.model.llama"  # as apply_liger_kernel_to_llama(model=model) does
+    model = architectures.build("llama")
+    model.forward = MethodType(lce_forward, model)
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    for attempt in (
+        lambda: CCECallback().on_train_begin(_arguments(str(tmp_path)), None, None, model=model),
+        lambda: patch(model),
+    ):
+        with pytest.raises(ValueError, match="liger_kernel.transformers.model.llama.*leave Liger out"):
+            attempt()
 
 
 def test_trainers_that_go_past_the_output_layer_are_refused(tmp_path: Path) -> None:

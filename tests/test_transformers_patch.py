@@ -16,6 +16,7 @@ from ranks import RankPool
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
@@ -133,6 +134,91 @@ def test_unpatch_restores_the_model() -> None:
     assert type(outputs.logits) is Tensor
     assert torch.equal(loss, stock[0])
     assert all(torch.equal(gradients[name], stock[1][name]) for name in gradients)
+
+
+def _resized(model: PreTrainedModel, rows: int) -> PreTrainedModel:
+    torch.manual_seed(3)
+    model.resize_token_embeddings(rows)
+    return model
+
+
+@pytest.mark.parametrize("rows", [400, 310])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
+def test_a_vocabulary_resized_after_patch_is_followed(name: str, rows: int) -> None:
+    batch = {key: x.clamp(max=309) for key, x in architectures.batch().items()}
+    outcomes = []
+    for patched in (True, False):
+        model = architectures.build(name)
+        if patched:
+            _step(patch(model, EXACT))
+        _resized(model, rows)
+        torch.manual_seed(1)
+        model.zero_grad()
+        outputs = model(**batch)
+        outputs.loss.backward()
+        assert isinstance(outputs.logits, LazyLogits) == patched
+        assert outputs.logits.shape[-1] == rows
+        outcomes.append((outputs.loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(outcomes[0][0], outcomes[1][0], rtol=1e-6, atol=0)
+    _assert_close(outcomes[0][1], outcomes[1][1])
+
+
+class _Twice(nn.Module):
+    """A new output layer that is no nn.Linear."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.weight.T * 2
+
+
+def test_a_new_output_layer_that_cannot_be_fused_is_reported_before_it_runs() -> None:
+    model = patch(architectures.build("llama"), EXACT)
+    model.set_output_embeddings(_Twice(model.lm_head.weight))
+    with pytest.raises(RuntimeError, match=r"materialize='raise'.*LlamaForCausalLM.*_Twice"):
+        _step(model)
+    model = patch(architectures.build("llama"), gradient="exact")
+    model.lm_head = _Adapted(32, architectures.VOCAB, bias=False)
+    with pytest.warns(MaterializedLogitsWarning, match="_Adapted"):
+        _step(model)
+    model.lm_head = nn.Linear(32, architectures.VOCAB, bias=False)
+    assert isinstance(_step(model)[2].logits, LazyLogits)
+    patch(unpatch(model), EXACT)
+    assert isinstance(_step(model)[2].logits, LazyLogits)
+
+
+def test_what_patch_hangs_on_a_model_goes_with_it_and_is_nothing_in_a_pickle_or_a_copy_of_a_part() -> None:
+    model = patch(architectures.build("llama"), EXACT)
+    twin, part = copy.deepcopy(model), copy.deepcopy(model.model)
+    for m in (model, twin):
+        assert isinstance(_step(_resized(m, 400))[2].logits, LazyLogits)
+    assert torch.isfinite(part(architectures.batch()["input_ids"])[0]).all()
+    data = pickle.dumps(model)
+    assert b"cce_dist" not in data
+    assert type(_step(pickle.loads(data))[2].logits) is Tensor
+    for m in (model, twin):
+        assert type(_step(unpatch(m))[2].logits) is Tensor
+        assert not any(module._forward_pre_hooks for module in m.modules())
+
+
+def _fsdp2_with_a_new_head() -> str:
+    model = architectures.build("llama")
+    fully_shard(model)
+    patch(model, EXACT)
+    model.lm_head = nn.Linear(32, architectures.VOCAB, bias=False)
+    try:
+        _step(model)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_new_output_layer_beside_a_sharded_one_is_reported_on_every_rank(ranks: RankPool) -> None:
+    for text in ranks.run(2, _fsdp2_with_a_new_head):
+        assert "materialize='raise'" in text, text
+        assert "is not the one that was patched" in text, text
 
 
 def test_a_loss_that_reads_probabilities_gets_them_with_a_warning_that_names_its_line() -> None:
@@ -300,6 +386,35 @@ def _ddp_gradients(patched: str) -> dict[str, Tensor]:
         patch(wrapped, EXACT)
     wrapped(**batch).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _outside_of_forward(patched: bool, name: str, frozen: str) -> dict[str, Tensor]:
+    """Two steps with a loss on the logits that the model returns, where DDP looks for parameters that went unused."""
+    model = architectures.build(name)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad = not (frozen and frozen in key)
+    if patched:
+        patch(model, EXACT)
+    unused = nn.ModuleDict({"model": model, "unused": nn.Linear(3, 3)})
+    unused.forward = lambda **inputs: model(**inputs)  # type: ignore[method-assign]
+    wrapped = DistributedDataParallel(unused, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = {key: x[dist.get_rank()][None] for key, x in architectures.batch().items()}
+    labels = batch.pop("labels")
+    for _ in range(2):
+        optimizer.zero_grad()
+        logits = wrapped(**batch).logits
+        assert isinstance(logits, LazyLogits) == patched
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+        optimizer.step()
+    return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("name", "frozen"), [("llama", ""), ("llama", "model."), ("llama", "lm_head"), ("phi", "")])
+def test_ddp_that_looks_for_unused_parameters_finds_the_output_layer(ranks: RankPool, name: str, frozen: str) -> None:
+    by_rank = zip(*(ranks.run(2, _outside_of_forward, patched, name, frozen) for patched in (True, False)), strict=True)
+    for got, stock in by_rank:
+        _assert_close(got, stock)
 
 
 @pytest.mark.parametrize("patched", ["before", "after"])

@@ -1,5 +1,6 @@
 """TRL's trainers with cce_dist: what they log is what they log for the stock model, and no logits are computed."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from ranks import RankPool
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from cce_dist.lazy_logits import MaterializedLogitsWarning, is_lazy
@@ -20,7 +22,7 @@ from cce_dist.transformers import output_layer, patch
 trl = pytest.importorskip("trl")  # needs Python 3.11
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from tokenizers import Tokenizer, models  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
@@ -38,29 +40,104 @@ def _data() -> Dataset:
     return Dataset.from_list(rows)
 
 
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(architectures.VOCAB)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2", unk_token="t0")
+
+
+def _settings(folder: str, **settings: Any) -> dict[str, Any]:
+    return {
+        "output_dir": folder, "max_steps": 3, "gradient_accumulation_steps": 2, "logging_steps": 1,
+        "learning_rate": 1e-2, "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
+        "bf16": False, "gradient_checkpointing": False, **settings,
+    }  # fmt: skip
+
+
+def _callbacks(ours: bool) -> list[CCECallback]:
+    return [CCECallback(gradient="exact", materialize="raise")] if ours else []
+
+
 def _trainer(
     folder: str, name: str, ours: bool, peft: LoraConfig | None = None, fsdp2: bool = False, **settings: Any
 ) -> Any:
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(architectures.VOCAB)}, unk_token="t0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2", unk_token="t0")
-    arguments = trl.SFTConfig(
-        folder, max_steps=3, per_device_train_batch_size=1 if fsdp2 else 2, gradient_accumulation_steps=2,
-        logging_steps=1, learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
-        **{"bf16": False, "gradient_checkpointing": False, **settings},
-    )  # fmt: skip
+    arguments = trl.SFTConfig(**_settings(folder, per_device_train_batch_size=1 if fsdp2 else 2, **settings))
     model = architectures.build(name)
     if fsdp2:
-        assert arguments.device.type == "cpu"  # asking for it resets accelerate
-        accelerate_state.fsdp2_accelerator(model)
+        _shard_by_fsdp2(model, arguments)
     return trl.SFTTrainer(
         model,
         arguments,
         train_dataset=_data(),
         eval_dataset=_data(),
-        processing_class=tokenizer,
+        processing_class=_tokenizer(),
         peft_config=peft,
-        callbacks=[CCECallback(gradient="exact", materialize="raise")] if ours else [],
+        callbacks=_callbacks(ours),
     )
+
+
+def _sft(folder: str, ours: bool, **settings: Any) -> Any:
+    return _trainer(folder, "llama", ours, **settings)
+
+
+def _shard_by_fsdp2(model: PreTrainedModel, arguments: Any) -> None:
+    assert arguments.device.type == "cpu"  # asking for it resets accelerate
+    accelerate_state.fsdp2_accelerator(model, "bf16" if arguments.bf16 else "no")
+
+
+def _words(seed: int, length: int) -> str:
+    ids = torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return " ".join(f"t{i}" for i in ids)
+
+
+def _preferences() -> Dataset:
+    rows = [
+        {
+            "prompt": _words(i, 4),
+            "chosen": " " + _words(50 + i, 15 + i % 3),
+            "rejected": " " + _words(90 + i, 14 + i % 4),
+        }
+        for i in range(12)
+    ]
+    return Dataset.from_list(rows)
+
+
+def _dpo(
+    folder: str, ours: bool, peft: LoraConfig | None = None, fsdp2: bool = False, data: str = "", **settings: Any
+) -> Any:
+    arguments = trl.DPOConfig(**_settings(folder, per_device_train_batch_size=1, **settings))
+    model, reference = architectures.build("llama"), architectures.build("llama")
+    with torch.no_grad():
+        for each in (model, reference):  # logits so large that rounding them shows
+            each.lm_head.weight *= 20
+    if fsdp2:
+        _shard_by_fsdp2(model, arguments)
+    return trl.DPOTrainer(
+        model,
+        ref_model=None if peft else reference,
+        args=arguments,
+        train_dataset=Dataset.load_from_disk(data) if data else _preferences(),
+        processing_class=_tokenizer(),
+        peft_config=peft,
+        callbacks=_callbacks(ours),
+    )
+
+
+def _grpo(folder: str, ours: bool, peft: LoraConfig | None = None, **settings: Any) -> Any:
+    extra = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1, "per_device_train_batch_size": 2}
+    return trl.GRPOTrainer(
+        architectures.build("llama"),
+        reward_funcs=_reward,
+        args=trl.GRPOConfig(**_settings(folder, **extra, **settings)),
+        train_dataset=_preferences().remove_columns(["chosen", "rejected"]),
+        processing_class=_tokenizer(),
+        peft_config=peft,
+        callbacks=_callbacks(ours),
+    )
+
+
+def _reward(completions: list[str], **_: Any) -> list[float]:
+    return [float(sum(map(ord, completion)) % 7) for completion in completions]
 
 
 def _log(trainer: Any) -> list[dict[str, float]]:
@@ -124,6 +201,140 @@ def test_sft_on_two_ranks_under_fsdp2_logs_what_it_logs_for_stock(ranks: RankPoo
                 assert x == pytest.approx(y, rel=2e-5), name
 
 
+def _ddp_logs(folder: str, name: str) -> list[list[dict[str, float]]]:
+    """[stock, ours]: loss, gradient norm and entropy of each step where DDP looks for unused parameters."""
+    make = {
+        "sft": lambda *args, **settings: _trainer(*args[:1], "llama", *args[1:], **settings),
+        "dpo": _dpo,
+        "grpo": _grpo,
+    }
+    logs = []
+    for ours in (False, True):
+        accelerate_state.forget()
+        torch.manual_seed(0)  # of the adapters, and of what GRPO generates
+        trainer = make[name](folder, ours, peft=LORA, ddp_find_unused_parameters=True)
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+        assert trainer.model_wrapped.find_unused_parameters
+        keys = ("loss", "grad_norm", "entropy")
+        logs.append(
+            [{k: float(row[k]) for k in keys if k in row} for row in trainer.state.log_history if "loss" in row]
+        )
+    return logs
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
+def test_ddp_that_looks_for_unused_parameters_trains_as_stock(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    try:
+        by_rank = ranks.run(2, _ddp_logs, str(tmp_path), name, timeout=240)
+    finally:
+        ranks.close()  # accelerate keeps state in the process
+    for stock, ours in by_rank:
+        assert len(stock) == 3 and all("entropy" in row for row in stock)
+        for x, y in zip(ours, stock, strict=True):
+            assert x == pytest.approx(y, rel=2e-5)
+
+
+def _distilled(folder: str) -> list[list[tuple[float, float]]]:
+    """[stock, ours]: loss and gradient norm of a trainer that multiplies by lm_head.weight, past the head's call."""
+    logs = []
+    for ours in (False, True):
+        accelerate_state.forget()
+        torch.manual_seed(0)
+        arguments = trl.DistillationConfig(
+            **_settings(folder, per_device_train_batch_size=2, max_completion_length=4, max_steps=2)
+        )
+        model, teacher = architectures.build("llama"), architectures.build("llama")
+        with torch.no_grad():
+            teacher.lm_head.weight *= 20
+        _shard_by_fsdp2(model, arguments)
+        trainer = trl.DistillationTrainer(
+            model,
+            teacher_model=teacher,
+            args=arguments,
+            train_dataset=_preferences().remove_columns(["chosen", "rejected"]),
+            processing_class=_tokenizer(),
+            callbacks=[CCECallback(gradient="exact")] if ours else [],
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", MaterializedLogitsWarning)
+            trainer.train()
+        told = [str(x.message) for x in caught if issubclass(x.category, MaterializedLogitsWarning)]
+        assert bool(told) == ours and all("gathered on every rank" in text for text in told)
+        assert is_lazy(output_layer(trainer.model)) == ours
+        logs.append([(float(r["loss"]), float(r["grad_norm"])) for r in trainer.state.log_history if "loss" in r])
+    return logs
+
+
+@pytest.mark.full
+def test_distillation_on_two_ranks_under_fsdp2_has_the_gradient_of_stock(ranks: RankPool, tmp_path: Path) -> None:
+    try:
+        by_rank = ranks.run(2, _distilled, str(tmp_path), timeout=240)
+    finally:
+        ranks.close()  # accelerate keeps state in the process
+    for stock, ours in by_rank:
+        assert len(stock) == 2
+        for x, y in zip(ours, stock, strict=True):
+            assert x == pytest.approx(y, rel=2e-5)
+
+
+REWARDS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
+
+
+def _rewards(folder: str, ours: bool, **settings: Any) -> list[list[float]]:
+    """Of a policy that stays what its reference is, in bf16."""
+    settings = {"bf16": True, "learning_rate": 0.0, "max_steps": 6, "gradient_accumulation_steps": 1, **settings}
+    trainer = _dpo(folder, ours, **settings)
+    trainer.train()
+    if ours:
+        assert output_layer(trainer.model)._cce.config.first_pass == "full"  # type: ignore[union-attr]
+    return [[float(row[key]) for key in REWARDS] for row in trainer.state.log_history if "loss" in row]
+
+
+NO_CHANGE = {
+    "a model": {},
+    "before training": {"precompute_ref_log_probs": True},
+    "the policy without its adapter": {"peft": LoraConfig(r=4, target_modules=["q_proj"])},
+    "that, before training": {
+        "peft": LoraConfig(r=4, target_modules=["q_proj"]),
+        "precompute_ref_log_probs": True,
+    },
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("settings", NO_CHANGE.values(), ids=NO_CHANGE)
+def test_dpo_in_bf16_rewards_a_policy_that_is_its_reference_with_nothing(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    for loss, *rewards in _rewards(str(tmp_path), True, **settings):
+        assert max(map(abs, rewards)) < 1e-6 and loss == pytest.approx(math.log(2), abs=1e-6)
+
+
+def _sharded_rewards(folder: str, data: str) -> list[list[list[list[float]]]]:
+    every = []
+    for settings in (NO_CHANGE["a model"], NO_CHANGE["before training"], NO_CHANGE["the policy without its adapter"]):
+        pair = []
+        for ours in (False, True):
+            accelerate_state.forget()
+            pair.append(_rewards(folder, ours, fsdp2=True, data=f"{data}/{ours}", **settings))
+        every.append(pair)
+    return every
+
+
+@pytest.mark.full
+def test_dpo_in_bf16_under_fsdp2_starts_with_the_loss_and_rewards_of_stock(ranks: RankPool, tmp_path: Path) -> None:
+    for ours in (False, True):  # TRL caches beside the data what the reference says of it
+        _preferences().save_to_disk(tmp_path / "data" / str(ours))
+    try:
+        by_rank = ranks.run(2, _sharded_rewards, str(tmp_path / "out"), str(tmp_path / "data"), timeout=240)
+    finally:
+        ranks.close()  # accelerate keeps state in the process
+    for stock, ours in by_rank[0]:  # FSDP2 rounds what a model returns to bf16: so do all sums of it
+        assert ours == stock and all(max(map(abs, rewards)) == 0 for _, *rewards in ours)
+
+
 def _fused(model: PreTrainedModel, **extra: Any) -> tuple[Any, dict[str, Tensor]]:
     model.zero_grad()
     result = model(**architectures.batch(), fused_lm_head=True, **extra)
@@ -164,8 +375,24 @@ def test_an_entropy_bonus_is_refused_instead_of_going_without_a_gradient() -> No
     utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     fuse_forward(model, trl_forward_of(model), output_layer(model))
     result = model(**architectures.batch(), fused_lm_head=True)
+    (result.loss + 0 * result.entropy.mean()).backward(retain_graph=True)
     with pytest.raises(NotImplementedError, match="entropy bonus"):
         (result.loss - 0.1 * result.entropy.mean()).backward()
+
+
+@pytest.mark.parametrize("bonus", [{"entropy_coef": 0.01}, {"use_adaptive_entropy": True}])
+def test_arguments_that_ask_for_an_entropy_bonus_are_refused_before_a_step(tmp_path: Path, bonus: Any) -> None:
+    with pytest.raises(NotImplementedError, match=f"{next(iter(bonus))}=.*entropy bonus"):
+        _grpo(str(tmp_path), True, peft=LORA, **bonus).train()
+
+
+@pytest.mark.gpu
+def test_a_gradient_of_zeros_passes_the_logged_entropy_on_a_gpu() -> None:
+    from cce_dist.trl import _ForTheLog
+
+    anchor = torch.zeros(3, device="cuda", requires_grad=True)
+    _ForTheLog.apply(torch.ones(3, device="cuda"), anchor).backward(torch.zeros(3, device="cuda"))
+    assert anchor.grad is not None and anchor.grad.tolist() == [0, 0, 0]
 
 
 def test_a_projection_in_fp32_and_an_unknown_forward_are_refused() -> None:

@@ -17,9 +17,11 @@ from torch import nn
 from cce_dist.config import CCEConfig
 from cce_dist.deepspeed import experts, tensor_parallel
 from cce_dist.deepspeed.guard import autotp_size, check_autotp, check_version, check_zero3, refuse_untested
-from cce_dist.deepspeed.sharded import CutRows, ShardedRows
+from cce_dist.deepspeed.sharded import CutRows, ShardedRows, cut_before
 from cce_dist.deepspeed.zero3 import ZeRO3Owner, vocab_group_size
+from cce_dist.find import output_layer
 from cce_dist.lazy_logits import make_eager, make_lazy
+from cce_dist.liger import refuse_liger_forward
 from cce_dist.owner import ModuleOwner, ShardOwner
 
 SECTION = "cce_dist"
@@ -42,7 +44,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
     Args:
         *args, **kwargs: those of ``deepspeed.initialize``. The model's classifier is ``get_output_embeddings()`` or
-            ``lm_head``.
+            ``lm_head``; of a layer in PEFT's ``modules_to_save``, the active adapter's copy.
 
     Returns:
         engine, optimizer, dataloader, scheduler.
@@ -61,7 +63,9 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         return _stock_initialize(*args, **kwargs)
     model, mpu = arguments["model"], arguments.get("mpu")
     check_version()
+    refuse_liger_forward(model)
     head = _classifier(model)
+    _check_cut_before(config, head, mpu, settings)
     refuse_untested(config, arguments, head, settings)
     if autotp_size(config) > 1:
         arguments = _with_vocab_parallel_head(arguments, config)
@@ -125,18 +129,13 @@ def _config(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     return {}, ""
 
 
-def _output_layer(model: nn.Module) -> Any:
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    return getattr(model, "lm_head", None) if head is None else head
-
-
 def _classifier(model: nn.Module) -> nn.Linear:
-    head = _output_layer(model)
+    head = output_layer(model)
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"{type(model).__name__} must have its classifier, an nn.Linear, as get_output_embeddings() or as lm_head; "
-            f'got {type(head).__name__}. Add one of the two, or remove the section "{SECTION}" of the DeepSpeed config.'
+            f"got {type(head).__name__}. Add one of the two, leave adapters such as LoRA off it, or remove the section "
+            f'"{SECTION}" of the DeepSpeed config.'
         )
     return head
 
@@ -165,10 +164,27 @@ def _how_to_cut(
     return lambda engine: experts.shard_as_expert(engine, model, head, size)
 
 
+def _check_cut_before(config: Mapping[str, Any], head: nn.Linear, mpu: Any, settings: CCEConfig) -> None:
+    """A classifier that an engine before has cut is a shard of the same kind and size for this engine too."""
+    before = cut_before(head)
+    if before is None or (tensor_parallel.tensor_parallel_size(mpu) > 1 and tensor_parallel.is_cut(head)):
+        return
+    group, size = before.shard.vocab_group, settings.vocab_parallel_size or 1
+    assert group is not None
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage == 3 or size != group.size() or tensor_parallel.is_cut(head):
+        raise ValueError(
+            f"an engine before has cut this model's classifier over {group.size()} ranks, and this rank holds "
+            f"{before.shard.num_rows} of its {before.shard.vocab_size} rows; another engine at stage {stage} with "
+            f"cce_dist.vocab_parallel_size = {size} needs it otherwise. Give it the settings of the one before, or "
+            "build the model anew."
+        )
+
+
 def _attach(engine: Any, cut: CutRows | None, settings: CCEConfig) -> None:
     """Gives the engine's model its lazy head."""
     model = engine.module
-    head = _output_layer(model)
+    head: Any = output_layer(model)
     trains = hasattr(engine.optimizer, "step")
     rows: ShardedRows | None = cut
     if tensor_parallel.tensor_parallel_size(engine.mpu) > 1:
@@ -178,9 +194,10 @@ def _attach(engine: Any, cut: CutRows | None, settings: CCEConfig) -> None:
         rows = cut or tensor_parallel.rows_of(head, engine.mpu)
     elif cut is not None and trains:
         experts.finish(engine, cut)
+    if isinstance(getattr(vars(head).get("forward"), "__self__", None), ShardedRows):
+        del head.forward  # of an engine that the same model had before, as is its being lazy
     with suppress(ValueError):
-        make_eager(head)  # lazy already: the same model had an engine before
-        vars(head).pop("forward", None)
+        make_eager(head)
     if trains:
         owner: ShardOwner
         if engine.zero_optimization_stage() == 3:
@@ -190,8 +207,6 @@ def _attach(engine: Any, cut: CutRows | None, settings: CCEConfig) -> None:
         make_lazy(head, owner, settings, tensor_parallel.linear_class(head))
         engine.compile = _refuse_compile
         print_dist(_describe(engine, owner, settings), ranks=[0])
-    else:
-        print_dist("cce_dist is not active: this engine has no optimizer, so nothing is trained.", ranks=[0])
     if rows is not None:
         head.forward = rows.logits
 

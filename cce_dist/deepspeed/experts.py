@@ -19,7 +19,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from cce_dist.deepspeed.guard import check_engine_hook, check_expert_groups, check_experts
-from cce_dist.deepspeed.sharded import CutRows, shard_classifier
+from cce_dist.deepspeed.sharded import CutRows, cut_before, shard_classifier
 
 
 @contextmanager
@@ -42,6 +42,8 @@ def before_broadcast(act: Callable[[Any], None]) -> Iterator[None]:
 def shard_as_expert(engine: Any, model: nn.Module, head: nn.Linear, size: int) -> CutRows:
     """Cuts the classifier over each run of ``size`` consecutive ranks; called by an engine before it broadcasts.
 
+    A classifier that an engine before has cut in the same way stays as it is.
+
     Raises:
         ValueError: ``size`` does not divide the ranks, and what `shard_classifier` raises.
     """
@@ -52,7 +54,13 @@ def shard_as_expert(engine: Any, model: nn.Module, head: nn.Linear, size: int) -
     groups._create_expert_and_data_parallel(size)
     name = f"ep_size_{size}"
     group = groups._get_expert_parallel_group(name)
-    owner = shard_classifier(model, head, group, group, groups._clone_world_group())
+    before = cut_before(head)
+    if before is not None and before.shard.vocab_group is not group:
+        raise ValueError(
+            "an engine before has cut this model's classifier over ranks of a process group that is no more: build the "
+            "model anew for another engine."
+        )
+    owner = before or shard_classifier(model, head, group, group, groups._clone_world_group())
     for parameter in head.parameters(recurse=False):
         parameter.allreduce = False  # type: ignore[attr-defined]
         parameter.group_name = name  # type: ignore[attr-defined]

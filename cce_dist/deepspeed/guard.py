@@ -112,10 +112,11 @@ def refuse_untested(
             settings.vocab_parallel_size is not None
         )
     elif (settings.vocab_parallel_size or 1) > 1 and stage < 3:
+        own = set(head.parameters(recurse=False))  # a shard, if an engine before has cut it
         faults |= {
             f"cce_dist.vocab_parallel_size > 1 at stage {stage} with {name}": used
             for name, used in {
-                "a mixture of experts": any(not getattr(p, "allreduce", True) for p in model.parameters()),
+                "a mixture of experts": any(not getattr(p, "allreduce", True) for p in set(model.parameters()) - own),
                 "sequence parallelism": sequence_parallel,
                 "a callable that makes the optimizer (pass the optimizer)": (
                     stage > 0 and not isinstance(arguments.get("optimizer"), torch.optim.Optimizer | None)

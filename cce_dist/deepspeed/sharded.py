@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from cce_dist.collective_logits import await_ranks
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.embedding import check_embedding, make_vocab_parallel
-from cce_dist.shard import VocabShard, new_subgroup
+from cce_dist.owner import OnTheseRanks
+from cce_dist.shard import VocabShard, host_group, new_subgroup
 
 SECONDS_TO_SAVE = 600
 """How long the first rank that wants a state dict waits for the others before it raises."""
 
 
-class ShardedRows:
+class ShardedRows(OnTheseRanks):
     """Shard owner of a classifier whose rows its own module holds.
 
     Args:
@@ -40,6 +42,8 @@ class ShardedRows:
         self.head = head
         self.shard = shard
         self._sizes = tuple(sizes)
+        assert shard.vocab_group is not None
+        self._host_group = host_group(shard.vocab_group)
 
     def local_weight(self) -> Tensor:
         weight: Tensor = self.head.weight  # type: ignore[assignment]
@@ -54,6 +58,7 @@ class ShardedRows:
 
         It takes the place of the head's forward: evaluation and generation get there.
         """
+        await_ranks(self._host_group, "the logits of a classifier that cce_dist shards")
         weight_VD, bias_V = (
             None if p is None else _GatherRows.apply(p.to(hidden.dtype), self.shard, self._sizes)
             for p in (self.local_weight(), self.local_bias())
@@ -176,6 +181,12 @@ def shard_classifier(
     for embedding in embeddings:
         make_vocab_parallel(embedding, owner, lambda: None)  # type: ignore[arg-type]
     return owner
+
+
+def cut_before(head: nn.Module) -> CutRows | None:
+    """The owner of the rows that an engine before has cut out of this classifier; None where it is whole."""
+    owner = getattr(vars(head).get("forward"), "__self__", None)
+    return owner if isinstance(owner, CutRows) else None
 
 
 def tied_to(model: nn.Module, head: nn.Module) -> list[nn.Module]:

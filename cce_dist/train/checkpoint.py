@@ -2,27 +2,29 @@
 
     step-00000100/engine/         what the engine writes (DCP, or DeepSpeed's own format)
     step-00000100/rng-0.pt        each rank's random generators
-    step-00000100/trainer.json    how far the run was: steps, and the place in the order of the data
+    step-00000100/trainer.json    how far the run was: steps, and the place in the order of the data; and of which model
     step-00000100/manifest.json   size and SHA-256 of all other files; written last
 
 It is written under another name, brought to the disk (fsync) and renamed once every rank is done, so that a run killed
 meanwhile, or a full disk, leaves the previous checkpoint as the newest. The ranks share the work of hashing, in writing
-and in reading. The folder must be on a file system that all ranks see.
+and in reading. The folder must be on a file system that all ranks see. An error on one rank is an error on all.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from cce_dist.train.engines import Engine
 from cce_dist.train.place import Place
+from cce_dist.train.together import on_rank_0, together
 
 _MANIFEST = "manifest.json"
 _UNFINISHED = ".unfinished"
@@ -39,6 +41,26 @@ class Progress(NamedTuple):
     seed: int
     text: str
     """`Corpus.fingerprint`: of the tokens and how they are cut into windows."""
+    model: Mapping[str, Any]
+    """Its config, as `model.describe` has it."""
+    layout: Mapping[str, Any]
+    """`Engine.layout`."""
+    transformers: str
+    """The version that the config is of."""
+
+    def faults(self, expected: "Progress") -> Iterator[str]:
+        """What keeps a run that ``expected`` describes from going on from here, each with both values."""
+        for name in ("engine", "seed", "text"):
+            written, wanted = getattr(self, name), getattr(expected, name)
+            if written != wanted:
+                yield f"its {name} is {written!r}, this run's is {wanted!r}"
+        same_keys = self.transformers == expected.transformers  # another version has other defaults to write down
+        for section in ("layout", "model"):
+            written, wanted = _flat(getattr(self, section), section), _flat(getattr(expected, section), section)
+            for key in sorted(written.keys() | wanted.keys()):
+                if written.get(key) != wanted.get(key) and (same_keys or (key in written and key in wanted)):
+                    values = (repr(values[key]) if key in values else "not set" for values in (written, wanted))
+                    yield "its {} is {}, this run's is {}".format(key, *values)
 
 
 class _Written(NamedTuple):
@@ -48,23 +70,21 @@ class _Written(NamedTuple):
     sha256: str
 
 
-def save(root: Path, engine: Engine, progress: Progress, place: Place, keep: int) -> Path:
-    """Collective: writes a checkpoint, removes all but the newest ``keep``, returns its folder.
+def save(root: Path, engine: Engine, progress: Progress, place: Place) -> Path:
+    """Collective: writes a checkpoint, returns its folder.
 
     Raises:
-        RuntimeError: it cannot be written, as on a full disk; checkpoints written before are as they were.
+        RuntimeError: on every rank; it cannot be written, as on a full disk. Checkpoints written before are as they
+            were.
     """
     final = root / f"step-{progress.step:08d}"
     if newest(root) == final:  # interrupted right after a checkpoint
         return final
     unfinished = final.with_suffix(_UNFINISHED)
     try:
-        _raise_together(_attempt(lambda: _make_room(root, unfinished)) if place.rank == 0 else None)
+        on_rank_0(lambda: _make_room(root, unfinished))
         engine.save(unfinished / "engine")
-        torch.save(_generators(place), unfinished / f"rng-{place.rank}.pt")
-        if place.rank == 0:
-            (unfinished / "trainer.json").write_text(json.dumps(progress._asdict(), indent=2))
-        dist.barrier()
+        together(lambda: _write_own(unfinished, progress, place))
         # Not sooner: from here on every file is there and as long as it will be.
         _seal(unfinished, final, place)
     except Exception as error:
@@ -75,44 +95,75 @@ def save(root: Path, engine: Engine, progress: Progress, place: Place, keep: int
             f"cannot write the checkpoint {final} ({free:.3f} GB are free there; those written before are as they "
             f"were): {error}"
         ) from error
-    if place.rank == 0:
-        for old in _all(root)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
     return final
+
+
+def remove_old(root: Path, keep: int) -> None:
+    """Collective: removes all checkpoints but the newest ``keep``.
+
+    Raises:
+        RuntimeError: on every rank; one cannot be removed.
+    """
+
+    def remove() -> None:
+        for old in _all(root)[:-keep]:
+            going = old.with_suffix(_UNFINISHED)  # half removed, it is no checkpoint
+            old.rename(going)
+            shutil.rmtree(going)
+
+    try:
+        on_rank_0(remove)
+    except ValueError as error:
+        raise RuntimeError(
+            f"the newest checkpoints in {root} are complete, but an old one cannot be removed: {error}"
+        ) from error
 
 
 def newest(root: Path) -> Path | None:
     """Collective: the newest complete checkpoint that rank 0 sees, if there is one."""
-    found = _all(root) if dist.get_rank() == 0 else []
-    name = [found[-1].name if found else None]
-    dist.broadcast_object_list(name)
-    return None if name[0] is None else root / name[0]
+    return next(iter(newest_first(root)), None)
 
 
-def load(folder: Path, engine: Engine, expected: Progress, place: Place) -> Progress:
+def newest_first(root: Path) -> list[Path]:
+    """Collective: the complete checkpoints that rank 0 sees."""
+    return on_rank_0(lambda: _all(root)[::-1])
+
+
+def load(folder: Path, engine: Engine, expected: Progress, steps: int, place: Place) -> Progress:
     """Collective: restores the engine and the random generators; returns how far the run was.
 
-    With another number of ranks than wrote it (FSDP2 only), the generators of the new ranks stay as seeded.
+    With another number of ranks than wrote it (FSDP2 only), the generators of the new ranks stay as seeded. Nothing in
+    the folder is executed: what is no data is refused.
 
     Raises:
         ValueError: on every rank; a file of the checkpoint is missing or not as it was written, or the checkpoint is of
-            another engine, seed or text than ``expected``.
+            another engine, seed, text or model than ``expected``, or has more steps than ``steps``.
     """
     _verify(folder, place)
-    progress = Progress(**json.loads((folder / "trainer.json").read_text()))
-    for name in ("engine", "seed", "text"):
-        written, wanted = getattr(progress, name), getattr(expected, name)
-        if written != wanted:
-            raise ValueError(
-                f"cannot resume from {folder}: its {name} is {written!r}, this run's is {wanted!r}. Use the settings "
-                "that it was written with, or another output folder."
-            )
+    progress = together(lambda: _progress(folder))
+    faults = list(progress.faults(expected))
+    if faults:
+        more = f"; and {len(faults) - 6} more" if len(faults) > 6 else ""
+        raise ValueError(
+            f"cannot resume from {folder}: {'; '.join(faults[:6])}{more}. Use the settings that it was written with, "
+            "or another output folder."
+        )
+    if progress.step > steps:
+        raise ValueError(
+            f"cannot resume from {folder}: it has taken {progress.step} steps, and steps={steps}. Set steps to what "
+            "the run is to have in the end, or use another output folder."
+        )
     engine.load(folder / "engine")
-    generators = folder / f"rng-{place.rank}.pt"
-    if generators.exists():
-        _restore(torch.load(generators, weights_only=True), place)
-    return progress
+    together(lambda: _restore(folder / f"rng-{place.rank}.pt", place))
+    return expected._replace(step=progress.step, windows=progress.windows)
+
+
+def _progress(folder: Path) -> Progress:
+    file = folder / "trainer.json"
+    try:
+        return Progress(**json.loads(file.read_text()))
+    except TypeError as error:
+        raise ValueError(f"{file} is not of this version of cce_dist: {error}. Use another output folder.") from None
 
 
 def _make_room(root: Path, unfinished: Path) -> None:
@@ -121,15 +172,25 @@ def _make_room(root: Path, unfinished: Path) -> None:
     (unfinished / "engine").mkdir(parents=True)
 
 
+def _write_own(unfinished: Path, progress: Progress, place: Place) -> None:
+    file = unfinished / f"rng-{place.rank}.pt"
+    try:
+        torch.save(_generators(place), file)
+    except RuntimeError as error:  # torch does not say which file
+        raise OSError(f"{file}: {error}") from error
+    if place.rank == 0:
+        (unfinished / "trainer.json").write_text(json.dumps(progress._asdict(), indent=2))
+
+
 def _seal(unfinished: Path, final: Path, place: Place) -> None:
     """Hashes all files and brings them to the disk, then writes the manifest and gives the folder its name."""
-    written: dict[str, _Written] = {}
+    mine = together(
+        lambda: {name: _hash(unfinished / name, sync=True) for name in _names(unfinished)[place.rank :: place.world]}
+    )
+    parts: list[dict[str, _Written]] = [{} for _ in range(place.world)]
+    dist.all_gather_object(parts, mine)
 
-    def hash_mine() -> None:
-        for name in _names(unfinished)[place.rank :: place.world]:
-            written[name] = _hash(unfinished / name, sync=True)
-
-    def publish(parts: list[dict[str, _Written]]) -> None:
+    def publish() -> None:
         manifest = {name: file._asdict() for part in parts for name, file in part.items()}
         (unfinished / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
         _hash(unfinished / _MANIFEST, sync=True)
@@ -138,11 +199,7 @@ def _seal(unfinished: Path, final: Path, place: Place) -> None:
         unfinished.replace(final)
         _sync_folder(final.parent)
 
-    fault = _attempt(hash_mine)
-    parts: list[dict[str, _Written]] = [{} for _ in range(place.world)]
-    dist.all_gather_object(parts, written)
-    _raise_together(fault)
-    _raise_together(_attempt(lambda: publish(parts)) if place.rank == 0 else None)
+    on_rank_0(publish)
 
 
 def _verify(folder: Path, place: Place) -> None:
@@ -150,6 +207,11 @@ def _verify(folder: Path, place: Place) -> None:
 
     def verify_mine() -> None:
         manifest = json.loads((folder / _MANIFEST).read_text())
+        if not isinstance(manifest, dict):
+            raise ValueError(f"{folder / _MANIFEST} is no manifest of a checkpoint")
+        unknown = set(_names(folder)) - manifest.keys() - {_MANIFEST}
+        if unknown:
+            raise ValueError(f"{folder / min(unknown)} is not in its manifest: it was not there when it was written")
         for name in sorted(manifest)[place.rank :: place.world]:
             expected, path = _Written(**manifest[name]), folder / name
             size = path.stat().st_size
@@ -160,25 +222,7 @@ def _verify(folder: Path, place: Place) -> None:
 
     others = [path.name for path in _all(folder.parent) if path != folder]
     remedy = f"to go on from {others[-1]}" if others else "to begin anew"
-    _raise_together(_attempt(verify_mine), f"the checkpoint {folder} is damaged; remove this folder {remedy}. ")
-
-
-def _attempt(action: Callable[[], None]) -> str | None:
-    """What went wrong, in words."""
-    try:
-        action()
-    except (OSError, ValueError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _raise_together(fault: str | None, what: str = "") -> None:
-    """Collective: a ValueError on every rank if any rank has a fault, so that none waits for one that raised."""
-    faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    found = [f"rank {rank}: {text}" for rank, text in enumerate(faults) if text is not None]
-    if found:
-        raise ValueError(what + "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else ""))
+    together(verify_mine, f"the checkpoint {folder} is damaged; remove this folder {remedy}. ")
 
 
 def _hash(path: Path, sync: bool = False) -> _Written:
@@ -205,7 +249,14 @@ def _names(folder: Path) -> list[str]:
 
 
 def _all(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("step-*") if not path.suffix)
+    return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
+
+
+def _flat(values: Any, name: str) -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(values, Mapping) or not values:
+        return {name: values}
+    return {key: value for part in values for key, value in _flat(values[part], f"{name}.{part}").items()}
 
 
 def _generators(place: Place) -> dict[str, torch.Tensor]:
@@ -215,7 +266,10 @@ def _generators(place: Place) -> dict[str, torch.Tensor]:
     return states
 
 
-def _restore(states: dict[str, torch.Tensor], place: Place) -> None:
+def _restore(file: Path, place: Place) -> None:
+    if not file.exists():
+        return
+    states = torch.load(file, weights_only=True)
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and place.device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], place.device)

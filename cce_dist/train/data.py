@@ -6,14 +6,17 @@ than these, and a run goes on with another number of ranks where it was.
 Shapes: B sequences of a micro-batch, L tokens of a sequence.
 """
 
+import codecs
 import hashlib
 import json
 import os
+import stat
+import sys
 import sysconfig
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from cce_dist.train.lock import locked
 from cce_dist.train.settings import DataSettings
 
 IGNORED = -100
@@ -33,6 +37,13 @@ class Batch(NamedTuple):
     labels_BL: Tensor
 
 
+class _Text(NamedTuple):
+    """What is read of a file: its first ``bytes``."""
+
+    path: Path
+    bytes: int
+
+
 class Corpus:
     """The tokens of the text in windows of L, the last ones held out.
 
@@ -41,7 +52,7 @@ class Corpus:
     """
 
     def __init__(self, folder: Path, settings: DataSettings, seed: int) -> None:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = _read_manifest(folder / "manifest.json")
         self.vocab_size: int = manifest["vocab_size"]
         self._end_id: int = manifest["end_id"]
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
@@ -90,21 +101,25 @@ def _permutation(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
 def prepare(folder: Path, settings: DataSettings) -> None:
     """Writes tokenizer.json, tokens.npy and manifest.json into ``folder``, unless they are there for the same text.
 
-    For one process alone; the others read afterwards.
+    For one process of a run, the others read afterwards; runs that share the folder wait for each other.
 
     Raises:
-        ValueError: no text was found, or the tokenizer lacks the end-of-text token.
+        ValueError: no text was found, the tokenizer lacks the end-of-text token, or the folder holds a manifest of
+            something else.
     """
     files = list(_text_files(settings))
     if not files:
         raise ValueError(f"no file in {settings.text} ends in one of {settings.suffixes}; set data.suffixes.")
     fingerprint = _fingerprint(files, settings)
-    manifest = folder / "manifest.json"
-    if manifest.exists() and json.loads(manifest.read_text())["fingerprint"] == fingerprint:
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    manifest.unlink(missing_ok=True)
-    documents = [path.read_text(encoding="utf-8", errors="replace") for path in files]
+    with locked(folder / "lock", f"data.cache={folder}", wait=True):
+        manifest = folder / "manifest.json"
+        if not manifest.exists() or _read_manifest(manifest)["fingerprint"] != fingerprint:
+            manifest.unlink(missing_ok=True)
+            _write(folder, [_read(file) for file in files], fingerprint, settings)
+
+
+def _write(folder: Path, documents: list[str], fingerprint: str, settings: DataSettings) -> None:
     tokenizer = _tokenizer(documents, settings)
     tokenizer.save(str(folder / "tokenizer.json"))
     end_id = tokenizer.token_to_id(settings.end_of_text)
@@ -114,45 +129,75 @@ def prepare(folder: Path, settings: DataSettings) -> None:
         )
     ids = [[*encoding.ids, end_id] for encoding in tokenizer.encode_batch(documents, add_special_tokens=False)]
     tokens = np.concatenate([np.asarray(document, dtype=np.uint32) for document in ids])
-    np.save(folder / "tokens.npy", tokens)
-    written = manifest.with_suffix(".tmp")
-    written.write_text(
-        json.dumps(
-            {
-                "fingerprint": fingerprint,
-                "tokens": hashlib.sha256(tokens.tobytes()).hexdigest(),
-                "vocab_size": tokenizer.get_vocab_size(),
-                "end_id": end_id,
-            }
-        )
-    )
-    written.replace(manifest)  # last and at once: a manifest means that the rest is complete
+    np.save(folder / "tokens.new.npy", tokens)
+    (folder / "tokens.new.npy").replace(folder / "tokens.npy")  # another run may have the old one open
+    manifest = {
+        "fingerprint": fingerprint,
+        "tokens": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "end_id": end_id,
+    }
+    (folder / "manifest.tmp").write_text(json.dumps(manifest))
+    (folder / "manifest.tmp").replace(folder / "manifest.json")  # last and at once: with it, the rest is complete
 
 
-def _text_files(settings: DataSettings) -> Iterator[Path]:
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text())
+        if isinstance(manifest, dict) and {"fingerprint", "tokens", "vocab_size", "end_id"} <= manifest.keys():
+            return manifest
+        fault = "it has other keys"
+    except ValueError as error:
+        fault = str(error)
+    raise ValueError(f"{path} is none that the trainer wrote ({fault}): choose another data.cache, or remove it.")
+
+
+def _text_files(settings: DataSettings) -> Iterator[_Text]:
     root = settings.text if settings.text is not None else Path(sysconfig.get_paths()["stdlib"])
     left = settings.max_bytes
     for path in [root] if root.is_file() else _walk(root, settings):
-        yield path
-        left -= path.stat().st_size
+        try:
+            status = path.stat()
+        except OSError as error:  # a link that leads nowhere
+            _skip(path, error.strerror)
+            continue
+        if not stat.S_ISREG(status.st_mode):  # to open a FIFO may take forever
+            _skip(path, "it is no regular file")
+            continue
+        yield _Text(path, min(left, status.st_size))
+        left -= status.st_size
         if left <= 0:
             return
 
 
 def _walk(root: Path, settings: DataSettings) -> Iterator[Path]:
     skipped = {"site-packages", "test", "tests"} if settings.text is None else set()
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=lambda error: _skip(error.filename, error.strerror)):
         subfolders[:] = sorted(set(subfolders) - skipped)
         yield from (Path(folder, name) for name in sorted(names) if name.endswith(settings.suffixes))
 
 
-def _fingerprint(files: list[Path], settings: DataSettings) -> str:
+def _skip(path: Path | str, why: str | None) -> None:
+    print(f"data.text: {path} is left out: {why}", file=sys.stderr, flush=True)
+
+
+def _read(text: _Text) -> str:
+    with text.path.open("rb") as file:
+        contents = file.read(text.bytes)
+    # A character that is cut off at the end is left out; line ends are those of text files.
+    decoded = codecs.getincrementaldecoder("utf-8")("replace").decode(contents)
+    return decoded.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _fingerprint(files: list[_Text], settings: DataSettings) -> str:
     """Of everything that the tokens depend on; files by their name, size and time."""
-    tokenizer = [] if settings.tokenizer is None else [settings.tokenizer]
+    read = dict(files)
+    if settings.tokenizer is not None:
+        read[settings.tokenizer] = settings.tokenizer.stat().st_size
     facts = [
         "tokens",  # what the manifest holds beside the sizes
         settings.model_dump_json(include={"text", "tokenizer", "vocab_size", "end_of_text"}),
-        *(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in [*files, *tokenizer]),
+        *(f"{path} {bytes} {path.stat().st_size} {path.stat().st_mtime_ns}" for path, bytes in read.items()),
     ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 

@@ -3,13 +3,16 @@
 Both kinds average gradients over the ranks, so the loop hands them losses that are multiplied by the number of ranks.
 """
 
+import importlib.metadata
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -20,8 +23,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from transformers import PreTrainedModel
 
 from cce_dist.config import CCEConfig
+from cce_dist.train import restricted
 from cce_dist.train.place import Place
 from cce_dist.train.settings import MeshSettings, OptimizerSettings, Settings
+from cce_dist.train.together import on_rank_0, together
 
 
 class Engine(Protocol):
@@ -30,17 +35,30 @@ class Engine(Protocol):
     model: nn.Module
     """To be called; in evaluation too."""
 
+    layout: dict[str, Any]
+    """What must be the same for `load`, beyond the model."""
+
     def backward(self, loss: Tensor) -> None:
         """Adds to the gradients."""
 
     def step(self, learning_rate: float) -> float:
-        """Clips, updates, clears the gradients; returns their norm before clipping."""
+        """Clips, updates, clears the gradients; returns their norm before clipping, NaN if it is not finite."""
 
     def save(self, folder: Path) -> None:
         """Collective: writes parameters and optimizer state."""
 
     def load(self, folder: Path) -> None:
-        """Collective: reads what `save` wrote."""
+        """Collective: reads what `save` wrote, as data; the optimizer's settings stay this run's."""
+
+
+@torch.no_grad()
+def weights_are_finite(engine: Engine) -> bool:
+    """Collective."""
+    held = (getattr(parameter, "ds_tensor", parameter) for parameter in engine.model.parameters())
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in held)
+    faults = torch.tensor(sum(not bool(tensor.isfinite().all()) for tensor in local))
+    dist.all_reduce(faults)
+    return not faults
 
 
 def build(model: PreTrainedModel, settings: Settings, place: Place) -> Engine:
@@ -63,14 +81,15 @@ class TorchEngine:
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
+        self.layout: dict[str, Any] = {}
+        self._settings = settings.optimizer
         self._optimizer = _adamw(model.parameters(), settings.optimizer)
-        self._clip = settings.optimizer.clip
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        norm = _clip(self.model.parameters(), self._clip)
+        norm = _clip(self.model.parameters(), self._settings.clip)
         _set_learning_rate(self._optimizer, learning_rate)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -82,11 +101,13 @@ class TorchEngine:
 
     def load(self, folder: Path) -> None:
         state = self._state()
-        with _plain_errors(folder):
-            dcp.load(state, checkpoint_id=folder)
+        together(restricted.Reader(folder).read_metadata)  # DCP would hide the error
+        with _plain_errors(folder), restricted.data_only():
+            dcp.load(state, storage_reader=restricted.Reader(folder))
         set_state_dict(
             self.model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+        _apply(self._settings, self._optimizer)
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self._optimizer)
@@ -119,6 +140,10 @@ class DeepSpeedEngine:
             config=_deepspeed_config(settings),
         )
         self.model: nn.Module = self._engine
+        stage = int(self._engine.zero_optimization_stage())
+        # Only stage 0 has no rank's own part of the optimizer's state.
+        self.layout: dict[str, Any] = {"zero_stage": stage, **({"ranks": dist.get_world_size()} if stage else {})}
+        self._settings = settings.optimizer
         self._accumulation, self._micro_steps = settings.batch.accumulation, 0
 
     def backward(self, loss: Tensor) -> None:
@@ -134,15 +159,59 @@ class DeepSpeedEngine:
             averaged = nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return float(averaged if norm is None else norm)
+        norm = float(averaged if norm is None else norm)
+        return norm if norm >= 0 else math.nan  # DeepSpeed's -1 stands for what is not finite
 
     def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag="deepspeed")
+        # What writes files; rank 0 alone copies its scripts, and writes "latest", which is done here.
+        writers = [(self._engine.checkpoint_engine, "save"), (self._engine, "_copy_recovery_script")]
+        with _faults_later(writers) as check:
+            self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        together(check)
+        on_rank_0(lambda: (folder / "latest").write_text("deepspeed"))
 
     def load(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed")
+        mine = slice(dist.get_rank(), None, dist.get_world_size())
+        together(lambda: restricted.check_deepspeed(sorted(folder.rglob("*.pt"))[mine]))
+        with restricted.data_only(restricted.deepspeed_classes()):
+            path, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed")
         if path is None:  # DeepSpeed says no more than that
             raise ValueError(f"DeepSpeed finds no checkpoint of its own in {folder}.")
+        _apply(self._settings, self._engine.optimizer)
+
+
+@contextmanager
+def _faults_later(writers: Sequence[tuple[Any, str]]) -> Iterator[Callable[[], None]]:
+    """Errors of methods that write files of this rank are raised by what is yielded, once all ranks are there.
+
+    Raises:
+        RuntimeError: this version of DeepSpeed has no such method.
+    """
+    faults: list[Exception] = []
+
+    def noting(write: Callable[..., None]) -> Callable[..., None]:
+        def write_or_note(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except Exception as error:
+                faults.append(error)
+
+        return write_or_note
+
+    def check() -> None:
+        if faults:
+            raise faults[0]
+
+    for owner, name in writers:
+        if not hasattr(owner, name):
+            version = importlib.metadata.version("deepspeed")
+            raise RuntimeError(f"DeepSpeed {version} writes its files in another way: {type(owner)} has no {name}.")
+        setattr(owner, name, noting(getattr(owner, name)))
+    try:
+        yield check
+    finally:
+        for owner, name in writers:
+            delattr(owner, name)
 
 
 def _single_process(model: PreTrainedModel, settings: Settings, place: Place) -> None:
@@ -283,6 +352,12 @@ def _adamw(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> t
     return torch.optim.AdamW(
         parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
     )
+
+
+def _apply(settings: OptimizerSettings, optimizer: Any) -> None:
+    """What a checkpoint has brought of the optimizer's settings makes way for this run's."""
+    for group in optimizer.param_groups:
+        group["betas"], group["weight_decay"] = settings.betas, settings.weight_decay
 
 
 def _set_learning_rate(optimizer: Any, learning_rate: float) -> None:

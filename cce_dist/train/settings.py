@@ -40,7 +40,8 @@ class DataSettings(_Section):
     """A file, or a folder searched for ``suffixes``; None: the source of Python's standard library."""
     suffixes: tuple[str, ...] = (".py", ".txt", ".md")
     max_bytes: int = Field(default=4_000_000, ge=1)
-    """Files are taken folder by folder, in alphabetical order, until they hold this much."""
+    """Files are taken folder by folder, in alphabetical order, until they hold this much; the last is cut off there.
+    Only regular files are read."""
     tokenizer: FilePath | None = None
     """A tokenizer.json; None: the one in ``model.path``, else a byte-level BPE is trained on the text."""
     vocab_size: int = Field(default=8192, ge=257)
@@ -117,6 +118,9 @@ class Settings(_Section):
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between two evaluations; None: only at the end."""
     eval_batches: int = Field(default=8, ge=1)
+    nonfinite_steps: int = Field(default=5, ge=1)
+    """Steps in a row whose loss or gradient norm is NaN or infinite that end the run with an error. From the first of
+    them on no checkpoint is written or removed."""
     measure_head_memory: bool = False
     """Measure the head's memory in the second step of the run; that step is slower."""
     tensorboard: bool = False
@@ -130,6 +134,9 @@ class Settings(_Section):
             raise ValueError(f"mesh is for engine: fsdp2; leave it out with engine: {self.engine}")
         if self.cce is not None and not self.cce.enabled:
             raise ValueError("cce.enabled is for DeepSpeed's JSON; here head: plain switches the sharded head off")
+        for key, path in (("output", self.output), ("data.cache", self.data.cache)):
+            if path is not None and (file := next((p for p in (path, *path.parents) if p.exists()), path)).is_file():
+                raise ValueError(f"{key} = {path}: must be a folder, but {file} is a file; name another folder")
         if self.tensorboard and find_spec("tensorboard") is None:
             raise ValueError("tensorboard: true needs a package: pip install 'cce_dist[tensorboard]', or set it false")
         return self

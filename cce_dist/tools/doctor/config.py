@@ -122,7 +122,7 @@ def _summary(settings: CCEConfig) -> str:
     if not settings.enabled:
         return "cce_dist switched off"
     size = settings.vocab_parallel_size
-    return f"gradient {settings.gradient}" + (f", {size} rank(s) share the vocabulary" if size else "")
+    return f"gradient {settings.gradient or 'by backend'}" + (f", {size} rank(s) share the vocabulary" if size else "")
 
 
 def group_size(config: Path | None, world: int) -> int:
