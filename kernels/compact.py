@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LAUNCH
+from .operands import LAUNCH
 from .problem import Logits
 
 _ROWS, _BLOCK_D = 4, 1024

@@ -244,27 +244,26 @@ def _differentiate_kernel(
                             BLOCK_D,
                             BLOCK_K,
                         )
-            elif not ADD_AT_ONCE:
-                if out.hidden_ND is not None:
-                    token = tl.load(ring.token + ring_row + listed)
-                    n = tl.load(operands.place_N + token, mask=valid, other=0)
-                    _hidden_item(
-                        out.hidden_ND,
-                        tl.load(_ring_pointers(ring, ring_row + sub * PAIR_ROWS, PAIR_ROWS, TILE)),
-                        n,
-                        valid,
-                        tile,
-                        chunk * CHUNK_D,
-                        operands,
-                        weight_of_hidden,
-                        factor,
-                        TILE,
-                        TMA,
-                        PRECISION,
-                        PAIR_STAGES,
-                        CHUNK_D,
-                        HIDDEN_D,
-                    )
+            elif not ADD_AT_ONCE and out.hidden_ND is not None:
+                token = tl.load(ring.token + ring_row + listed)
+                n = tl.load(operands.place_N + token, mask=valid, other=0)
+                _hidden_item(
+                    out.hidden_ND,
+                    tl.load(_ring_pointers(ring, ring_row + sub * PAIR_ROWS, PAIR_ROWS, TILE)),
+                    n,
+                    valid,
+                    tile,
+                    chunk * CHUNK_D,
+                    operands,
+                    weight_of_hidden,
+                    factor,
+                    TILE,
+                    TMA,
+                    PRECISION,
+                    PAIR_STAGES,
+                    CHUNK_D,
+                    HIDDEN_D,
+                )
             _signal(done_W + wave)
         index = next_index
         item = next_item

@@ -88,8 +88,14 @@ def differentiate_exactly(
     chunk = triton.cdiv(triton.cdiv(vocab, chunks), logits.tile) * logits.tile
     workspace = torch.empty(rows * min(chunk, vocab), dtype=hidden_ND.dtype, device=hidden_ND.device)
     # In bf16 a factor that is a power of two is exact in the hidden states, and spares a pass over dC.
+    # What is beyond 2^60 in it goes into the probabilities, so that hidden states do not overflow.
+    scaled_ND = None
     bf16 = dweight_VD is not None and dweight_VD.dtype == hidden_ND.dtype == torch.bfloat16
-    scaled_ND = hidden_ND * factor.to(torch.bfloat16) if bf16 and logits.logit_scale == 1.0 else None
+    if bf16 and logits.logit_scale == 1.0:
+        beyond = (factor / 2.0**60).clamp(min=1.0)
+        factor = factor / beyond
+        upstream = Upstream(upstream.softmax_N * beyond, upstream.target_N * beyond, upstream.scale)
+        scaled_ND = hidden_ND * factor.to(torch.bfloat16)
     for first in range(0, vocab, chunk):
         columns = min(chunk, vocab - first)
         p_Nv = workspace[: rows * columns].view(rows, columns)

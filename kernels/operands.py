@@ -42,6 +42,7 @@ class Operands(NamedTuple):
 
 def operands_of(logits: Logits) -> Operands:
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
+    vocab, hidden_size = weight_VD.shape
     return Operands(
         hidden_ND,
         logits.bias_V,
@@ -49,8 +50,9 @@ def operands_of(logits: Logits) -> Operands:
         logits.token_N,
         logits.place_N,
         logits.n_valid,
-        *hidden_ND.shape[:1],
-        *weight_VD.shape,
+        hidden_ND.shape[0],
+        vocab,
+        hidden_size,
         hidden_ND.stride(0),
         weight_VD.stride(0),
         logits.logit_scale,

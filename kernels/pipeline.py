@@ -16,8 +16,8 @@ from . import summarise as summarise_stage
 from .blocks import LN_2
 from .differentiate import differentiate as differentiate_pairs
 from .exact import differentiate_exactly, product
-from .problem import Estimate, Filter, Gradients, Logits, Normaliser, Summary, Tiles, Upstream, Wanted
 from .operands import Pairs, Tail
+from .problem import Estimate, Filter, Gradients, Logits, Normaliser, Summary, Tiles, Upstream, Wanted
 from .select import select, tail_rows
 from .tail import tail_means
 

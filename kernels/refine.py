@@ -24,8 +24,8 @@ from .tuning import tuning_for
 
 _PROGRAMS_PER_TILE = 16
 _TOKENS, _TILES = 256, 32
-_DEVIATIONS, _TOLERATED = 4.0, 1.75
-"""Four times the bound on the standard deviation (1.7 times it, for rows like noise) may be so many nats."""
+_LN_2 = tl.constexpr(LN_2)
+_MOST_OFF = tl.constexpr(0.25)  # nats²: what a squared error of an estimate counts at the most
 
 
 @triton.jit
@@ -49,7 +49,9 @@ def _large_pairs_kernel(
         listed = first + tl.arange(0, PAIR_ROWS)
         valid = listed < count
         token = tl.load(kept.list_TN + tile.to(tl.int64) * kept.stride + listed, mask=valid, other=0).to(tl.int32)
-        products = products_of_rows(operands, weight, token, valid, tile, PAIR_ROWS, TILE, PAIR_D, TMA, PRECISION, STAGES)
+        products = products_of_rows(
+            operands, weight, token, valid, tile, PAIR_ROWS, TILE, PAIR_D, TMA, PRECISION, STAGES
+        )
         z, _slope = logits_of(operands, products, columns)
         max_n = finite(tl.max(z, 1))
         exact_n = max_n + tl.log2(tl.sum(tl.exp2(z - max_n[:, None]), 1))
@@ -71,6 +73,11 @@ def _sum_kernel(
 ):
     """(max, Σ exp2) over a block of tiles: the large pairs' exact log-sum-exps and the others' estimates.
 
+    What is left to estimates are those that were too small more than those that were too large: of the pairs near eps
+    an error decides. In the mean their sum lacks eps·(number of pairs in a nat around eps)·(variance of their errors);
+    the pairs just above eps, whose errors are known, show it, and count as much more. Their share falls from eps on, so
+    a straight line through one octave is taken back to eps: weight 4 − 6x at x octaves above it.
+
     Backward selects by the tiles' log-sum-exps, so the exact ones replace their estimates. Tokens that are not valid
     get (0, 1).
     """
@@ -80,6 +87,9 @@ def _sum_kernel(
     max_n = tl.full([TOKENS], -float("inf"), tl.float32)
     sum_n = tl.zeros([TOKENS], tl.float32)
     first = tl.program_id(1) * TILES
+    target_n = tl.load(operands.target_N + n, mask=valid, other=-1)
+    target_tile_n = tl.where(target_n < 0, -1, target_n // TILE)
+    threshold_n = tl.load(pairs.lse2_N + n, mask=valid, other=0.0) + tl.log2(pairs.eps)
     for index in range(first, min(first + TILES, T)):
         tile = tl.cast(index, tl.int32)
         _, large = pair_mass(operands, pairs, n, valid, tile, TILE)
@@ -88,10 +98,15 @@ def _sum_kernel(
         reference = tl.load(pairs.reference_SN + tile // pairs.tiles_per_split * N + n, mask=valid, other=0.0)
         exact = tl.load(exact_TN + place, mask=large, other=0.0)
         tl.store(pairs.tile_lse_TN + place, (exact - reference).to(pairs.tile_lse_TN.dtype.element_ty), mask=large)
-        lse2_n = tl.where(large, exact, relative + reference)
+        estimated = relative + reference
+        lse2_n = tl.where(large, exact, estimated)
+        above = estimated - threshold_n
+        near = large & (above > 0) & (above < 1) & (target_tile_n != tile)
+        error = (exact - estimated) * _LN_2
+        more = tl.where(near, 1 + (4 - 6 * above) * (1 / _LN_2) * tl.minimum(error * error, _MOST_OFF), 1.0)
         new_max_n = tl.maximum(max_n, lse2_n)
         shift_n = finite(new_max_n)
-        sum_n = sum_n * tl.exp2(max_n - shift_n) + tl.exp2(lse2_n - shift_n)
+        sum_n = sum_n * tl.exp2(max_n - shift_n) + tl.exp2(lse2_n - shift_n) * more
         max_n = new_max_n
     place = tl.program_id(1) * N + n
     tl.store(max_BN + place, tl.where(valid, max_n, 0.0), mask=n < N)
@@ -104,8 +119,7 @@ def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: floa
     assert tiles is not None
     tuning = tuning_for(logits.hidden_ND)
     tma = tuning.tma and can_use_tma(weight_VD)
-    margin_N = (estimate.noise_N * _DEVIATIONS - _TOLERATED).clamp_(min=0) / LN_2
-    lse2_N = normaliser.max_N + normaliser.log_sum_N - margin_N
+    lse2_N = normaliser.max_N + normaliser.log_sum_N - estimate.margin_N / LN_2
     pairs = select(logits, tiles, lse2_N, Filter("filtered", eps))
     exact_TN = torch.empty(tiles.lse_TN.shape, dtype=torch.float32, device=weight_VD.device)
     _large_pairs_kernel[(logits.num_tiles, _PROGRAMS_PER_TILE)](

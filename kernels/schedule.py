@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LAUNCH
+from .operands import LAUNCH
 
 PAIR, HIDDEN, WEIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _SUB, _CHUNK, _KIND = tl.constexpr(24), tl.constexpr(48), tl.constexpr(56)  # first bits; the tile stands below

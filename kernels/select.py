@@ -93,9 +93,7 @@ def _tail_rows_kernel(
 
 
 @triton.jit
-def _small_mass_kernel(
-    mass_BN, operands, pairs, T, TILE: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr
-):
+def _small_mass_kernel(mass_BN, operands, pairs, T, TILE: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr):
     """Mass in small pairs of a block of tiles. Grid: (block of tokens, block of tiles). Bytes: 2·T·N read."""
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     valid = n < tl.load(operands.n_valid)

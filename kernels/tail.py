@@ -1,8 +1,8 @@
-"""Mean-field tail: what the dropped pairs of a tile contribute, as if every token's mass lay over it like the average's.
+"""Mean-field tail: what the dropped pairs of a tile contribute, as if all tokens' mass lay over it like the average's.
 
-π_j = Σ_i p_ij f'_ij / Σ_i s_i over about 128 sampled tokens whose pair with the tile is not large (it must not depend on
-what is drawn, or the unbiased gradient would not be); it sums to 1 in a tile without softcap, and is uniform where the
-sample has no mass. c̃_t = Σ_j π_j c_j. With R from `select`: dE += Rᵀ c̃ and dC_j += π_j (R E)_t, two small products.
+π_j = Σ_i p_ij f'_ij / Σ_i s_i over about 128 sampled tokens whose pair with the tile is not large (it must not depend
+on what is drawn, or the unbiased gradient would not be); it sums to 1 in a tile without softcap, and is uniform where
+the sample has no mass. c̃_t = Σ_j π_j c_j. With R from `select`: dE += Rᵀ c̃ and dC_j += π_j (R E)_t, two small products.
 
 Grid: one program of one warpgroup a tile, two on a Hopper multiprocessor. FLOPs: 2·128·V·D. Bytes: V·D·2 read from
 memory, and again, backwards, so that the last that was read is still in L2.
@@ -43,9 +43,7 @@ def _tail_mean_kernel(
     sample = (tl.arange(0, SAMPLES).to(tl.int64) * n_valid // SAMPLES).to(tl.int32)
     valid = sample < n_valid
     token = tl.load(operands.token_N + sample, mask=valid, other=0)
-    products = products_of_rows(
-        operands, weight, token, valid, tile, SAMPLES, TILE, BLOCK_D, TMA, PRECISION, STAGES
-    )
+    products = products_of_rows(operands, weight, token, valid, tile, SAMPLES, TILE, BLOCK_D, TMA, PRECISION, STAGES)
     columns = tile * TILE + tl.arange(0, TILE)
     z, slope = logits_of(operands, products, columns)
     _, large = pair_mass(operands, pairs, sample, valid, tile, TILE)
