@@ -366,7 +366,8 @@ def _upstream(
         return Upstream(softmax_N, target_N, softmax_N.new_ones(()))
     both_2N = torch.stack((softmax_N, target_N))
     largest = torch.where(both_2N.isfinite(), both_2N.abs(), 0).amax()
-    scale = torch.where(largest == 0, 1.0, torch.exp2(torch.ceil(torch.log2(largest))))
+    exponent = torch.ceil(torch.log2(largest)).clamp_(max=127)  # 2^128 is infinite in fp32
+    scale = torch.where(largest == 0, 1.0, torch.exp2(exponent))
     return Upstream(softmax_N / scale, target_N / scale, scale)
 
 
