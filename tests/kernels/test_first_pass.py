@@ -11,7 +11,7 @@ import pytest
 import torch
 from dense import dense, is_large, make_logits, padded_lse
 from ranks import RankPool
-from reference import DEVICE, Problem, cce_outcome, make_problem, plain_outcome, relative_error
+from reference import DEVICE, TRITON_DTYPES, Problem, cce_outcome, make_problem, plain_outcome, relative_error
 from sharded import assert_ranks_no_worse, make_rank_problem
 
 from cce_dist import linear_cross_entropy
@@ -297,6 +297,26 @@ def test_a_nan_reaches_its_loss_and_gradient_and_no_other_token() -> None:
     (gradient,) = torch.autograd.grad(loss_n, hidden, problem.upstream[0])
     assert gradient[3].isnan().any()
     assert gradient[torch.arange(40, device=DEVICE) != 3].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("gradient", ["unbiased", "filtered", "exact"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 8.0, "bias": True}], ids=str)
+def test_a_full_pass_rounds_alike_with_and_without_a_gradient(
+    options: dict[str, Any], gradient: str, dtype: torch.dtype
+) -> None:
+    """With summaries of the tiles and without: the same bits."""
+    problem = make_problem(((40,),), 750, 64, dtype=dtype, reduction="none", **options)
+    settings = {**problem.options, "bias": problem.bias, "first_pass": "full", "backend": "triton"}
+    weight = problem.weight.clone().requires_grad_()
+    trained, evaluated = (
+        linear_cross_entropy(
+            problem.hidden[0], rows, problem.labels[0], gradient=gradient, filter_eps=EPS, return_lse=True, **settings
+        )
+        for rows in (weight, problem.weight)
+    )
+    assert trained[0].requires_grad
+    assert all(torch.equal(got, expected) for got, expected in zip(trained, evaluated, strict=True))
 
 
 def test_evaluation_and_exact_gradients_take_no_first_pass() -> None:
