@@ -79,8 +79,7 @@ def differentiate_exactly(
     operands = operands_of(logits._replace(hidden_ND=hidden_ND))
     tuning = tuning_for(hidden_ND)
     tma = tuning.tma and can_use_tma(hidden_ND, weight_VD)
-    softmax_upstream_N, target_upstream_N, factor = upstream
-    factor = factor * (logits.logit_scale / headroom)
+    factor = upstream.scale * (logits.logit_scale / headroom)
     # P of a chunk, and where dC is not bf16 the chunk of dC in fp32, fit the workspace.
     row_bytes = max(rows * hidden_ND.element_size(), 4 * hidden_size)
     chunk = max(workspace_bytes // row_bytes // logits.tile, 1) * logits.tile

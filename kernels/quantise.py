@@ -45,21 +45,18 @@ _MOST_TAKEN_OUT = tl.constexpr(0.04)
 """Of log2 exp(σ²/2), by columns and by tokens: what more noise leaves to estimates counts for nothing."""
 _HOPELESS = tl.constexpr(4.0)
 """Nats above the tolerated ones, and above twice the deviation of the logits, at which most pairs would be refined."""
-_WEIGHT_ROWS, _WEIGHT_BLOCK_D = 16, 256
 _ROWS, _SAMPLES, _SAMPLED_AT_ONCE, _SAMPLED_D = 4, 1024, 128, 32
 
 
 @triton.jit
 def _moments_kernel(
-    mean_D,
-    variance_D,
+    out,
     x_RD,
     token_R,
     n_valid_ptr,
     R,
     D,
     stride_x,
-    EVERY_ROW: tl.constexpr,
     SAMPLES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -68,7 +65,7 @@ def _moments_kernel(
     count."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     count = R
-    if not EVERY_ROW:
+    if token_R is not None:
         count = tl.load(n_valid_ptr)
     first = tl.zeros([ROWS, BLOCK_D], tl.float32)
     second = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -76,7 +73,7 @@ def _moments_kernel(
     for sample in range(0, SAMPLES, ROWS):
         row = (sample + tl.arange(0, ROWS)).to(tl.int64) * count // SAMPLES
         use = row < count
-        if not EVERY_ROW:
+        if token_R is not None:
             row = tl.load(token_R + row, mask=use, other=0).to(tl.int64)
         inside = use[:, None] & (columns < D)[None, :]
         x = tl.load(x_RD + row[:, None] * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -87,8 +84,8 @@ def _moments_kernel(
         number += inside.to(tl.float32)
     total = tl.maximum(tl.sum(number, 0), 1.0)
     mean = tl.sum(first, 0) / total
-    tl.store(mean_D + columns, mean, mask=columns < D)
-    tl.store(variance_D + columns, tl.maximum(tl.sum(second, 0) / total - mean * mean, 0.0), mask=columns < D)
+    tl.store(out.mean_D + columns, mean, mask=columns < D)
+    tl.store(out.variance_D + columns, tl.maximum(tl.sum(second, 0) / total - mean * mean, 0.0), mask=columns < D)
 
 
 @triton.jit
@@ -100,11 +97,13 @@ def _rounded(y):
 
 
 @triton.jit
-def _load(x_RD, row, use, d, D, stride_x, BLOCK_D: tl.constexpr):
-    """BLOCK_D columns of the rows, and which they are."""
+def _load(x_RD, row, use, d, D, stride_x, BLOCK_D: tl.constexpr, KEEP: tl.constexpr):
+    """BLOCK_D columns of the rows, to be kept in cache or not, and which they are."""
     columns = d + tl.arange(0, BLOCK_D)
     pointers = x_RD + row[:, None].to(tl.int64) * stride_x + columns[None, :]
-    return tl.load(pointers, mask=use[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32), columns
+    policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
+    x = tl.load(pointers, mask=use[:, None] & (columns < D)[None, :], other=0.0, eviction_policy=policy)
+    return x.to(tl.float32), columns
 
 
 @triton.jit
@@ -116,21 +115,16 @@ def _factor(largest, sums):
 
 @triton.jit
 def _quantise_weight_kernel(
-    quantised_RD,
-    scale_R,
-    offset_R,
+    out,
     largest_norm_ptr,
     weight_RD,
-    own_common_D,
-    hidden_common_D,
-    column_variance_ptr,
     bias_R,
+    common,
     R,
     D,
     stride_weight,
     unit,
     correction,
-    HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ROUNDS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -143,32 +137,32 @@ def _quantise_weight_kernel(
     largest = tl.zeros([ROWS, BLOCK_D], tl.float32)
     offset = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for d in range(0, D, BLOCK_D):
-        row, columns = _load(weight_RD, r, use, d, D, stride_weight, BLOCK_D)
-        x = row - tl.load(own_common_D + columns, mask=columns < D, other=0.0)[None, :]
+        row, columns = _load(weight_RD, r, use, d, D, stride_weight, BLOCK_D, True)
+        x = row - tl.load(common.weight_D + columns, mask=columns < D, other=0.0)[None, :]
         largest = tl.maximum(largest, tl.abs(x))
-        offset += row * tl.load(hidden_common_D + columns, mask=columns < D, other=0.0)[None, :]
+        offset += row * tl.load(common.hidden_D + columns, mask=columns < D, other=0.0)[None, :]
     offset = tl.sum(offset, 1)
     factor = _factor(tl.max(largest, 1), offset)
     fourths = tl.zeros([ROWS, BLOCK_D], tl.float32)
     spread = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for d in range(0, D, BLOCK_D):
-        row, columns = _load(weight_RD, r, use, d, D, stride_weight, BLOCK_D)
-        y = (row - tl.load(own_common_D + columns, mask=columns < D, other=0.0)[None, :]) * factor[:, None]
+        row, columns = _load(weight_RD, r, use, d, D, stride_weight, BLOCK_D, False)
+        y = (row - tl.load(common.weight_D + columns, mask=columns < D, other=0.0)[None, :]) * factor[:, None]
         square = y * y
         fourths += square * square
         spread += square
         if not ROUNDS:
             y = _rounded(y)
-        pointers = quantised_RD + r[:, None].to(tl.int64) * D + columns[None, :]
-        tl.store(pointers, y.to(quantised_RD.dtype.element_ty), mask=use[:, None] & (columns < D)[None, :])
-    if HAS_BIAS:
+        pointers = out.rows_VD + r[:, None].to(tl.int64) * D + columns[None, :]
+        tl.store(pointers, y.to(out.rows_VD.dtype.element_ty), mask=use[:, None] & (columns < D)[None, :])
+    if bias_R is not None:
         offset += tl.load(bias_R + r, mask=use, other=0.0).to(tl.float32)
     offset *= unit
     if not HAS_SOFTCAP:
-        variance = tl.load(column_variance_ptr) * tl.sum(spread, 1) / factor / factor
+        variance = tl.load(common.column_variance) * tl.sum(spread, 1) / factor / factor
         offset -= tl.minimum(variance, _MOST_TAKEN_OUT)
-    tl.store(scale_R + r, correction / factor, mask=use)
-    tl.store(offset_R + r, offset, mask=use)
+    tl.store(out.scale_V + r, correction / factor, mask=use)
+    tl.store(out.offset_V + r, offset, mask=use)
     norm = tl.where(use, tl.sqrt(tl.sqrt(tl.sum(fourths, 1))) / factor, 0.0)
     norm = tl.where(norm == norm, norm, float("inf"))
     norm = tl.max(norm, 0)
@@ -178,18 +172,10 @@ def _quantise_weight_kernel(
 
 @triton.jit
 def _quantise_hidden_kernel(
-    quantised_ND,
-    scale_N,
-    offset_N,
-    variance_N,
-    deviation_N,
-    hopeless_N,
-    column_variance_ptr,
+    out,
     hidden_ND,
-    own_common_D,
-    own_variance_D,
-    weight_common_D,
-    weight_variance_D,
+    of_hidden,
+    of_weight,
     token_N,
     n_valid_ptr,
     N,
@@ -212,10 +198,10 @@ def _quantise_hidden_kernel(
     largest = tl.zeros([ROWS, BLOCK_D], tl.float32)
     offset = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for d in range(0, D, BLOCK_D):
-        row, columns = _load(hidden_ND, token, use, d, D, stride_hidden, BLOCK_D)
-        common = tl.load(own_common_D + columns, mask=columns < D, other=0.0)
+        row, columns = _load(hidden_ND, token, use, d, D, stride_hidden, BLOCK_D, True)
+        common = tl.load(of_hidden.mean_D + columns, mask=columns < D, other=0.0)
         x = tl.where(use[:, None], row - common[None, :], 0.0)
-        other = tl.load(weight_common_D + columns, mask=columns < D, other=0.0)
+        other = tl.load(of_weight.mean_D + columns, mask=columns < D, other=0.0)
         largest = tl.maximum(largest, tl.abs(x))
         offset += x * other[None, :]
     offset = tl.sum(offset, 1)
@@ -229,10 +215,10 @@ def _quantise_hidden_kernel(
     expected = tl.zeros([BLOCK_D], tl.float32)
     column_square = tl.zeros([BLOCK_D], tl.float32)
     for d in range(0, D, BLOCK_D):
-        row, columns = _load(hidden_ND, token, use, d, D, stride_hidden, BLOCK_D)
-        common = tl.load(own_common_D + columns, mask=columns < D, other=0.0)
-        variance = tl.load(weight_variance_D + columns, mask=columns < D, other=0.0)
-        own_variance = tl.load(own_variance_D + columns, mask=columns < D, other=0.0)
+        row, columns = _load(hidden_ND, token, use, d, D, stride_hidden, BLOCK_D, False)
+        common = tl.load(of_hidden.mean_D + columns, mask=columns < D, other=0.0)
+        variance = tl.load(of_weight.variance_D + columns, mask=columns < D, other=0.0)
+        own_variance = tl.load(of_hidden.variance_D + columns, mask=columns < D, other=0.0)
         y = tl.where(use[:, None], row - common[None, :], 0.0) * factor[:, None]
         rounded = _rounded(y)
         fourths += (y * y) * (y * y)
@@ -243,16 +229,16 @@ def _quantise_hidden_kernel(
         common_spread += common * common * variance
         expected += own_variance * variance
         column_square += variance
-        pointers = quantised_ND + n[:, None].to(tl.int64) * D + columns[None, :]
+        pointers = out.rows_ND + n[:, None].to(tl.int64) * D + columns[None, :]
         inside = (n < N)[:, None] & (columns < D)[None, :]
-        tl.store(pointers, rounded.to(quantised_ND.dtype.element_ty), mask=inside)
+        tl.store(pointers, rounded.to(out.rows_ND.dtype.element_ty), mask=inside)
     along, spread = tl.sum(along, 1), tl.sum(spread, 1) / factor / factor
     variance = half_square * (tl.sum(error, 1) / factor / factor + _RELATIVE_VARIANCE * spread)
     offset *= unit
     expected = half_square * (2 * _RELATIVE_VARIANCE) * tl.sum(expected, 0)
     all_squares = tl.sum(column_square, 0)
     if tl.program_id(0) == 0:
-        tl.store(column_variance_ptr, expected / tl.where(all_squares == 0, 1.0, all_squares))
+        tl.store(out.column_variance, expected / tl.where(all_squares == 0, 1.0, all_squares))
     if not HAS_SOFTCAP:
         beyond = variance - expected
         offset -= tl.minimum(tl.maximum(beyond, -_MOST_TAKEN_OUT), _MOST_TAKEN_OUT)
@@ -260,11 +246,11 @@ def _quantise_hidden_kernel(
     along = tl.where(along == 0, 1.0, tl.sum(squares, 1) / along)
     deviation = deviations * tl.abs(scale) * tl.sqrt(tl.sqrt(tl.sum(fourths, 1))) / factor
     spread = tl.abs(scale) * tl.sqrt(spread + tl.sum(common_spread, 0))
-    tl.store(scale_N + n, unit * correction * along / factor, mask=n < N)
-    tl.store(offset_N + n, offset, mask=n < N)
-    tl.store(variance_N + n, tl.minimum(variance, _MOST_TAKEN_OUT), mask=n < N)
-    tl.store(deviation_N + n, deviation, mask=n < N)
-    tl.store(hopeless_N + n, deviation / (tolerated + _HOPELESS + 2 * spread), mask=n < N)
+    tl.store(out.scale_N + n, unit * correction * along / factor, mask=n < N)
+    tl.store(out.offset_N + n, offset, mask=n < N)
+    tl.store(out.variance_N + n, tl.minimum(variance, _MOST_TAKEN_OUT), mask=n < N)
+    tl.store(out.deviation_N + n, deviation, mask=n < N)
+    tl.store(out.hopeless_N + n, deviation / (tolerated + _HOPELESS + 2 * spread), mask=n < N)
 
 
 class Moments(NamedTuple):
@@ -272,6 +258,14 @@ class Moments(NamedTuple):
 
     mean_D: torch.Tensor
     variance_D: torch.Tensor
+
+
+class Common(NamedTuple):
+    """The common rows [D] of the classifier and of the hidden states, and B/2 of a row whose squared norm is one."""
+
+    weight_D: torch.Tensor
+    hidden_D: torch.Tensor
+    column_variance: torch.Tensor
 
 
 class QuantisedWeight(NamedTuple):
@@ -312,14 +306,13 @@ def moments(x_RD: torch.Tensor, token_R: torch.Tensor | None = None, n_valid: to
     rows, columns = x_RD.shape
     both = Moments(*torch.empty((2, columns), dtype=torch.float32, device=x_RD.device))
     _moments_kernel[(triton.cdiv(columns, _SAMPLED_D),)](
-        *both,
+        both,
         x_RD,
         token_R,
         n_valid,
         rows,
         columns,
         x_RD.stride(0),
-        EVERY_ROW=token_R is None,
         SAMPLES=_SAMPLES,
         ROWS=_SAMPLED_AT_ONCE,
         BLOCK_D=_SAMPLED_D,
@@ -331,9 +324,7 @@ def moments(x_RD: torch.Tensor, token_R: torch.Tensor | None = None, n_valid: to
 def quantise_weight(
     weight_VD: torch.Tensor,
     bias_V: torch.Tensor | None,
-    weight_common_D: torch.Tensor,
-    hidden_common_D: torch.Tensor,
-    column_variance: torch.Tensor,
+    common: Common,
     logit_scale: float,
     has_softcap: bool,
     largest_norm: torch.Tensor,
@@ -342,29 +333,25 @@ def quantise_weight(
     """weight − common row, in ``memory_VD``; ``largest_norm`` [1] becomes at least that of each of the rows."""
     rows, columns = weight_VD.shape
     scale_V, offset_V = torch.empty((2, rows), dtype=torch.float32, device=weight_VD.device)
-    _quantise_weight_kernel[(triton.cdiv(rows, _WEIGHT_ROWS),)](
-        memory_VD,
-        scale_V,
-        offset_V,
+    quantised = QuantisedWeight(memory_VD, scale_V, offset_V)
+    _quantise_weight_kernel[(triton.cdiv(rows, _ROWS),)](
+        quantised,
         largest_norm,
         weight_VD,
-        weight_common_D,
-        hidden_common_D,
-        column_variance,
         bias_V,
+        common,
         rows,
         columns,
         weight_VD.stride(0),
         _unit(logit_scale, has_softcap),
         1 + _RELATIVE_VARIANCE.value,
-        HAS_BIAS=bias_V is not None,
         HAS_SOFTCAP=has_softcap,
         ROUNDS=memory_VD.dtype == torch.float8_e4m3fn,  # by the conversion
-        ROWS=_WEIGHT_ROWS,
-        BLOCK_D=_WEIGHT_BLOCK_D,
+        ROWS=_ROWS,
+        BLOCK_D=_block_d(columns),
         **LAUNCH,
     )
-    return QuantisedWeight(memory_VD, scale_V, offset_V)
+    return quantised
 
 
 def quantise_hidden(
@@ -380,13 +367,15 @@ def quantise_hidden(
     rows, columns = hidden_ND.shape
     device = hidden_ND.device
     rows_ND = torch.empty(hidden_ND.shape, dtype=storage_dtype(hidden_ND), device=device)
-    numbers_N = torch.empty((5, rows), dtype=torch.float32, device=device)
-    hidden = QuantisedHidden(rows_ND, *numbers_N, numbers_N.new_empty(1))
+    scale_N, offset_N, variance_N, deviation_N, hopeless_N = torch.empty((5, rows), dtype=torch.float32, device=device)
+    hidden = QuantisedHidden(
+        rows_ND, scale_N, offset_N, variance_N, deviation_N, hopeless_N, column_variance=scale_N.new_empty(1)
+    )
     _quantise_hidden_kernel[(triton.cdiv(rows, _ROWS),)](
-        *hidden,
+        hidden,
         hidden_ND,
-        *of_hidden,
-        *of_weight,
+        of_hidden,
+        of_weight,
         token_N,
         n_valid,
         rows,
@@ -417,4 +406,4 @@ def _unit(logit_scale: float, has_softcap: bool) -> float:
 
 
 def _block_d(columns: int) -> int:
-    return 1024 if columns > 3072 else 512  # measured on an H100
+    return 512 if columns > 3072 else 256  # measured on an H100

@@ -37,7 +37,7 @@ from .blocks import (
 from .compact import compacted
 from .operands import LAUNCH, operands_of
 from .problem import Estimate, Logits, Summary, Tiles
-from .quantise import moments, quantise_hidden, quantise_weight, storage_dtype
+from .quantise import Common, moments, quantise_hidden, quantise_weight, storage_dtype
 from .tuning import Tuning, num_programs, tuning_for
 
 _LN_2 = tl.constexpr(LN_2)
@@ -258,7 +258,7 @@ def estimate(logits: Logits) -> Estimate:
     of_weight, of_hidden = moments(weight_VD), moments(hidden_ND, logits.token_N, logits.n_valid)
     form = (logits.logit_scale, has_softcap)
     hidden = quantise_hidden(hidden_ND, of_hidden, of_weight, logits.token_N, logits.n_valid, *form)
-    commons = (of_weight.mean_D, of_hidden.mean_D, hidden.column_variance)
+    common = Common(of_weight.mean_D, of_hidden.mean_D, hidden.column_variance)
     largest_norm = torch.zeros(1, dtype=torch.float32, device=hidden_ND.device)
     copy_vD = torch.empty(
         (min(rows_per_chunk, vocab), hidden_size),
@@ -270,7 +270,7 @@ def estimate(logits: Logits) -> Estimate:
         first_split = first_row // (blocks_per_split * tuning.block_v)
         weight_vD, bias_v = weight_VD[v], None if logits.bias_V is None else logits.bias_V[v]
         memory_vD = copy_vD[: weight_vD.shape[0]]
-        weight = quantise_weight(weight_vD, bias_v, *commons, *form, largest_norm, memory_vD)
+        weight = quantise_weight(weight_vD, bias_v, common, *form, largest_norm, memory_vD)
         _launch(
             logits._replace(hidden_ND=hidden.rows_ND, weight_VD=weight.rows_VD, bias_V=None),  # in the offsets
             InEightBits(

@@ -80,8 +80,8 @@ with tuning.forced(table):
         form = 1.0, logits.softcap is not None
         e = quantise.quantise_hidden(hidden, *moments, ints(N), ints(1), *form)
         copy = weight.to(torch.float8_e4m3fn)
-        commons = floats(D), floats(D), floats(1)
-        c = quantise.quantise_weight(weight, logits.bias_V, *commons, *form, floats(1), copy)
+        common = quantise.Common(floats(D), floats(D), floats(1))
+        c = quantise.quantise_weight(weight, logits.bias_V, common, *form, floats(1), copy)
         numbers = e.scale_N, c.scale_V, e.offset_N, c.offset_V, e.variance_N, e.hopeless_N, floats(1)
         summarise._launch(
             logits._replace(hidden_ND=e.rows_ND, weight_VD=c.rows_VD, bias_V=None),

@@ -18,6 +18,7 @@ from cce_dist import linear_cross_entropy
 from cce_dist.kernels import pipeline
 from cce_dist.kernels.problem import TILE, Estimate, Normaliser
 from cce_dist.kernels.quantise import (
+    Common,
     QuantisedHidden,
     QuantisedWeight,
     moments,
@@ -65,9 +66,8 @@ def in_8_bits(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Te
     memory_VD = torch.empty_like(weight_VD, dtype=storage_dtype(weight_VD))
     largest_norm = torch.zeros(1, device=DEVICE)
     means = of_hidden.mean_D, of_weight.mean_D
-    weight = quantise_weight(
-        weight_VD, bias_V, *means[::-1], hidden.column_variance, 1.0, False, largest_norm, memory_VD
-    )
+    common = Common(*means[::-1], hidden.column_variance)
+    weight = quantise_weight(weight_VD, bias_V, common, 1.0, False, largest_norm, memory_VD)
     rests = (x.float() - mean_D for x, mean_D in zip((hidden_ND, weight_VD), means, strict=True))
     return Rounded(hidden, weight, *means, *rests, largest_norm)
 
@@ -264,26 +264,27 @@ def test_logits_too_large_for_an_estimate_are_computed_in_full(gradient: str) ->
 
 def test_row_blocks_whose_estimates_would_all_be_replaced_are_not_estimated() -> None:
     """One number of a token and of a column holds nearly all of them: its error may be many nats."""
-    logits = make_logits(64, 5 * TILE, 32, dtype=torch.float16, bias=False)
+    half = 128  # a multiple of the rows of a block
+    logits = make_logits(2 * half, 5 * TILE, 32, dtype=torch.float16, bias=False)
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     weight_VD[:, 0] = 0
     weight_VD[7, 0] = 60
     hidden_ND[:, 0] = 0
-    hidden_ND[logits.token_N[:32].long(), 0] = 10
-    hidden_ND[logits.token_N[:16].long(), 0] = -10
-    hidden_ND[logits.token_N[32:].long(), 1:] *= 0.2
+    hidden_ND[logits.token_N[:half].long(), 0] = 10
+    hidden_ND[logits.token_N[: half // 2].long(), 0] = -10
+    hidden_ND[logits.token_N[half:].long(), 1:] *= 0.2
     d = dense(logits)
     estimate = pipeline.estimate(logits)
     estimated_N = estimate.summary.max_N > -torch.inf
-    assert estimated_N.tolist() == [False] * 32 + [True] * 32
-    assert (estimate.margin_N == torch.inf).tolist() == [True] * 32 + [False] * 32
+    assert estimated_N.tolist() == [False] * half + [True] * half
+    assert (estimate.margin_N == torch.inf).tolist() == [True] * half + [False] * half
     first = estimate.summary
     refined = pipeline.refine(
         logits, estimate, Normaliser(first.max_N, first.sumexp_N.log() / first.unit, first.unit), EPS
     )
     off_N = refined.max_N.double() * refined.unit + refined.sumexp_N.double().log() - d.lse_N
-    assert off_N[:32].abs().max() < 1e-6 * d.lse_N.abs().max()
-    assert off_N[32:].abs().max() < 0.1
+    assert off_N[:half].abs().max() < 1e-6 * d.lse_N.abs().max()
+    assert off_N[half:].abs().max() < 0.1
 
 
 def test_a_nan_reaches_its_loss_and_gradient_and_no_other_token() -> None:
