@@ -29,8 +29,8 @@ from timing import Phases, interleaved_ms
 from torch import Tensor
 
 from cce_dist import linear_cross_entropy
-from cce_dist.kernels import pipeline
 from cce_dist.kernels.problem import Logits
+from cce_dist.kernels.triton import backend as triton_backend
 
 Case = tuple[str, Tensor, Tensor]
 _CHUNK = 256
@@ -135,7 +135,7 @@ def measure_case(backends: dict[str, ModuleType], case: Case, labels_N: Tensor, 
     inputs = Inputs(hidden_ND.to(dtype), weight_VD.to(dtype), labels_N, 0.0)
     logits, settings = shard_of(inputs, backend="triton")[:2]
     exact_N, rounded_N = true_lse(inputs.hidden_ND, inputs.weight_VD)
-    full_N = merge([pipeline.summarise(logits, False, 1 << 20)]).lse_N
+    full_N = merge([triton_backend.summarise(logits, False, 1 << 20)]).lse_N
     result: dict[str, Any] = {
         "lse_mean": exact_N.mean().item(),
         "errors": {"rounded logits": errors(rounded_N, exact_N), "full": errors(full_N, exact_N)},
@@ -156,7 +156,7 @@ def measure_times(backends: dict[str, ModuleType], inputs: Inputs, rounds: int, 
         f"first pass, {name}": lambda backend=backend: first_pass(backend, logits, settings.filter_eps)
         for name, backend in backends.items()
     }
-    runs["first pass, full"] = lambda: pipeline.summarise(logits, True, 1 << 20)
+    runs["first pass, full"] = lambda: triton_backend.summarise(logits, True, 1 << 20)
     weight_VD = inputs.weight_VD.clone().requires_grad_()
     for way in ("fp8", "full"):
         runs[f"forward, {way}"] = lambda way=way: linear_cross_entropy(
@@ -189,7 +189,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device, phases = arguments.device, Phases()
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
-    backends = {"fp8": pipeline}
+    backends = {"fp8": triton_backend}
     if arguments.before is not None:
         backends["fp8 before"] = pipeline_of(arguments.before)
     report: dict[str, Any] = {**environment(), "steps": arguments.steps, "cases": {}, "times": {}}

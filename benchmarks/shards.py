@@ -15,8 +15,9 @@ from inputs import Inputs
 from torch import Tensor
 
 from cce_dist import VocabShard
-from cce_dist.kernels import pipeline, reference
+from cce_dist.kernels import torch_backend
 from cce_dist.kernels.problem import MOST_DRAWN, TILE, Filter, Gradients, Logits, Normaliser, Summary, Upstream, Wanted
+from cce_dist.kernels.triton import backend as triton_backend
 from cce_dist.loss.settings import Method, check_settings, resolve, workspace_bytes
 
 
@@ -30,7 +31,7 @@ class Shard(NamedTuple):
 
     @property
     def backend(self) -> ModuleType:
-        return pipeline if self.method.backend == "triton" else reference
+        return triton_backend if self.method.backend == "triton" else torch_backend
 
 
 def shard_of(inputs: Inputs, rank: int = 0, world: int = 1, gradient: str = "unbiased", backend: str = "auto") -> Shard:
@@ -67,15 +68,15 @@ def summarise(shard: Shard, estimates: Normaliser | None = None) -> Summary:
     logits, method = shard.logits, shard.method
     if method.first_pass == "full":
         return shard.backend.summarise(logits, method.gradient != "exact", shard.workspace)
-    estimate = pipeline.estimate(logits)
-    return pipeline.refine(logits, estimate, estimates or merge([estimate.summary]), method.filter_eps)
+    estimate = triton_backend.estimate(logits)
+    return triton_backend.refine(logits, estimate, estimates or merge([estimate.summary]), method.filter_eps)
 
 
 def merged_estimates(shards: Sequence[Shard]) -> Normaliser | None:
     """What the all-reduces between the two passes compute; None where there is one pass."""
     if shards[0].method.first_pass == "full":
         return None
-    return merge([pipeline.estimate(shard.logits).summary for shard in shards])
+    return merge([triton_backend.estimate(shard.logits).summary for shard in shards])
 
 
 def merge(summaries: Sequence[Summary]) -> Normaliser:

@@ -3,10 +3,11 @@
     python benchmarks/stages.py --tokens tokens.npz --shapes gemma small --out benchmarks/results
 
 torch's profiler records the kernels of some steps (forward+backward); each is put to a stage by its name. Our own
-kernels are of the stage whose file in kernels/ holds them (summarise, select, tail, differentiate, exact; R's rows, in
-select.py, are the tail's). Library products belong to what calls them in that mode: the tail's two, or exact mode's dE
-and dC. What torch does besides is "small torch operations" and "memset and copies"; what no rule knows is "other", with
-its name. Kernels that overlap count in full, so the sum may exceed the step's time; gaps between kernels count nowhere.
+kernels are of the stage whose file in kernels/triton holds them (summarise, select, tail, differentiate, exact; R's
+rows, in select.py, are the tail's). Library products belong to what calls them in that mode: the tail's two, or exact
+mode's dE and dC. What torch does besides is "small torch operations" and "memset and copies"; what no rule knows is
+"other", with its name. Kernels that overlap count in full, so the sum may exceed the step's time; gaps between kernels
+count nowhere.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from cce_dist import linear_cross_entropy
 
 MODES = ("unbiased", "filtered", "exact")
-KERNELS = Path(__file__).parent.parent / "kernels"
+KERNELS = Path(__file__).parent.parent / "kernels/triton"
 # In this order; names of cuBLAS's and torch's kernels on CUDA, and of their operators on a CPU.
 RULES = (
     ("memset and copies", r"memset|memcpy|direct_copy|FillFunctor|aten::(copy_|zero_|fill_|clone)$"),

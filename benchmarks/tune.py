@@ -1,4 +1,4 @@
-"""Refreshes kernels/tuning.json for this GPU: block shapes and launch parameters, one at a time.
+"""Refreshes kernels/triton/tuning.json for this GPU: block shapes and launch parameters, one at a time.
 
     python benchmarks/tune.py --tokens tokens.npz --shapes gemma small llama3 --write
 
@@ -23,8 +23,8 @@ from shards import Shard, differentiate, merge, shard_of, summarise
 from timing import Phases, interleaved_ms
 from torch import Tensor
 
-from cce_dist.kernels import tuning
-from cce_dist.kernels.tuning import FILE, Row, Tuning
+from cce_dist.kernels.triton import tuning
+from cce_dist.kernels.triton.tuning import FILE, Row, Tuning
 
 FORWARD = {
     "row_group": (4, 8, 16, 32),

@@ -13,7 +13,7 @@ from reference import DEVICE
 from torch import Tensor
 
 from cce_dist.kernels.problem import TILE, Filter, Logits, Normaliser, Upstream, Wanted
-from cce_dist.kernels.reference import SAMPLED_ROWS
+from cce_dist.kernels.torch_backend import SAMPLED_ROWS
 
 EVERYTHING = Wanted(True, True, True, torch.float32, 1 << 20)
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from cce_dist import linear_cross_entropy
-from cce_dist.kernels import tuning
 from cce_dist.kernels.problem import TILE
-from cce_dist.kernels.tuning import Row, Tuning
+from cce_dist.kernels.triton import tuning
+from cce_dist.kernels.triton.tuning import Row, Tuning
 
 ROOT = Path(__file__).parent.parent
 MODULES = ("first_pass", "inputs", "loss", "methods", "scaling", "shards", "stages", "timing", "tune")

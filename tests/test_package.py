@@ -57,7 +57,7 @@ def test_the_wheel_holds_every_module_and_nothing_beside_the_package(wheel: Path
         f"cce_dist/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == expected
-    assert {"cce_dist/py.typed", "cce_dist/kernels/tuning.json"} <= set(names)
+    assert {"cce_dist/py.typed", "cce_dist/kernels/triton/tuning.json"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"cce_dist"}
 

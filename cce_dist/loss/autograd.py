@@ -23,7 +23,7 @@ from cce_dist.collectives import (
     start_reduce_scatter,
     token_fingerprint,
 )
-from cce_dist.kernels import reference
+from cce_dist.kernels import torch_backend
 from cce_dist.kernels.problem import MOST_DRAWN, TILE, Filter, Gradients, Logits, Normaliser, Tiles, Upstream, Wanted
 from cce_dist.loss.settings import CallSettings, Method, check_labels, workspace_bytes
 from cce_dist.loss.tokens import Order, gather, own, valid_first
@@ -50,10 +50,10 @@ class Call(NamedTuple):
     @property
     def backend(self) -> ModuleType:
         if self.method.backend == "torch":
-            return reference
-        from cce_dist.kernels import pipeline  # imports triton
+            return torch_backend
+        from cce_dist.kernels.triton import backend  # imports triton
 
-        return pipeline
+        return backend
 
 
 class Saved(NamedTuple):

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from triton.backends import backends
 
-from cce_dist.kernels.operands import LAUNCH
+from cce_dist.kernels.triton.operands import LAUNCH
 
-KERNELS = Path(__file__).parents[2] / "kernels"
+KERNELS = Path(__file__).parents[2] / "kernels/triton"
 
 PROGRAM = """
 import json, subprocess, sys, tempfile
@@ -53,8 +53,8 @@ def compile_only(self, *arguments, grid, warmup, **options):
 
 
 jit.JITFunction.run = compile_only
-from cce_dist.kernels import compact, differentiate, exact, quantise, refine, select, summarise, tail, tuning
-from cce_dist.kernels.operands import Tail
+from cce_dist.kernels.triton import compact, differentiate, exact, quantise, refine, select, summarise, tail, tuning
+from cce_dist.kernels.triton.operands import Tail
 from cce_dist.kernels.problem import TILE, Estimate, Filter, Gradients, Logits, Normaliser, Upstream
 
 V = 16 * TILE
@@ -83,9 +83,9 @@ with tuning.forced(table):
         common = quantise.Common(floats(D), floats(D), floats(1))
         c = quantise.quantise_weight(weight, logits.bias_V, common, *form, floats(1), copy)
         numbers = e.scale_N, c.scale_V, e.offset_N, c.offset_V, e.variance_N, e.hopeless_N, floats(1)
-        summarise._launch(
+        summarise.launch(
             logits._replace(hidden_ND=e.rows_ND, weight_VD=c.rows_VD, bias_V=None),
-            summarise.InEightBits(*numbers),
+            quantise.InEightBits(*numbers),
             summarise.Partials(*(floats(16, N) for _ in range(3))),
             summary.tiles.lse_TN,
             1,

@@ -15,9 +15,9 @@ from reference import DEVICE, TRITON_DTYPES, Problem, cce_outcome, make_problem,
 from sharded import assert_ranks_no_worse, make_rank_problem
 
 from cce_dist import linear_cross_entropy
-from cce_dist.kernels import pipeline
 from cce_dist.kernels.problem import TILE, Estimate, Normaliser
-from cce_dist.kernels.quantise import (
+from cce_dist.kernels.triton import backend as triton_backend
+from cce_dist.kernels.triton.quantise import (
     Common,
     QuantisedHidden,
     QuantisedWeight,
@@ -128,7 +128,7 @@ def test_pairs_near_eps_make_up_for_those_that_their_errors_left_to_the_estimate
     logits = make_logits(256, 40 * TILE, dtype=torch.float16, spread=2.0, shared=0.5, bias=False)
     logits = logits._replace(target_N=torch.full_like(logits.target_N, -1))
     d = dense(logits)
-    summary = pipeline.summarise(logits, True, 1 << 20)
+    summary = triton_backend.summarise(logits, True, 1 << 20)
     assert summary.tiles is not None
     eps = 0.03
     assert 0.1 < (d.mass_NT > eps).double().mean() < 0.5
@@ -139,7 +139,7 @@ def test_pairs_near_eps_make_up_for_those_that_their_errors_left_to_the_estimate
     for error_TN in (noise_TN, -noise_TN):  # both, so that their own mean is 0
         estimated_TN = summary.tiles.lse_TN.float() + (error_TN - off * off / 2) / summary.unit
         tiles = summary.tiles._replace(lse_TN=estimated_TN.half())
-        refined = pipeline.refine(
+        refined = triton_backend.refine(
             logits, Estimate(summary._replace(tiles=tiles), torch.zeros_like(lse_N)), normaliser, eps
         )
         sums.append((refined.max_N.double() * refined.unit + refined.sumexp_N.double().log() - d.lse_N).exp())
@@ -187,13 +187,13 @@ def test_rows_of_the_smallest_numbers_stay_finite(size: float) -> None:
 def test_large_tiles_are_exact_after_refinement_and_the_others_estimates(case: dict[str, Any]) -> None:
     logits = make_logits(dtype=torch.float16, hidden_size=64, **case)
     d, num_valid = dense(logits), int(logits.n_valid)
-    estimate = pipeline.estimate(logits)
+    estimate = triton_backend.estimate(logits)
     first = estimate.summary
     estimated_N = first.max_N + first.sumexp_N.log() / first.unit
     off_N = estimated_N[:num_valid].double() * first.unit - d.lse_N
     assert 1e-5 < off_N.abs().max() < 0.5, "an estimate is neither exact nor wild"
     normaliser = Normaliser(first.max_N, first.sumexp_N.log() / first.unit, first.unit)
-    refined = pipeline.refine(logits, estimate, normaliser, EPS)
+    refined = triton_backend.refine(logits, estimate, normaliser, EPS)
     assert refined.tiles is not None
     assert refined.tiles.reference_SN is not None
     lse_N = refined.max_N[:num_valid].double() * refined.unit + refined.sumexp_N[:num_valid].double().log()
@@ -214,10 +214,10 @@ def test_tiles_without_a_finite_logit_stay_without_mass() -> None:
     none = [0, 1, 4, 8, 9]  # the first of each split, and all of the last
     bias_V.view(10, TILE)[none] = -torch.inf
     logits = logits._replace(bias_V=bias_V, target_N=torch.full_like(logits.target_N, -1))
-    estimate = pipeline.estimate(logits)
+    estimate = triton_backend.estimate(logits)
     first = estimate.summary
     normaliser = Normaliser(first.max_N, first.sumexp_N.log() / first.unit, first.unit)
-    refined = pipeline.refine(logits, estimate, normaliser, EPS)
+    refined = triton_backend.refine(logits, estimate, normaliser, EPS)
     for tiles in (first.tiles, refined.tiles):
         assert (tiles.lse_TN[none] == -torch.inf).all()
         assert tiles.reference_SN.isfinite().all()
@@ -274,12 +274,12 @@ def test_row_blocks_whose_estimates_would_all_be_replaced_are_not_estimated() ->
     hidden_ND[logits.token_N[: half // 2].long(), 0] = -10
     hidden_ND[logits.token_N[half:].long(), 1:] *= 0.2
     d = dense(logits)
-    estimate = pipeline.estimate(logits)
+    estimate = triton_backend.estimate(logits)
     estimated_N = estimate.summary.max_N > -torch.inf
     assert estimated_N.tolist() == [False] * half + [True] * half
     assert (estimate.margin_N == torch.inf).tolist() == [True] * half + [False] * half
     first = estimate.summary
-    refined = pipeline.refine(
+    refined = triton_backend.refine(
         logits, estimate, Normaliser(first.max_N, first.sumexp_N.log() / first.unit, first.unit), EPS
     )
     off_N = refined.max_N.double() * refined.unit + refined.sumexp_N.double().log() - d.lse_N

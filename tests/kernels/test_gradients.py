@@ -29,11 +29,13 @@ from reference import (
     relative_error,
 )
 
-from cce_dist.kernels import pipeline, reference, tuning
+from cce_dist.kernels import torch_backend
 from cce_dist.kernels.problem import TILE, Filter, Logits, Wanted
+from cce_dist.kernels.triton import backend as triton_backend
+from cce_dist.kernels.triton import tuning
 
 EPS = 2.0**-4
-BACKENDS = {"torch": reference, "triton": pipeline}
+BACKENDS = {"torch": torch_backend, "triton": triton_backend}
 MODES = {
     "exact": Filter("exact"),
     "filtered": Filter("filtered", EPS),
@@ -115,7 +117,7 @@ def test_chunks_of_hidden_columns_the_last_cut_off_follow_the_formula(
     logits = make_clear_logits(70, 4 * TILE - 40, 2 * base.weight_block_d + 5, EPS, dtype=dtype)
     expected = gradients(logits, dense(logits), make_upstream(logits), MODES["unbiased"])
     with tuning.forced(base._replace(chunk_d=4 * base.weight_block_d // chunks)):
-        got = differentiate(pipeline, logits, MODES["unbiased"], EVERYTHING._replace(workspace_bytes=workspace))
+        got = differentiate(triton_backend, logits, MODES["unbiased"], EVERYTHING._replace(workspace_bytes=workspace))
     for x, y in zip(got, expected, strict=True):
         assert relative_error(x, y) < HALF_BOUNDS.get(dtype, 3e-6)
 
@@ -140,7 +142,7 @@ def test_several_blocks_of_everything_follow_the_formula(dtype: torch.dtype, fil
     """Rows, tiles and D of more than one block of any tuning, the last ones partly filled."""
     logits = make_clear_logits(513, 5000, hidden_size, EPS, dtype=dtype)
     expected = gradients(logits, dense(logits), make_upstream(logits), filter_)
-    got = differentiate(pipeline, logits, filter_)
+    got = differentiate(triton_backend, logits, filter_)
     for x, y in zip(got, expected, strict=True):
         assert relative_error(x, y) < (3e-6 if dtype == torch.float32 else HALF_BOUNDS[dtype])
 
@@ -160,7 +162,7 @@ def test_backends_make_the_same_draws(backend: ModuleType) -> None:
     logits = make_logits(rows=40)
     seed = torch.tensor([0x1234_5678_9ABC_DEF0], device=DEVICE)
     filter_ = Filter("unbiased", EPS, seed=seed)
-    one, other = (differentiate(b, logits, filter_) for b in (reference, backend))
+    one, other = (differentiate(b, logits, filter_) for b in (torch_backend, backend))
     for x, y in zip(one, other, strict=True):
         assert relative_error(x, y) < 3e-6
     changed = differentiate(backend, logits, Filter("unbiased", EPS, seed=seed + 1))
@@ -192,16 +194,22 @@ def test_the_weight_gradient_comes_in_the_wanted_dtype(dtype: torch.dtype, backe
 def test_hidden_gradients_handed_over_early_are_the_same() -> None:
     """In the sparse backward dE is complete before dC is begun, whatever becomes of it afterwards."""
     logits = make_logits(vocab=600)
-    tiles = pipeline.summarise(logits, True, 1 << 20).tiles
-    arguments = (logits, tiles, normaliser(pipeline, logits, dense(logits)), make_upstream(logits), MODES["unbiased"])
-    together = pipeline.differentiate(*arguments, EVERYTHING)
+    tiles = triton_backend.summarise(logits, True, 1 << 20).tiles
+    arguments = (
+        logits,
+        tiles,
+        normaliser(triton_backend, logits, dense(logits)),
+        make_upstream(logits),
+        MODES["unbiased"],
+    )
+    together = triton_backend.differentiate(*arguments, EVERYTHING)
     early: list[torch.Tensor] = []
 
     def take(dhidden_ND: torch.Tensor) -> None:
         early.append(dhidden_ND.clone())
         dhidden_ND.zero_()
 
-    apart = pipeline.differentiate(*arguments, EVERYTHING, take)
+    apart = triton_backend.differentiate(*arguments, EVERYTHING, take)
     assert len(early) == 1
     assert relative_error(early[0], together.hidden_ND) < 1e-6
     assert apart.hidden_ND is not None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import DEVICE
 
-from cce_dist.kernels.schedule import schedule
+from cce_dist.kernels.triton.schedule import schedule
 
 PAIR_ROWS = 32
 CASES = {

@@ -12,13 +12,14 @@ from dense import dense, is_large, make_logits, padded_lse
 from reference import DEVICE, relative_error
 from torch import Tensor
 
-from cce_dist.kernels import pipeline, reference
-from cce_dist.kernels.blocks import LN_2
+from cce_dist.kernels import torch_backend
 from cce_dist.kernels.problem import TILE, Filter, Logits, Tiles
-from cce_dist.kernels.select import kept_tokens, select
+from cce_dist.kernels.triton import backend as triton_backend
+from cce_dist.kernels.triton.blocks import LN_2
+from cce_dist.kernels.triton.select import kept_tokens, select
 
 EPS = 2.0**-4
-BACKENDS = {"torch": reference, "triton": pipeline}
+BACKENDS = {"torch": torch_backend, "triton": triton_backend}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "half precision": {"dtype": torch.float16},
@@ -77,10 +78,10 @@ def kept_pairs(backend: ModuleType, logits: Logits, filter_: Filter, lse_N: Tens
     """[N, T] of the valid rows: is the pair recomputed?"""
     tiles = backend.summarise(logits, True, 1 << 20).tiles
     num_valid = int(logits.n_valid)
-    if backend is reference:
+    if backend is torch_backend:
         everything = slice(0, logits.num_tiles), slice(0, num_valid)
-        eps_N = reference.drawing_eps(logits, tiles, lse_N, filter_)
-        return reference.keep(logits, tiles, lse_N, eps_N, filter_, *everything)[0].T != 0
+        eps_N = torch_backend.drawing_eps(logits, tiles, lse_N, filter_)
+        return torch_backend.keep(logits, tiles, lse_N, eps_N, filter_, *everything)[0].T != 0
     token_TN, _, count_T = kept_tokens(logits, select(logits, tiles, lse_N / LN_2, filter_))
     kept_NT = torch.zeros(num_valid, logits.num_tiles, dtype=torch.bool, device=DEVICE)
     for tile, count in enumerate(count_T.tolist()):
@@ -171,7 +172,7 @@ def test_philox_gives_the_published_word() -> None:
     assert philox_first_word(0, 0, 0) == 0x6627E8D5, "known answer of Random123"
     for seed, c0, c1 in COUNTERS:
         seed = seed - (1 << 64) if seed >= 1 << 63 else seed
-        got = reference.philox(torch.tensor([seed]), torch.tensor([c0]), torch.tensor([c1]))
+        got = torch_backend.philox(torch.tensor([seed]), torch.tensor([c0]), torch.tensor([c1]))
         assert int(got) == philox_first_word(seed & (1 << 64) - 1, c0, c1)
 
 
@@ -196,7 +197,7 @@ def test_triton_philox_is_the_same_function() -> None:
 
 def test_draws_are_uniform_and_differ_by_token_tile_and_seed() -> None:
     token_N, key_T = torch.arange(200)[None, :].expand(50, 200), torch.arange(50)[:, None].expand(50, 200)
-    draws = [reference.philox(torch.tensor([seed]), token_N, key_T).double() / 2**32 for seed in (1, 2)]
+    draws = [torch_backend.philox(torch.tensor([seed]), token_N, key_T).double() / 2**32 for seed in (1, 2)]
     for draw in draws:
         assert draw.unique().numel() > 9990
         histogram = torch.histc(draw, 10, 0, 1)

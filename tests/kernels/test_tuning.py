@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from cce_dist.kernels import tuning
-from cce_dist.kernels.tuning import Row, Tuning
+from cce_dist.kernels.triton import tuning
+from cce_dist.kernels.triton.tuning import Row, Tuning
 
 
 def _file(folder: Path, content: Any) -> Path:

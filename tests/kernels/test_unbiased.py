@@ -28,8 +28,9 @@ from dense import (
 from reference import DEVICE, TRITON_DTYPES, cce_outcome, make_problem, plain_outcome
 from torch import Tensor
 
-from cce_dist.kernels import pipeline, reference
+from cce_dist.kernels import torch_backend
 from cce_dist.kernels.problem import TILE, Filter, Logits, Upstream
+from cce_dist.kernels.triton import backend as triton_backend
 
 EPS = 2.0**-2
 
@@ -70,10 +71,10 @@ def mean_gradient(
 @pytest.mark.parametrize("softcap", [None, 6.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_mean_over_draws_is_the_exact_gradient(dtype: torch.dtype, softcap: float | None) -> None:
-    check(reference, make_logits(dtype=dtype, softcap=softcap, shared=0.4), counts=(1, 4, 16, 64))
+    check(torch_backend, make_logits(dtype=dtype, softcap=softcap, shared=0.4), counts=(1, 4, 16, 64))
 
 
-@pytest.mark.parametrize("backend", [reference, pipeline], ids=["torch", "triton"])
+@pytest.mark.parametrize("backend", [torch_backend, triton_backend], ids=["torch", "triton"])
 def test_it_is_where_the_number_of_draws_is_bounded(backend: ModuleType) -> None:
     logits = make_logits(rows=12, vocab=6 * TILE, spread=1.0, shared=0.4)
     small_N = (dense(logits).mass_NT * ~is_large(logits, dense(logits), EPS)).sum(1)
@@ -82,13 +83,13 @@ def test_it_is_where_the_number_of_draws_is_bounded(backend: ModuleType) -> None
 
 
 def test_the_mean_over_draws_is_the_exact_gradient_in_triton() -> None:
-    check(pipeline, make_logits(rows=12, softcap=6.0, shared=0.4), counts=(1, 8))
+    check(triton_backend, make_logits(rows=12, softcap=6.0, shared=0.4), counts=(1, 8))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_the_mean_over_many_draws_is_the_exact_gradient_in_triton(dtype: torch.dtype) -> None:
-    check(pipeline, make_logits(dtype=dtype, softcap=6.0, shared=0.4), counts=(1, 16))
+    check(triton_backend, make_logits(dtype=dtype, softcap=6.0, shared=0.4), counts=(1, 16))
 
 
 def check(backend: ModuleType, logits: Logits, counts: tuple[int, ...], most_drawn: float = math.inf) -> None:

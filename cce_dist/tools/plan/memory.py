@@ -10,7 +10,7 @@ from cce_dist.loss.settings import default_workspace_mb
 from cce_dist.tools.plan.job import ELEMENT
 
 _PAIR_ROWS, _CHUNK_D, _AT_ONCE_D = 128, 512, 1024
-"""The sparse backward's work items, as on Hopper (kernels/tuning.json): an 8-byte entry of its queue each."""
+"""The sparse backward's work items, as on Hopper (kernels/triton/tuning.json): an 8-byte entry of its queue each."""
 OPTIMIZER = 12
 """Bytes of AdamW's state a weight: fp32 weight and two moments."""
 

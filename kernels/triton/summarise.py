@@ -9,11 +9,9 @@ more than it hides.
 FLOPs: 2·N·V·D. Bytes: V·D·2·⌈N / (row_group·BLOCK_N)⌉ + N·D·2 read, 2·T·N of tile summaries written; the products
 dominate by far. No atomics and no locks: each split writes its own partial, `_finish_kernel` merges them.
 
-`estimate` is the same over 8-bit copies (see quantise.py) at twice the rate, a chunk of the classifier at a time, so
-that its copy is small; its result is close enough to find the tiles that matter, which `refine` then computes in full.
-It leaves out row blocks of which that would be most tiles.
+In: `Logits`. Out: a `Summary`. estimate.py launches the same kernel on 8-bit copies.
 
-Shapes: N tokens, D hidden, V local rows, v rows of a chunk, T tiles, t tiles of a block of columns, S splits.
+Shapes: N tokens, D hidden, V local rows, T tiles, t tiles of a block of columns, S splits.
 """
 
 from typing import NamedTuple
@@ -22,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..problem import Logits, Summary, Tiles
 from .blocks import (
     LN_2,
-    LOG2_E,
     can_use_tma,
     descriptor,
     finite,
@@ -36,13 +34,11 @@ from .blocks import (
 )
 from .compact import compacted
 from .operands import LAUNCH, operands_of
-from .problem import Estimate, Logits, Summary, Tiles
-from .quantise import Common, moments, quantise_hidden, quantise_weight, storage_dtype
+from .quantise import InEightBits, logits_in_8_bits
 from .tuning import Tuning, num_programs, tuning_for
 
 _LN_2 = tl.constexpr(LN_2)
 _FINISH_TOKENS = 16
-_COPY_BYTES = 128 << 20  # of the classifier's 8-bit copy: enough columns to fill the GPU several times over
 
 
 class Partials(NamedTuple):
@@ -53,38 +49,11 @@ class Partials(NamedTuple):
     reference_SN: torch.Tensor
 
 
-class InEightBits(NamedTuple):
-    """What turns 8-bit products into logits; see `QuantisedHidden` and `QuantisedWeight`."""
-
-    row_scale_N: torch.Tensor
-    column_scale_V: torch.Tensor
-    offset_N: torch.Tensor
-    offset_V: torch.Tensor
-    variance_N: torch.Tensor
-    hopeless_N: torch.Tensor
-    largest_norm: torch.Tensor
-
-
-@triton.jit
-def _logits_in_8_bits(operands, in_8_bits, products, columns, row_scale_n, offset_n, variance_n):
-    """Base-2 logits of a block of 8-bit products, without the known bias of their exponentials; −inf past the last."""
-    inside = columns < operands.V
-    column_scale = tl.load(in_8_bits.column_scale_V + columns, mask=inside, other=0.0)
-    column_offset = tl.load(in_8_bits.offset_V + columns, mask=inside, other=-float("inf"))
-    z = products * row_scale_n[:, None] * column_scale[None, :] + (offset_n[:, None] + column_offset[None, :])
-    if operands.softcap is not None:
-        z, slope = softcapped(z, operands.softcap)
-        # The mean of exp(f(x + η)) is exp(f)·(1 + (f'² + f'')·σ²/2), and f'' = −2·f·f'/softcap².
-        z -= slope * (slope - z * (2 / (LOG2_E * operands.softcap * operands.softcap))) * variance_n[:, None]
-        z = tl.where(inside[None, :], z, -float("inf"))
-    return z
-
-
 @triton.jit
 def _block_logits(operands, in_8_bits, products, block, row_scale_n, offset_n, variance_n, BLOCK_V: tl.constexpr):
     columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
     if in_8_bits is not None:
-        z = _logits_in_8_bits(operands, in_8_bits, products, columns, row_scale_n, offset_n, variance_n)
+        z = logits_in_8_bits(operands, in_8_bits, products, columns, row_scale_n, offset_n, variance_n)
     else:
         z, _slope = logits_of(operands, products, columns)
     return z
@@ -234,64 +203,14 @@ def summarise(logits: Logits, want_tiles: bool) -> Summary:
     tuning = tuning_for(logits.hidden_ND)
     num_blocks = triton.cdiv(logits.weight_VD.shape[0], tuning.block_v)
     blocks_per_split = triton.cdiv(num_blocks, tuning.splits)
-    partials, lse_TN = _empty_partials(logits, triton.cdiv(num_blocks, blocks_per_split), want_tiles)
+    partials, lse_TN = empty_partials(logits, triton.cdiv(num_blocks, blocks_per_split), want_tiles)
     dense = logits._replace(hidden_ND=compacted(logits))
-    _launch(dense, None, partials, lse_TN, blocks_per_split, tuning)
+    launch(dense, None, partials, lse_TN, blocks_per_split, tuning)
     tiles_per_split = blocks_per_split * tuning.block_v // logits.tile
-    return _finish(logits, partials, None if lse_TN is None else Tiles(lse_TN, partials.reference_SN, tiles_per_split))
+    return finish(logits, partials, None if lse_TN is None else Tiles(lse_TN, partials.reference_SN, tiles_per_split))
 
 
-def estimate(logits: Logits) -> Estimate:
-    """`summarise` with tiles, its logits off by about 4 % of their standard deviation, and sums of their exponentials
-    right in the mean; target logits in full."""
-    hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
-    vocab, hidden_size = weight_VD.shape
-    tuning = tuning_for(hidden_ND).for_8_bits()
-    num_blocks = triton.cdiv(vocab, tuning.block_v)
-    chunks = triton.cdiv(num_blocks, max(_COPY_BYTES // (tuning.block_v * hidden_size), tuning.splits))
-    # All chunks but the last hold the same number of splits, so that a tile's number tells its split.
-    blocks_per_split = triton.cdiv(num_blocks, chunks * tuning.splits)
-    rows_per_chunk = blocks_per_split * tuning.splits * tuning.block_v
-    partials, lse_TN = _empty_partials(logits, triton.cdiv(num_blocks, blocks_per_split), want_tiles=True)
-    assert lse_TN is not None
-    has_softcap = logits.softcap is not None
-    of_weight, of_hidden = moments(weight_VD), moments(hidden_ND, logits.token_N, logits.n_valid)
-    form = (logits.logit_scale, has_softcap)
-    hidden = quantise_hidden(hidden_ND, of_hidden, of_weight, logits.token_N, logits.n_valid, *form)
-    common = Common(of_weight.mean_D, of_hidden.mean_D, hidden.column_variance)
-    largest_norm = torch.zeros(1, dtype=torch.float32, device=hidden_ND.device)
-    copy_vD = torch.empty(
-        (min(rows_per_chunk, vocab), hidden_size),
-        dtype=storage_dtype(hidden_ND),
-        device=hidden_ND.device,
-    )
-    for first_row in range(0, vocab, rows_per_chunk):
-        v = slice(first_row, first_row + rows_per_chunk)
-        first_split = first_row // (blocks_per_split * tuning.block_v)
-        weight_vD, bias_v = weight_VD[v], None if logits.bias_V is None else logits.bias_V[v]
-        memory_vD = copy_vD[: weight_vD.shape[0]]
-        weight = quantise_weight(weight_vD, bias_v, common, *form, largest_norm, memory_vD)
-        _launch(
-            logits._replace(hidden_ND=hidden.rows_ND, weight_VD=weight.rows_VD, bias_V=None),  # in the offsets
-            InEightBits(
-                hidden.scale_N,
-                weight.scale_V,
-                hidden.offset_N,
-                weight.offset_V,
-                hidden.variance_N,
-                hidden.hopeless_N,
-                largest_norm,
-            ),
-            Partials(*(x_SN[first_split:] for x_SN in partials)),
-            lse_TN[first_row // logits.tile :],
-            blocks_per_split,
-            tuning,
-        )
-    tiles = Tiles(lse_TN, partials.reference_SN, blocks_per_split * tuning.block_v // logits.tile)
-    return Estimate(_finish(logits, partials, tiles), hidden.margin(largest_norm))
-
-
-def _empty_partials(logits: Logits, splits: int, want_tiles: bool) -> tuple[Partials, torch.Tensor | None]:
+def empty_partials(logits: Logits, splits: int, want_tiles: bool) -> tuple[Partials, torch.Tensor | None]:
     """(max, Σ exp and reference of each split; the tiles' log-sum-exps [T, N] if wanted)."""
     hidden_ND = logits.hidden_ND
     # Apart, since backward keeps the references alone.
@@ -305,7 +224,7 @@ def _empty_partials(logits: Logits, splits: int, want_tiles: bool) -> tuple[Part
     return partials, hidden_ND.new_empty((logits.num_tiles, hidden_ND.shape[0]), dtype=lse_dtype)
 
 
-def _launch(
+def launch(
     logits: Logits,
     in_8_bits: InEightBits | None,
     partials: Partials,
@@ -339,7 +258,7 @@ def _launch(
     )
 
 
-def _finish(logits: Logits, partials: Partials, tiles: Tiles | None) -> Summary:
+def finish(logits: Logits, partials: Partials, tiles: Tiles | None) -> Summary:
     operands = operands_of(logits)
     merged_3N = partials.max_SN.new_empty((3, operands.N))
     _finish_kernel[(triton.cdiv(operands.N, _FINISH_TOKENS),)](

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..problem import Logits, Normaliser, Upstream
 from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, probabilities
 from .compact import compacted
 from .operands import LAUNCH, operands_of
-from .problem import Logits, Normaliser, Upstream
 from .tuning import tuning_for
 
 

@@ -10,14 +10,15 @@ from collections.abc import Callable
 
 import torch
 
+from ..problem import Estimate, Filter, Gradients, Logits, Normaliser, Summary, Tiles, Upstream, Wanted
 from . import compact
+from . import estimate as estimate_stage
 from . import refine as refine_stage
 from . import summarise as summarise_stage
 from .blocks import LN_2
 from .differentiate import differentiate as differentiate_pairs
 from .exact import differentiate_exactly, product
 from .operands import Pairs, Tail
-from .problem import Estimate, Filter, Gradients, Logits, Normaliser, Summary, Tiles, Upstream, Wanted
 from .select import select, tail_rows
 from .tail import tail_means
 
@@ -39,7 +40,7 @@ def estimate(logits: Logits) -> Estimate:
     if _is_empty(logits):
         return Estimate(_empty_summary(logits, want_tiles=True), torch.zeros_like(logits.target_N))
     with torch.cuda.device_of(logits.hidden_ND):
-        return summarise_stage.estimate(logits)
+        return estimate_stage.estimate(logits)
 
 
 def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: float) -> Summary:

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..problem import Logits
 from .operands import LAUNCH
-from .problem import Logits
 
 _ROWS, _BLOCK_D = 4, 1024
 

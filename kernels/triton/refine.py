@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..problem import Estimate, Filter, Logits, Normaliser, Summary
 from .blocks import LN_2, can_use_tma, descriptor, finite, logits_of, precision, products_of_rows
 from .operands import LAUNCH, operands_of
-from .problem import Estimate, Filter, Logits, Normaliser, Summary
 from .select import kept_tokens, pair_mass, select
 from .tuning import tuning_for
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .problem import Logits
+from ..problem import Logits
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = 0.6931471805599453

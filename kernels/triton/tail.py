@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..problem import Logits
 from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, products_of_rows
 from .operands import LAUNCH, Pairs, operands_of
-from .problem import Logits
 from .select import pair_mass
 from .tuning import tuning_for
 

@@ -2,7 +2,7 @@
 
 It works on chunks of whole tiles by chunks of rows, in the order summarise -> select -> tail -> differentiate.
 Formulas: "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009), section 4, for the loss; the kept
-pairs, mean-field tail and unbiased weights are described in `kernels/select.py` and `kernels/tail.py`.
+pairs, mean-field tail and unbiased weights are described in `kernels/triton/select.py` and `tail.py`.
 
 Shapes: N tokens, D hidden, V local rows, T tiles; n, v, t the rows, columns and tiles of a chunk.
 """

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LOG2_E
+from .blocks import LOG2_E, softcapped
 from .operands import LAUNCH
 
 LARGEST = tl.constexpr(448.0)
@@ -299,6 +299,33 @@ class QuantisedHidden(NamedTuple):
         """Nats by which a pair's mass may be more than estimated; infinite where nothing was estimated."""
         margin_N = (self.deviation_N * largest_norm - _TOLERATED).clamp_(min=0)
         return torch.where(self.hopeless_N * largest_norm > 1, torch.inf, margin_N)
+
+
+class InEightBits(NamedTuple):
+    """What turns 8-bit products into logits; see `QuantisedHidden` and `QuantisedWeight`."""
+
+    row_scale_N: torch.Tensor
+    column_scale_V: torch.Tensor
+    offset_N: torch.Tensor
+    offset_V: torch.Tensor
+    variance_N: torch.Tensor
+    hopeless_N: torch.Tensor
+    largest_norm: torch.Tensor
+
+
+@triton.jit
+def logits_in_8_bits(operands, in_8_bits, products, columns, row_scale_n, offset_n, variance_n):
+    """Base-2 logits of a block of 8-bit products, without the known bias of their exponentials; −inf past the last."""
+    inside = columns < operands.V
+    column_scale = tl.load(in_8_bits.column_scale_V + columns, mask=inside, other=0.0)
+    column_offset = tl.load(in_8_bits.offset_V + columns, mask=inside, other=-float("inf"))
+    z = products * row_scale_n[:, None] * column_scale[None, :] + (offset_n[:, None] + column_offset[None, :])
+    if operands.softcap is not None:
+        z, slope = softcapped(z, operands.softcap)
+        # The mean of exp(f(x + η)) is exp(f)·(1 + (f'² + f'')·σ²/2), and f'' = −2·f·f'/softcap².
+        z -= slope * (slope - z * (2 / (LOG2_E * operands.softcap * operands.softcap))) * variance_n[:, None]
+        z = tl.where(inside[None, :], z, -float("inf"))
+    return z
 
 
 def moments(x_RD: torch.Tensor, token_R: torch.Tensor | None = None, n_valid: torch.Tensor | None = None) -> Moments:

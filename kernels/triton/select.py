@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..problem import Filter, Logits, Tiles, Upstream
 from .operands import LAUNCH, Kept, Operands, Pairs, operands_of
-from .problem import Filter, Logits, Tiles, Upstream
 
 SMALLEST_DRAW = tl.constexpr(2.0**-32)
 _TOKENS = 1024

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..problem import Gradients, Logits, Normaliser, Upstream
 from .blocks import (
     can_use_tma,
     descriptor,
@@ -31,7 +32,6 @@ from .blocks import (
     products_of_rows,
 )
 from .operands import LAUNCH, Pairs, Tail, operands_of
-from .problem import Gradients, Logits, Normaliser, Upstream
 from .schedule import PAIR, WEIGHT, schedule, unpack
 from .select import kept_tokens, pair_weight
 from .tuning import num_programs, tuning_for

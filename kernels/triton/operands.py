@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .problem import Logits
+from ..problem import Logits
 
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
 """Options of every launch. Products and sums become fused multiply-adds, whatever Triton's default is: it changes."""

@@ -1,0 +1,68 @@
+"""Estimate: a summary from 8-bit products (see quantise.py) at twice the rate, good enough to find what matters.
+
+In: `Logits`. Out: an `Estimate`, whose large pairs `refine` then computes in full. The kernel is that of summarise.py,
+over a chunk of the classifier at a time, so that its copy is small. It leaves out row blocks of which `refine` would
+compute most tiles.
+
+Shapes: N tokens, D hidden, V local rows, v rows of a chunk, T tiles, S splits.
+"""
+
+import torch
+import triton
+
+from ..problem import Estimate, Logits, Tiles
+from .quantise import Common, InEightBits, moments, quantise_hidden, quantise_weight, storage_dtype
+from .summarise import Partials, empty_partials, finish, launch
+from .tuning import tuning_for
+
+_COPY_BYTES = 128 << 20  # of the classifier's 8-bit copy: enough columns to fill the GPU several times over
+
+
+def estimate(logits: Logits) -> Estimate:
+    """`summarise` with tiles, its logits off by about 4 % of their standard deviation, and sums of their exponentials
+    right in the mean; target logits in full."""
+    hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
+    vocab, hidden_size = weight_VD.shape
+    tuning = tuning_for(hidden_ND).for_8_bits()
+    num_blocks = triton.cdiv(vocab, tuning.block_v)
+    chunks = triton.cdiv(num_blocks, max(_COPY_BYTES // (tuning.block_v * hidden_size), tuning.splits))
+    # All chunks but the last hold the same number of splits, so that a tile's number tells its split.
+    blocks_per_split = triton.cdiv(num_blocks, chunks * tuning.splits)
+    rows_per_chunk = blocks_per_split * tuning.splits * tuning.block_v
+    partials, lse_TN = empty_partials(logits, triton.cdiv(num_blocks, blocks_per_split), want_tiles=True)
+    assert lse_TN is not None
+    has_softcap = logits.softcap is not None
+    of_weight, of_hidden = moments(weight_VD), moments(hidden_ND, logits.token_N, logits.n_valid)
+    form = (logits.logit_scale, has_softcap)
+    hidden = quantise_hidden(hidden_ND, of_hidden, of_weight, logits.token_N, logits.n_valid, *form)
+    common = Common(of_weight.mean_D, of_hidden.mean_D, hidden.column_variance)
+    largest_norm = torch.zeros(1, dtype=torch.float32, device=hidden_ND.device)
+    copy_vD = torch.empty(
+        (min(rows_per_chunk, vocab), hidden_size),
+        dtype=storage_dtype(hidden_ND),
+        device=hidden_ND.device,
+    )
+    for first_row in range(0, vocab, rows_per_chunk):
+        v = slice(first_row, first_row + rows_per_chunk)
+        first_split = first_row // (blocks_per_split * tuning.block_v)
+        weight_vD, bias_v = weight_VD[v], None if logits.bias_V is None else logits.bias_V[v]
+        memory_vD = copy_vD[: weight_vD.shape[0]]
+        weight = quantise_weight(weight_vD, bias_v, common, *form, largest_norm, memory_vD)
+        launch(
+            logits._replace(hidden_ND=hidden.rows_ND, weight_VD=weight.rows_VD, bias_V=None),  # in the offsets
+            InEightBits(
+                hidden.scale_N,
+                weight.scale_V,
+                hidden.offset_N,
+                weight.offset_V,
+                hidden.variance_N,
+                hidden.hopeless_N,
+                largest_norm,
+            ),
+            Partials(*(x_SN[first_split:] for x_SN in partials)),
+            lse_TN[first_row // logits.tile :],
+            blocks_per_split,
+            tuning,
+        )
+    tiles = Tiles(lse_TN, partials.reference_SN, blocks_per_split * tuning.block_v // logits.tile)
+    return Estimate(finish(logits, partials, tiles), hidden.margin(largest_norm))
