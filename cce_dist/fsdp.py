@@ -37,12 +37,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
-from cce_dist.announce import announce_active
-from cce_dist.collective_logits import await_ranks
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.config import CCEConfig
-from cce_dist.embedding import check_embedding, make_vocab_parallel
-from cce_dist.find import output_layer
 from cce_dist.fsdp_groups import (
     check_torch,
     forward_root,
@@ -55,9 +51,13 @@ from cce_dist.fsdp_groups import (
     reshard,
 )
 from cce_dist.fsdp_in_full import in_full_in_forward, unshard
+from cce_dist.heads.announce import announce_active
+from cce_dist.heads.collective_logits import await_ranks
+from cce_dist.heads.embedding import check_embedding, make_vocab_parallel
+from cce_dist.heads.find import output_layer
+from cce_dist.heads.liger import refuse_liger_forward
+from cce_dist.heads.owner import OnTheseRanks, divide_gradient, local_rows
 from cce_dist.lazy_logits import make_lazy
-from cce_dist.liger import refuse_liger_forward
-from cce_dist.owner import OnTheseRanks, divide_gradient, local_rows
 from cce_dist.shard import VocabShard, host_group, new_subgroup
 
 Run = tuple[int, int]

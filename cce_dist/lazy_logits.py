@@ -31,13 +31,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 from torch.utils._pytree import register_pytree_node, tree_map
 
-from cce_dist import checkpoints, hooks
 from cce_dist.config import CCEConfig
+from cce_dist.heads import checkpoints, hooks
+from cce_dist.heads.owner import ModuleOwner, ShardOwner
+from cce_dist.heads.statistics import TokenStatistics, token_statistics
 from cce_dist.logit_form import LOGITS, MULTIPLY, WITHOUT_GRADIENT, Call, LogitForm, is_last_dim, p_log_p, record
 from cce_dist.loss import linear_cross_entropy
-from cce_dist.owner import ModuleOwner, ShardOwner
 from cce_dist.shard import VocabShard
-from cce_dist.token_statistics import TokenStatistics, token_statistics
 
 
 class MaterializedLogitsWarning(UserWarning):

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cce_dist import find, hooks, lazy_logits
-from cce_dist.announce import announce_active
+from cce_dist import lazy_logits
 from cce_dist.config import CCEConfig
 from cce_dist.fsdp import adopt
+from cce_dist.heads import find, hooks
+from cce_dist.heads.announce import announce_active
+from cce_dist.heads.liger import refuse_liger_forward
+from cce_dist.heads.owner import ModuleOwner
 from cce_dist.lazy_logits import is_lazy, lazy_calls, make_eager, make_lazy, report
-from cce_dist.liger import refuse_liger_forward
-from cce_dist.owner import ModuleOwner
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -19,22 +19,10 @@ PACKAGE = TESTS.parent / "cce_dist"
 LAYERS = (
     ("kernels",),
     ("device_check",),
-    ("collectives", "shard", "collective_logits"),
+    ("collectives", "shard"),
     ("loss",),
     ("config",),
-    (
-        "announce",
-        "checkpoints",
-        "embedding",
-        "find",
-        "head",
-        "hooks",
-        "lazy_logits",
-        "liger",
-        "logit_form",
-        "owner",
-        "token_statistics",
-    ),
+    ("heads", "lazy_logits", "logit_form"),
     ("",),  # cce_dist itself
     ("fsdp", "fsdp_groups", "fsdp_in_full", "deepspeed", "transformers", "trl", "trainer_callback"),
     ("train",),
@@ -61,9 +49,9 @@ OPTIONAL = {
 """Who imports a package that not everyone has."""
 
 PRIVATE = {
-    "checkpoints": ("checkpoints", "_C _current_graph_task_id"),
-    "hooks": (
-        "hooks",
+    "heads.checkpoints": ("heads.checkpoints", "_C _current_graph_task_id"),
+    "heads.hooks": (
+        "heads.hooks",
         "_backward_hooks _backward_pre_hooks _forward_hooks _forward_hooks_always_called _forward_hooks_with_kwargs "
         "_forward_pre_hooks _forward_pre_hooks_with_kwargs _global_backward_hooks _global_backward_pre_hooks "
         "_global_forward_hooks _global_forward_hooks_always_called _global_forward_hooks_with_kwargs "

@@ -280,7 +280,9 @@ def test_one_line_says_that_it_is_active_whatever_logging_is_configured(
     trainer.train()
     active = [record for record in caplog.records if "cce_dist is active" in record.getMessage()]
     assert [record.name for record in active] == ["cce_dist"]
-    script = "from cce_dist.announce import announce_active as a; a('x'); import logging; logging.basicConfig(); a('y')"
+    script = (
+        "from cce_dist.heads.announce import announce_active as a; a('x');import logging; logging.basicConfig(); a('y')"
+    )
     said = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
     ).stderr

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from cce_dist.collective_logits import await_ranks
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
-from cce_dist.embedding import check_embedding, make_vocab_parallel
-from cce_dist.owner import OnTheseRanks
+from cce_dist.heads.collective_logits import await_ranks
+from cce_dist.heads.embedding import check_embedding, make_vocab_parallel
+from cce_dist.heads.owner import OnTheseRanks
 from cce_dist.shard import VocabShard, host_group, new_subgroup
 
 SECONDS_TO_SAVE = 600

@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from cce_dist.collective_logits import await_ranks
 from cce_dist.config import CCEConfig
+from cce_dist.heads.collective_logits import await_ranks
+from cce_dist.heads.owner import ModuleOwner
 from cce_dist.loss import linear_cross_entropy
-from cce_dist.owner import ModuleOwner
 from cce_dist.shard import Group, VocabShard, as_group
 
 
