@@ -266,7 +266,7 @@ class FSDPOwner(OnTheseRanks):
         A recomputation in backward counts as inside. One forward gathers a parameter at most once.
         """
         root = forward_root(self._modules())
-        name = next((name for name, p in self._head._parameters.items() if p is parameter), None)
+        name = next((name for name in ("weight", "bias") if self._head._parameters.get(name) is parameter), None)
         if name is None or (root is None and not in_backward()):
             return None
         key = (name, torch.is_grad_enabled())
