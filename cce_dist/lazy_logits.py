@@ -33,6 +33,7 @@ from torch.utils._pytree import register_pytree_node, tree_map
 
 from cce_dist.config import CCEConfig
 from cce_dist.heads import checkpoints, hooks
+from cce_dist.heads.find import registered
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
 from cce_dist.heads.statistics import TokenStatistics, token_statistics
 from cce_dist.logit_form import LOGITS, MULTIPLY, WITHOUT_GRADIENT, Call, LogitForm, is_last_dim, p_log_p, record
@@ -209,7 +210,7 @@ class _LazyHead(nn.Module):
         if forward is not self._cce.stock.forward and not (forward.__module__ or "").startswith(f"{__package__}."):
             name = f"{forward.__module__}.{getattr(forward, '__qualname__', type(forward).__name__)}"
             return f"has the forward {name} in place of its own", "Leave the output layer out of what does that."
-        weight = vars(self)["_parameters"].get("weight")
+        weight = registered(self, "weight")
         if weight is not None and type(weight) not in (nn.Parameter, Tensor, DTensor):
             return f"has a weight of the class {type(weight).__name__}", "Leave the output layer out of quantisation."
         return None
@@ -444,9 +445,7 @@ class _RowsOfCall:
         return weight_RD, bias_R
 
     def _registered(self) -> tuple[Any, Any]:
-        """Not read by name: ZeRO-3 may gather a parameter that is."""
-        parameters = vars(self._head)["_parameters"]
-        return parameters.get("weight"), parameters.get("bias")
+        return registered(self._head, "weight"), registered(self._head, "bias")
 
 
 class _WithParameters(torch.autograd.Function):

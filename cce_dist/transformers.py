@@ -19,6 +19,7 @@ from cce_dist.config import CCEConfig
 from cce_dist.fsdp import adopt
 from cce_dist.heads import find, hooks
 from cce_dist.heads.announce import announce_active
+from cce_dist.heads.find import output_layer
 from cce_dist.heads.liger import refuse_liger_forward
 from cce_dist.heads.owner import ModuleOwner
 from cce_dist.lazy_logits import is_lazy, lazy_calls, make_eager, make_lazy, report
@@ -114,21 +115,6 @@ def choose_config(config: CCEConfig | None, settings: Mapping[str, Any], where: 
             f"{where} takes config or settings by keyword, not both; got config and {', '.join(settings)}."
         )
     return config or CCEConfig.from_mapping(settings, where=f"{where}(...)")
-
-
-def output_layer(model: nn.Module) -> nn.Module:
-    """The output layer of a model, also inside of DDP, PEFT and PEFT's ``modules_to_save``.
-
-    Raises:
-        ValueError: the model has none.
-    """
-    head = find.output_layer(model)
-    if head is None:
-        raise ValueError(
-            f"model must have an output layer that get_output_embeddings() returns, as ...ForCausalLM models do; "
-            f"{type(find.unwrapped(model)).__name__} has none."
-        )
-    return head
 
 
 class _Hook:

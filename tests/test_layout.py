@@ -50,6 +50,7 @@ OPTIONAL = {
 
 PRIVATE = {
     "heads.checkpoints": ("heads.checkpoints", "_C _current_graph_task_id"),
+    "heads.find": ("heads.find", "_parameters"),
     "heads.hooks": (
         "heads.hooks",
         "_backward_hooks _backward_pre_hooks _forward_hooks _forward_hooks_always_called _forward_hooks_with_kwargs "
@@ -79,7 +80,6 @@ PRIVATE = {
 the version where one is missing."""
 UNCHECKED = {
     "deepspeed.guard": "_orig_mod",
-    "deepspeed.sharded": "_parameters",
     "deepspeed.zero3": "_coalesce_grad_reduction",
     "fsdp": "_parameters",
     "lazy_logits": "torch.utils._pytree",

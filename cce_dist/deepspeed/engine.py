@@ -130,12 +130,12 @@ def _config(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
 
 
 def _classifier(model: nn.Module) -> nn.Linear:
-    head = output_layer(model)
+    remedy = f'remove the section "{SECTION}" of the DeepSpeed config.'
+    head = output_layer(model, f"Give it one of the two, or {remedy}")
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"{type(model).__name__} must have its classifier, an nn.Linear, as get_output_embeddings() or as lm_head; "
-            f"got {type(head).__name__}. Add one of the two, leave adapters such as LoRA off it, or remove the section "
-            f'"{SECTION}" of the DeepSpeed config.'
+            f"got {type(head).__name__}. Leave adapters such as LoRA off it, or {remedy}"
         )
     return head
 
