@@ -55,9 +55,9 @@ from cce_dist.heads.announce import announce_active
 from cce_dist.heads.collective_logits import await_ranks
 from cce_dist.heads.embedding import check_embedding, make_vocab_parallel
 from cce_dist.heads.find import holders, output_layer, tied_to
+from cce_dist.heads.lazy import make_lazy
 from cce_dist.heads.liger import refuse_liger_forward
 from cce_dist.heads.owner import OnTheseRanks, divide_gradient, local_rows
-from cce_dist.lazy_logits import make_lazy
 from cce_dist.shard import VocabShard, host_group, new_subgroup
 
 Run = tuple[int, int]

@@ -22,7 +22,7 @@ LAYERS = (
     ("collectives", "shard"),
     ("loss",),
     ("config",),
-    ("heads", "lazy_logits", "logit_form"),
+    ("heads",),
     ("",),  # cce_dist itself
     ("fsdp", "fsdp_groups", "fsdp_in_full", "deepspeed", "transformers", "trl", "trainer_callback"),
     ("train",),
@@ -58,6 +58,7 @@ PRIVATE = {
         "_global_forward_hooks _global_forward_hooks_always_called _global_forward_hooks_with_kwargs "
         "_global_forward_pre_hooks",
     ),
+    "heads.lazy.pytree": ("heads.lazy.pytree", "torch.utils._pytree"),
     "deepspeed.experts": (
         "deepspeed.guard",
         "_clone_world_group _configure_distributed_model _create_expert_and_data_parallel _get_expert_parallel_group "
@@ -82,7 +83,6 @@ UNCHECKED = {
     "deepspeed.guard": "_orig_mod",
     "deepspeed.zero3": "_coalesce_grad_reduction",
     "fsdp": "_parameters",
-    "lazy_logits": "torch.utils._pytree",
     "train.engines": "_no_split_modules",
     "train.head_memory": "torch.utils._python_dispatch torch.utils._pytree",
 }

@@ -23,7 +23,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from cce_dist import CCEConfig
 from cce_dist.fsdp_groups import reshard
 from cce_dist.heads.find import output_layer
-from cce_dist.lazy_logits import is_lazy, lazy_calls
+from cce_dist.heads.lazy import is_lazy, lazy_calls
 from cce_dist.trainer_callback import CCECallback
 from cce_dist.transformers import patch
 

@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from cce_dist import CCEConfig, VocabShard
 from cce_dist.heads.find import output_layer
-from cce_dist.lazy_logits import LazyLogits, MaterializedLogitsWarning, is_lazy, make_lazy
+from cce_dist.heads.lazy import LazyLogits, MaterializedLogitsWarning, is_lazy, make_lazy
 from cce_dist.transformers import fused_evaluation, patch, unpatch
 
 EXACT = CCEConfig(gradient="exact", materialize="raise")

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from cce_dist.heads.find import output_layer
-from cce_dist.lazy_logits import MaterializedLogitsWarning, is_lazy
+from cce_dist.heads.lazy import MaterializedLogitsWarning, is_lazy
 from cce_dist.trainer_callback import CCECallback
 from cce_dist.transformers import patch
 

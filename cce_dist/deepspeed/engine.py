@@ -20,9 +20,9 @@ from cce_dist.deepspeed.guard import autotp_size, check_autotp, check_version, c
 from cce_dist.deepspeed.sharded import CutRows, ShardedRows, cut_before
 from cce_dist.deepspeed.zero3 import ZeRO3Owner, vocab_group_size
 from cce_dist.heads.find import output_layer
+from cce_dist.heads.lazy import make_eager, make_lazy
 from cce_dist.heads.liger import refuse_liger_forward
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
-from cce_dist.lazy_logits import make_eager, make_lazy
 
 SECTION = "cce_dist"
 
