@@ -1,5 +1,6 @@
-"""Where a model has its output layer, and what shares its weight: one answer for plain models, DDP, PEFT's wrappers and
-every way into cce_dist.
+"""Where a model has its head, the output layer, and what shares the classifier with it.
+
+One answer for plain models, DDP, PEFT's wrappers and every way into cce_dist.
 
 In goes a model; out come the module that is its head, and the modules that hold a parameter of it too.
 """
