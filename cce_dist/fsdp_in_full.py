@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from cce_dist.lazy_logits import MaterializedLogitsWarning
-from cce_dist.owner import OnTheseRanks
+from cce_dist.heads.lazy import MaterializedLogitsWarning
+from cce_dist.heads.owner import OnTheseRanks
 
 
 class Unsharded(Protocol):
