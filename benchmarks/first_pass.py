@@ -36,15 +36,16 @@ Case = tuple[str, Tensor, Tensor]
 _CHUNK = 256
 
 
-def pipeline_of(folder: Path) -> ModuleType:
-    """The triton backend of another tree's kernels/."""
+def backend_of(folder: Path) -> ModuleType:
+    """The triton backend of another tree's kernels/, which older ones call pipeline."""
     name = "kernels_before"
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     assert spec is not None and spec.loader is not None
     sys.modules[name] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"{name}.pipeline")
+    is_folder = (folder / "triton").exists()
+    return importlib.import_module(f"{name}.triton.backend" if is_folder else f"{name}.pipeline")
 
 
 def noise(num_tokens: int, vocab: int, hidden: int, device: str) -> Iterator[Case]:
@@ -191,7 +192,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
     backends = {"fp8": triton_backend}
     if arguments.before is not None:
-        backends["fp8 before"] = pipeline_of(arguments.before)
+        backends["fp8 before"] = backend_of(arguments.before)
     report: dict[str, Any] = {**environment(), "steps": arguments.steps, "cases": {}, "times": {}}
 
     def measure(cases: Iterator[Case], labels_N: Tensor) -> None:
