@@ -106,7 +106,8 @@ def _differentiate(
     dweight_VD = make_weight(weight_VD.shape, dtype=wanted.weight_dtype, device=device) if wanted.weight else None
     dbias_V = make_weight(weight_VD.shape[0], dtype=torch.float32, device=device) if wanted.bias else None
     headroom = _PROBABILITY_HEADROOM.get(dtype, 1.0)
-    pairs = tail = dhidden_ND = None
+    pairs = dhidden_ND = None
+    tail = Tail()
     if sparse and tiles is not None and not empty:
         pairs = select(logits, tiles, normaliser.max_N + normaliser.log_sum_N, filter_)
         if filter_.tail or filter_.mode == "unbiased":

@@ -113,7 +113,7 @@ def _weight_item(
     """BLOCK_D columns of a tile's dC, from the ring's P and the tail."""
     V, D = operands.V, operands.D
     pi = tl.zeros([TILE], tl.float32)
-    if tail is not None:
+    if tail.pi_V is not None:
         pi = tl.load(tail.pi_V + columns, mask=columns < V, other=0.0)
     gradient = tl.zeros([TILE, BLOCK_D], tl.float32)
     for k in tl.range(0, count, BLOCK_K, num_stages=STAGES):
@@ -123,7 +123,7 @@ def _weight_item(
         e = load_rows(operands.hidden, token, listed < count, d, D, operands.stride_hidden, BLOCK_D)
         gradient = tl.dot(p.T, e, gradient, input_precision=PRECISION)
     d_range = d + tl.arange(0, BLOCK_D)
-    if tail is not None:
+    if tail.pi_V is not None:
         means = tl.load(tail.sum_TD + tile.to(tl.int64) * D + d_range, mask=d_range < D, other=0.0).to(tl.float32)
         gradient += pi[:, None] * means[None, :]
     pointers = out.weight_VD + columns[:, None].to(tl.int64) * D + d_range[None, :]
@@ -135,7 +135,7 @@ def _weight_item(
             for k in range(0, count, BLOCK_K):
                 p = tl.load(_ring_pointers(ring, ring_row + k, BLOCK_K, TILE))
                 bias_gradient += tl.sum(p.to(tl.float32), 0)
-            if tail is not None:
+            if tail.pi_V is not None:
                 bias_gradient += pi * tl.load(tail.sum_T + tile)
             tl.store(out.bias_V + columns, bias_gradient * factor, mask=columns < V)
 
@@ -275,7 +275,7 @@ def differentiate(
     normaliser: Normaliser,
     upstream: Upstream,
     out: Gradients,
-    tail: Tail | None,
+    tail: Tail,
     headroom: float,
     workspace_bytes: int,
     scratch_VD: torch.Tensor | None = None,

@@ -97,8 +97,11 @@ class Kept(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """What the tail adds to dC: π of each row, (R E) of each tile and, with a bias, Σ R."""
+    """What the tail adds to dC: π of each row, (R E) of each tile and, with a bias, Σ R; None where there is none.
 
-    pi_V: torch.Tensor
-    sum_TD: torch.Tensor
-    sum_T: torch.Tensor | None
+    (Triton 3.6 cannot ask a tuple that holds a None whether it is None itself.)
+    """
+
+    pi_V: torch.Tensor | None = None
+    sum_TD: torch.Tensor | None = None
+    sum_T: torch.Tensor | None = None

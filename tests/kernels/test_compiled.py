@@ -98,11 +98,12 @@ with tuning.forced(table):
     upstream = Upstream(floats(N), floats(N), torch.ones(()))
     select.tail_rows(logits, pairs, upstream, DTYPE, 1.0)
     tail.tail_means(logits, pairs, torch.ones(()))
-    whole_tail = Tail(floats(V), floats(V // TILE, D), floats(V // TILE))
+    whole_tail = Tail(floats(V), floats(V // TILE, D).to(DTYPE), floats(V // TILE) if BIAS else None)
     for dhidden, dweight in ((floats(N, D), weight.clone()), (floats(N, D), None), (None, weight.clone())):
         dbias = floats(V) if BIAS and dweight is not None else None
         out = Gradients(dhidden, dweight, dbias)
-        differentiate.differentiate(logits, pairs, normaliser, upstream, out, whole_tail, 1.0, 1 << 20)
+        for of_tail in (whole_tail, Tail()) if dhidden is not None and dweight is not None else (whole_tail,):
+            differentiate.differentiate(logits, pairs, normaliser, upstream, out, of_tail, 1.0, 1 << 20)
     exact.differentiate_exactly(logits, normaliser, upstream, None, None, floats(V), 1.0, 1 << 20)
     compact.compacted(logits)
     compact.scatter_rows(floats(N, D), torch.arange(N), ints(1), DTYPE)
