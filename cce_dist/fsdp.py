@@ -39,7 +39,6 @@ from torch.nn import functional as F
 
 from cce_dist.announce import announce_active
 from cce_dist.collective_logits import await_ranks
-from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.config import CCEConfig
 from cce_dist.embedding import check_embedding, make_vocab_parallel
 from cce_dist.find import output_layer
@@ -59,8 +58,7 @@ from cce_dist.lazy_logits import make_lazy
 from cce_dist.liger import refuse_liger_forward
 from cce_dist.owner import OnTheseRanks, divide_gradient, local_rows
 from cce_dist.shard import VocabShard, host_group, new_subgroup
-
-Run = tuple[int, int]
+from cce_dist.shard.rows import even_parts, gather_rows, scatter_rows, size_of
 
 
 def shard_head(
@@ -211,9 +209,9 @@ class FSDPOwner(OnTheseRanks):
         parts = ranks_ST.shape[1]
         s, t = place[fsdp_dimensions - 1], place[-1] if self._tp_group is not None else 0
         num_rows = head.weight.shape[0]
-        self._parts = _chunks((0, num_rows), parts)
-        self._shards = _chunks(self._parts[t], shards)
-        assert head.weight.to_local().shape[0] == _size(self._shards[s])
+        self._parts = even_parts((0, num_rows), parts)
+        self._shards = even_parts(self._parts[t], shards)
+        assert head.weight.to_local().shape[0] == size_of(self._shards[s])
 
         # Groups of the loss's own: on FSDP's, its collectives would queue behind the all-gathers that FSDP prefetches.
         def group(ranks: Tensor) -> ProcessGroup:
@@ -323,7 +321,7 @@ class FSDPOwner(OnTheseRanks):
     def _local(self, parameter: Tensor) -> Tensor:
         rows = self._stored(parameter)
         if self._held_group is not None:
-            rows = _GatherRows.apply(rows, self._held_group, [_size(run) for run in self._held])
+            rows = gather_rows(rows, [size_of(run) for run in self._held], self._held_group)
         return divide_gradient(rows, self._divisor())
 
     def _whole(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -333,20 +331,20 @@ class FSDPOwner(OnTheseRanks):
     def gather(self, rows: Tensor) -> Tensor:
         """All rows, of what `_stored` gives on each rank."""
         for group, sizes in self._cuts():
-            rows = _GatherRows.apply(rows, group, sizes)
+            rows = gather_rows(rows, sizes, group)
         return rows
 
     def scatter(self, grad: Tensor) -> Tensor:
         """The gradient of this rank's rows, of each rank's gradient of all of them; averaged as FSDP averages."""
         for group, sizes in reversed(self._cuts()):
-            grad = _scatter_rows(grad, group, sizes)
+            grad = scatter_rows(grad, sizes, group)
         return grad / (self._divisor() * self._token_copies)
 
     def _cuts(self) -> list[tuple[ProcessGroup, list[int]]]:
         """The groups that the rows are cut over, from the last cut to the first, with the rows of each rank."""
-        cuts = [(self._shard_group, [_size(run) for run in self._shards])]
+        cuts = [(self._shard_group, [size_of(run) for run in self._shards])]
         if self._tp_group is not None:
-            cuts.append((self._tp_group, [_size(run) for run in self._parts]))
+            cuts.append((self._tp_group, [size_of(run) for run in self._parts]))
         return cuts
 
     def _stored(self, parameter: Tensor) -> Tensor:
@@ -368,34 +366,6 @@ class _SumOverReplicas(torch.autograd.Function):
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total, None
-
-
-class _GatherRows(torch.autograd.Function):
-    """The rows of all ranks of a group, ``sizes`` by rank; the gradient is summed and goes back to where they are."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: ProcessGroup, sizes: list[int]) -> Tensor:
-        ctx.group, ctx.sizes = group, sizes
-        most = max(sizes)
-        gathered = gather_tokens(rows, most, group)
-        if min(sizes) == most:
-            return gathered
-        return torch.cat([gathered[index * most :][:size] for index, size in enumerate(sizes)])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _scatter_rows(grad, ctx.group, ctx.sizes), None, None
-
-
-def _scatter_rows(grad: Tensor, group: ProcessGroup, sizes: list[int]) -> Tensor:
-    """This rank's rows of the sum over the group's ranks."""
-    most = max(sizes)
-    padded = grad.contiguous()
-    if min(sizes) < most:
-        padded = grad.new_zeros(len(sizes) * most, *grad.shape[1:])
-        for index, part in enumerate(grad.split(sizes)):
-            padded[index * most :][: part.shape[0]] = part
-    return reduce_scatter_tokens(padded, sizes[dist.get_rank(group)], group)
 
 
 @dataclass(frozen=True)
@@ -448,17 +418,6 @@ def _find_head(model: nn.Module, head: nn.Module | None) -> nn.Linear:
     if head not in model.modules():
         raise ValueError("head must be a submodule of model.")
     return head
-
-
-def _chunks(run: Run, parts: int) -> list[Run]:
-    """A run of rows in parts as `torch.chunk` cuts it: the last ones may be short or empty."""
-    start, stop = run
-    size = -(-(stop - start) // parts)
-    return [(min(start + index * size, stop), min(start + (index + 1) * size, stop)) for index in range(parts)]
-
-
-def _size(run: Run) -> int:
-    return run[1] - run[0]
 
 
 def _described(head: nn.Linear) -> str:
@@ -549,9 +508,9 @@ def _own_rows(parameter: Tensor, mesh: DeviceMesh, tp: DeviceMesh | None) -> DTe
     """A copy of this rank's rows: a view of them would keep the whole tensor alive."""
     part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     if tp is not None and part is parameter:
-        start, stop = _chunks((0, len(parameter)), tp.size())[tp.get_local_rank()]
+        start, stop = even_parts((0, len(parameter)), tp.size())[tp.get_local_rank()]
         part = parameter[start:stop]
-    start, stop = _chunks((0, len(part)), mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
+    start, stop = even_parts((0, len(part)), mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
     device = part.device if part.is_meta else torch.device(mesh.device_type)
     # FSDP itself says on which mesh and how the DTensor lies, on a parameter without memory.
     probe = nn.Module()
@@ -572,7 +531,7 @@ def _on_meta(parameter: Tensor, tp: DeviceMesh | None) -> Tensor:
     whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
     if tp is None:
         return whole
-    start, stop = _chunks((0, len(whole)), tp.size())[tp.get_local_rank()]
+    start, stop = even_parts((0, len(whole)), tp.size())[tp.get_local_rank()]
     return DTensor.from_local(
         whole[start:stop], tp, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
     )

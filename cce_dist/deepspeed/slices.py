@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.shard import new_subgroup
+from cce_dist.shard.rows import even_parts
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,7 @@ class RowSlice:
 
 def cut(num_rows: int, width: int, world: int) -> list[RowSlice]:
     """The slices of all ranks: ZeRO-3 gives each rank ceil(V·D / W) elements, the last ones fewer."""
-    total = num_rows * width
-    size = -(-total // world)
-    return [RowSlice(min(rank * size, total), min((rank + 1) * size, total), width) for rank in range(world)]
+    return [RowSlice(start, stop, width) for start, stop in even_parts((0, num_rows * width), world)]
 
 
 class SlicedRows:

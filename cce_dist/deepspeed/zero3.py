@@ -22,6 +22,7 @@ from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.deepspeed.slices import SlicedRows
 from cce_dist.owner import OnTheseRanks
 from cce_dist.shard import VocabShard, new_subgroup
+from cce_dist.shard.rows import size_of
 
 
 class ZeRO3Owner(OnTheseRanks):
@@ -105,7 +106,7 @@ class ZeRO3Owner(OnTheseRanks):
     def _scatter_bias(self, grad_Vl: Tensor) -> Tensor:
         size = self._bias.ds_tensor.numel()
         whole = grad_Vl.new_zeros(size * dist.get_world_size(self._bias.ds_process_group))
-        parts = grad_Vl.split([stop - start for start, stop in self._rows.runs])
+        parts = grad_Vl.split([size_of(run) for run in self._rows.runs])
         for (start, stop), part in zip(self._rows.runs, parts, strict=True):
             whole[start:stop] = part
         return reduce_scatter_tokens(whole, size, self._bias.ds_process_group)
