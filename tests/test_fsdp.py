@@ -41,9 +41,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from cce_dist import fsdp_groups
 from cce_dist.config import CCEConfig
-from cce_dist.fsdp import adopt, shard_head
+from cce_dist.fsdp import adopt, private, shard_head
 
 EXACT = CCEConfig(gradient="exact", materialize="raise")
 STEPS = 3  # an error of the state that steps leave shows in the third one's loss
@@ -463,7 +462,7 @@ def _largest_tensor(case: Case) -> int:
         with watch:
             _losses(model, case, step, 0, _reader(case)).backward()
             _finish_step(model, optimizer)
-    assert fsdp_groups.holding_group(model, model.lm_head) is None or case.entry == "stock"  # type: ignore[arg-type]
+    assert private.holding_group(model, model.lm_head) is None or case.entry == "stock"  # type: ignore[arg-type]
     return watch.elements
 
 
@@ -1016,12 +1015,12 @@ def test_ranks_with_unequal_settings_are_told_and_do_not_wait(ranks: RankPool) -
 
 @contextmanager
 def _torch_that_moved_the_state() -> Iterator[None]:
-    stock = fsdp_groups._holders
-    fsdp_groups._holders = lambda fsdp_param: fsdp_param._renamed  # type: ignore[assignment]
+    stock = private._holders
+    private._holders = lambda fsdp_param: fsdp_param._renamed  # type: ignore[assignment]
     try:
         yield
     finally:
-        fsdp_groups._holders = stock
+        private._holders = stock
 
 
 def _unknown_torch() -> str:
