@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 LARGE = {torch.int64: 2**40 + 7, torch.int32: 2**30 + 7, torch.int16: 2**14 + 7, torch.uint8: 251, torch.int8: 123}
 
@@ -16,6 +17,7 @@ LARGE = {torch.int64: 2**40 + 7, torch.int32: 2**30 + 7, torch.int16: 2**14 + 7,
 def poison() -> None:
     """Replaces torch's allocating functions by some that fill, for calls out of cce_dist; once a process."""
     if not hasattr(torch.empty, "poisons"):
+        _device_constructors()  # torch.device as a context knows functions by their identity, from the first call on
         torch.empty = _filling(torch.empty)
         torch.empty_like = _filling(torch.empty_like)
         Tensor.new_empty = _filling(Tensor.new_empty)  # type: ignore[method-assign]
