@@ -75,6 +75,7 @@ PRIVATE = {
         "_global_grad_norm",
     ),
     "deepspeed.tensor_parallel": ("deepspeed.guard", "_deepspeed_original_loss_function"),
+    "deepspeed.zero3": ("deepspeed.guard", "_coalesce_grad_reduction"),
     "fsdp.private": (
         "fsdp.private",
         "_C _current_graph_task_id _disabled_torch_function_impl _fsdp_param_group _fsdp_param_groups _get_fsdp_state "
@@ -88,9 +89,7 @@ PRIVATE = {
 """Names that are private to torch or a framework, by the module that uses them, each with the module whose check names
 the version where one is missing."""
 UNCHECKED = {
-    "deepspeed.guard": "_orig_mod",
     "deepspeed.sharded": "_parameters",
-    "deepspeed.zero3": "_coalesce_grad_reduction",
     "fsdp.sharding": "_parameters",
     "lazy_logits": "torch.utils._pytree",
     "train.engines": "_no_split_modules",

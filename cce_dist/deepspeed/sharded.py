@@ -1,4 +1,5 @@
-"""A replicated classifier made a vocabulary shard: each rank of a group keeps its own rows, of weight and bias.
+"""Classifiers whose module holds a rank's own rows: cut before by others (`GatheringOwner`), or here, out of a
+replicated one (`CutClassifierOwner`).
 
 The parameters stay the same objects, so optimizers and parameter groups built before remain right, and autograd
 delivers their gradients. State dicts hold all rows, whatever the ranks hold: saving gathers them over a group of CPUs,
@@ -28,8 +29,8 @@ SECONDS_TO_SAVE = 600
 """How long the first rank that wants a state dict waits for the others before it raises."""
 
 
-class ShardedRows(OnTheseRanks):
-    """Shard owner of a classifier whose rows its own module holds.
+class GatheringOwner(OnTheseRanks):
+    """Shard owner of a classifier whose module holds this rank's rows alone: for real logits it gathers the others'.
 
     Args:
         head: has ``weight`` [R, D] and, possibly, ``bias`` [R].
@@ -68,8 +69,8 @@ class ShardedRows(OnTheseRanks):
         return F.linear(hidden, weight_VD, bias_V)
 
 
-class CutRows(ShardedRows):
-    """Rows that `shard_classifier` cut out of a whole classifier: what is saved and loaded stays whole."""
+class CutClassifierOwner(GatheringOwner):
+    """The same of a classifier that was whole until `shard_classifier` cut it: what is saved and loaded stays whole."""
 
     def __init__(self, head: nn.Linear, shard: VocabShard, sizes: Sequence[int]) -> None:
         super().__init__(head, shard, sizes)
@@ -119,7 +120,7 @@ class CutRows(ShardedRows):
 
 def shard_classifier(
     model: nn.Module, head: nn.Linear, group: ProcessGroup, token_group: ProcessGroup | None, count_group: ProcessGroup
-) -> CutRows:
+) -> CutClassifierOwner:
     """Cuts the classifier of a model into equal runs of rows, in place; every rank of the group calls it.
 
     Args:
@@ -148,7 +149,7 @@ def shard_classifier(
     embeddings = tied_to(model, head)
     for embedding in embeddings:
         check_embedding(embedding)
-    owner = CutRows(head, shard, sizes)
+    owner = CutClassifierOwner(head, shard, sizes)
     for parameter in head.parameters(recurse=False):
         parameter.data = owner.own_rows(parameter.data).clone()
     for module in (head, *embeddings):
@@ -159,10 +160,10 @@ def shard_classifier(
     return owner
 
 
-def cut_before(head: nn.Module) -> CutRows | None:
+def cut_before(head: nn.Module) -> CutClassifierOwner | None:
     """The owner of the rows that an engine before has cut out of this classifier; None where it is whole."""
     owner = getattr(vars(head).get("forward"), "__self__", None)
-    return owner if isinstance(owner, CutRows) else None
+    return owner if isinstance(owner, CutClassifierOwner) else None
 
 
 def tied_to(model: nn.Module, head: nn.Module) -> list[nn.Module]:
