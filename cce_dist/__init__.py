@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from cce_dist.config import CCEConfig
-from cce_dist.head import ShardedCCEHead
+from cce_dist.heads.sharded_head import ShardedCCEHead
 from cce_dist.loss import linear_cross_entropy
 from cce_dist.shard import VocabShard
 

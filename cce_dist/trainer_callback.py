@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cce_dist.announce import unannounced
 from cce_dist.config import CCEConfig
-from cce_dist.lazy_logits import fuse_evaluation_where, is_lazy
-from cce_dist.liger import refuse_liger_arguments, refuse_liger_forward
-from cce_dist.transformers import choose_config, output_layer, patch
+from cce_dist.heads.announce import unannounced
+from cce_dist.heads.find import output_layer
+from cce_dist.heads.lazy import fuse_evaluation_where, is_lazy
+from cce_dist.heads.liger import refuse_liger_arguments, refuse_liger_forward
+from cce_dist.transformers import choose_config, patch
 
 
 class CCECallback(TrainerCallback):

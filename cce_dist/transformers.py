@@ -1,6 +1,6 @@
 """Hugging Face models: `patch(model)`, and a model of any architecture trains without ever computing its logits.
 
-Only the class of the output layer changes. See `lazy_logits` for what that layer returns, and why every model's own
+Only the class of the output layer changes. See `heads.lazy` for what that layer returns, and why every model's own
 loss code runs on it as it is. A model may be given another output layer afterwards (the vocabulary is resized, PEFT
 wraps the layer, another adapter's copy becomes active): the next forward in training notices.
 """
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cce_dist import find, hooks, lazy_logits
-from cce_dist.announce import announce_active
 from cce_dist.config import CCEConfig
 from cce_dist.fsdp import adopt
-from cce_dist.lazy_logits import is_lazy, lazy_calls, make_eager, make_lazy, report
-from cce_dist.liger import refuse_liger_forward
-from cce_dist.owner import ModuleOwner
+from cce_dist.heads import find, hooks, lazy
+from cce_dist.heads.announce import announce_active
+from cce_dist.heads.find import output_layer
+from cce_dist.heads.lazy import is_lazy, lazy_calls, make_eager, make_lazy, report
+from cce_dist.heads.liger import refuse_liger_forward
+from cce_dist.heads.owner import ModuleOwner
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -80,10 +81,10 @@ def unpatch(model: Model) -> Model:
     """
     head = output_layer(model)
     heads = [module for module in model.modules() if is_lazy(module)]  # copies of PEFT's among them
-    if any("forward" in vars(lazy) for lazy in heads):
+    if any("forward" in vars(module) for module in heads):
         raise ValueError("an output layer that FSDP2 has sharded cannot be unpatched: build the model anew.")
-    for lazy in heads or [head]:
-        make_eager(lazy)
+    for module in heads or [head]:
+        make_eager(module)
     _Watch.end(model)
     return model
 
@@ -98,7 +99,7 @@ def fused_evaluation(model: nn.Module) -> Iterator[None]:
     for watch in _watches(model):
         watch.follow()
     head = find.running_layer(model)
-    with lazy_logits.fused_evaluation(output_layer(model) if head is None or not is_lazy(head) else head):
+    with lazy.fused_evaluation(output_layer(model) if head is None or not is_lazy(head) else head):
         yield
 
 
@@ -113,21 +114,6 @@ def choose_config(config: CCEConfig | None, settings: Mapping[str, Any], where: 
             f"{where} takes config or settings by keyword, not both; got config and {', '.join(settings)}."
         )
     return config or CCEConfig.from_mapping(settings, where=f"{where}(...)")
-
-
-def output_layer(model: nn.Module) -> nn.Module:
-    """The output layer of a model, also inside of DDP, PEFT and PEFT's ``modules_to_save``.
-
-    Raises:
-        ValueError: the model has none.
-    """
-    head = find.output_layer(model)
-    if head is None:
-        raise ValueError(
-            f"model must have an output layer that get_output_embeddings() returns, as ...ForCausalLM models do; "
-            f"{type(find.unwrapped(model)).__name__} has none."
-        )
-    return head
 
 
 class _Hook:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from trl.trainer import utils
 
 from cce_dist.device_check import device_check
-from cce_dist.lazy_logits import LazyLogits, fused_evaluation
+from cce_dist.heads.lazy import LazyLogits, fused_evaluation
 
 _OUTPUTS = {"log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"}
 

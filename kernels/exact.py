@@ -97,7 +97,8 @@ def differentiate_exactly(
     (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
     tuning = tuning_for(hidden_ND)
     tma = tuning.tma and can_use_tma(hidden_ND, weight_VD)
-    factor = upstream.scale * (logits.logit_scale / headroom)
+    softmax_upstream_N, target_upstream_N, factor = upstream
+    factor = factor * (logits.logit_scale / headroom)
     # P of a chunk, and where dC is not bf16 the chunk of dC in fp32, fit the workspace.
     row_bytes = max(rows * hidden_ND.element_size(), 4 * hidden_size)
     chunk = max(workspace_bytes // row_bytes // logits.tile, 1) * logits.tile
@@ -106,8 +107,14 @@ def differentiate_exactly(
     chunk = triton.cdiv(triton.cdiv(vocab, chunks), logits.tile) * logits.tile
     workspace = torch.empty(rows * min(chunk, vocab), dtype=hidden_ND.dtype, device=hidden_ND.device)
     # In bf16 a factor that is a power of two is exact in the hidden states, and spares a pass over dC.
+    # What is beyond 2^60 in it goes into the probabilities, so that hidden states do not overflow.
+    scaled_ND = None
     bf16 = dweight_VD is not None and dweight_VD.dtype == hidden_ND.dtype == torch.bfloat16
-    scaled_ND = hidden_ND * factor.to(torch.bfloat16) if bf16 and logits.logit_scale == 1.0 else None
+    if bf16 and logits.logit_scale == 1.0:
+        beyond = (factor / 2.0**60).clamp(min=1.0)
+        factor = factor / beyond
+        softmax_upstream_N, target_upstream_N = softmax_upstream_N * beyond, target_upstream_N * beyond
+        scaled_ND = hidden_ND * factor.to(torch.bfloat16)
     for first in range(0, vocab, chunk):
         columns = min(chunk, vocab - first)
         p_Nv = workspace[: rows * columns].view(rows, columns)
@@ -119,8 +126,8 @@ def differentiate_exactly(
             normaliser.max_N,
             normaliser.log_sum_N,
             logits.target_N,
-            upstream.softmax_N,
-            upstream.target_N,
+            softmax_upstream_N,
+            target_upstream_N,
             logits.n_valid,
             first,
             columns,

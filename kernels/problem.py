@@ -58,7 +58,8 @@ class Tiles(NamedTuple):
     Attributes:
         lse_TN: the triton backend stores base-2 logarithms relative to ``reference_SN`` (fp16 for 16-bit inputs), the
             torch backend absolute natural ones in the accumulator's dtype.
-        reference_SN: base-2 log-sum-exp of the first tile of each split; None in the torch backend.
+        reference_SN: base-2 log-sum-exp of one of the first tiles of each split that have a finite one, 0 where none
+            has; None in the torch backend.
         tiles_per_split: consecutive tiles that share a reference; 0 in the torch backend.
     """
 
@@ -85,10 +86,11 @@ class Summary(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A summary from a first pass in 8 bits, with a bound on the standard deviation of its logits' errors [N]."""
+    """A summary from a first pass in 8 bits, and the nats [N] by which `refine` must lower eps, since its tiles' masses
+    may be off by more than what is tolerated; infinite where nothing was estimated."""
 
     summary: Summary
-    noise_N: Tensor
+    margin_N: Tensor
 
 
 class Normaliser(NamedTuple):

@@ -1,12 +1,23 @@
 """Rows in 8 bits for the first pass: e4m3 numbers, the largest at e4m3's 448, and one fp32 scale a row.
 
-The classifier's rows are taken relative to a common row m, near their mean: hidden · weight = hidden · m +
-hidden · (weight − m), and only the second part is rounded. What all logits of a token have in common (it can be
-large, and changes no softmax) is thus kept exactly. A row with NaN or inf becomes NaN.
+With a common row h near the mean of the hidden states and a common row m near that of the classifier,
 
-Grid: one program a block of rows, which reads its rows twice, the second time from cache. Bytes: 3 an element.
+    hidden · weight = h · weight + (hidden − h) · m + (hidden − h) · (weight − m)
 
-Shapes: R rows, D hidden.
+and only the last product is rounded. What all logits of a token have in common and what all tokens' logits of a column
+have in common (both can be large) are thus kept exactly, as offsets of rows and columns.
+
+The error η of the last product has mean zero and a variance σ² ≈ Σ_d (r_id² w_jd² + e_id² r_jd²), r the rounding errors
+of e = hidden − h and w = weight − m; so a sum of exp(z + η) is too large by the factor exp(σ²/2). That is taken out:
+σ² is about A_i + B_j − K, with A_i = Σ_d (r_id² + ρ² e_id²) Q_d from the token, K = 2ρ² Σ_d P_d Q_d, and from the
+column B_j = ‖w_j‖²·K / Σ_d Q_d; ρ² is the mean of a squared relative rounding error, P and Q are the variances of the
+hidden states' and the classifier's numbers along D, from samples. Offsets hold it, so that it costs nothing. Under a
+softcap σ² is A_i, and f' decides how much of it is taken out.
+
+A row with NaN or inf becomes NaN. Grids: moments, one program a block of columns; rounding, one a block of rows, which
+reads its rows twice, the second time from cache. Bytes: 3 an element.
+
+Shapes: R rows, D hidden, N tokens, V local rows of the classifier.
 """
 
 from typing import NamedTuple
@@ -15,114 +26,386 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LAUNCH
+from .blocks import LAUNCH, LOG2_E
 
 LARGEST = tl.constexpr(448.0)
-_ROWS = 4
-NOISE = 0.037
+_RELATIVE_VARIANCE = tl.constexpr(7e-4)
+"""ρ², of one rounding; by as much rounding to e4m3 also shrinks a vector along itself. Measured on random and on
+trained rows."""
+_CUT_PER_COLUMN = 2.5e-6 / 32
+"""Sums of 8-bit products are cut, not rounded: by 1.8e-6 for 32 columns of noise, 3e-6 to 4.6e-6 of trained rows, on an
+H100."""
+_MOST_FACTOR = tl.constexpr(2.0**126)  # its inverse is the smallest normal number: rows of less lose bits
+_NOISE = 0.037
 """Relative error of a rounded product e_d·c_d; a sum's is at most NOISE·‖e‖₄·‖c‖₄ (Cauchy-Schwarz on Σ e²c²)."""
-# Rounding to e4m3 shrinks a vector along itself by the variance of its relative error: measured 7e-4 on random and on
-# trained rows. Sums of 8-bit products are cut, not rounded: measured on an H200, 2 to 9e-6 for 32 columns.
-_SHRINKAGE = 7e-4
-_CUT_PER_COLUMN = 4e-6 / 32
-# The mean of so many rows is near enough to that of all.
-_MEAN_ROWS = 4096
+_DEVIATIONS, _TOLERATED = 4.0, 0.9
+"""Four times the bound on the standard deviation (1.7 times it, for rows like noise) may be so many nats."""
+_MOST_TAKEN_OUT = tl.constexpr(0.04)
+"""Of log2 exp(σ²/2), by columns and by tokens: what more noise leaves to estimates counts for nothing."""
+_HOPELESS = tl.constexpr(4.0)
+"""Nats above the tolerated ones, and above twice the deviation of the logits, at which most pairs would be refined."""
+_ROWS, _SAMPLES, _SAMPLED_AT_ONCE, _SAMPLED_D = 4, 1024, 128, 32
 
 
 @triton.jit
-def _quantise_kernel(
-    quantised_RD,
-    scale_R,
-    norm_R,
-    offset_R,
+def _moments_kernel(
+    mean_D,
+    variance_D,
     x_RD,
-    common_D,
     token_R,
     n_valid_ptr,
     R,
     D,
     stride_x,
-    correction,
-    SUBTRACT: tl.constexpr,
+    EVERY_ROW: tl.constexpr,
+    SAMPLES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Rows less the common one (``SUBTRACT``); or the rows token_R, of which n_valid count and the others are zero,
-    and in offset_R their products with the common row."""
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    use = r < R
-    source = r
-    if not SUBTRACT:
-        use = use & (r < tl.load(n_valid_ptr))
-        source = tl.load(token_R + r, mask=use, other=0)
-    # Reduced over columns once, at the end.
-    largest = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    fourths = tl.zeros([ROWS, BLOCK_D], tl.float32)  # NaN where a row holds NaN or inf; the max alone would drop NaN
-    offset = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for d in range(0, D, BLOCK_D):
-        x, common = _load(x_RD, common_D, source, use, d, D, stride_x, SUBTRACT, BLOCK_D)
-        largest = tl.maximum(largest, tl.abs(x))
-        fourths += (x * x) * (x * x)
-        if not SUBTRACT:
-            offset += x * common[None, :]
-    largest, fourths = tl.max(largest, 1), tl.sum(fourths, 1)
-    is_finite = (fourths == fourths) & (largest < float("inf"))
-    largest = tl.where(is_finite, tl.where(largest == 0, 1.0, largest), float("nan"))
-    factor = LARGEST / largest
-    for d in range(0, D, BLOCK_D):
-        x, common = _load(x_RD, common_D, source, use, d, D, stride_x, SUBTRACT, BLOCK_D)
-        columns = d + tl.arange(0, BLOCK_D)
-        pointers = quantised_RD + r[:, None].to(tl.int64) * D + columns[None, :]
-        inside = (r < R)[:, None] & (columns < D)[None, :]
-        tl.store(pointers, (x * factor[:, None]).to(quantised_RD.dtype.element_ty), mask=inside)
-    tl.store(scale_R + r, largest * correction, mask=r < R)
-    tl.store(norm_R + r, tl.sqrt(tl.sqrt(fourths)), mask=r < R)
-    if not SUBTRACT:
-        tl.store(offset_R + r, tl.sum(offset, 1), mask=r < R)
+    """Mean and variance of every column over evenly spread rows, or valid tokens; numbers that are not finite do not
+    count."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    count = R
+    if not EVERY_ROW:
+        count = tl.load(n_valid_ptr)
+    first = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    second = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    number = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for sample in range(0, SAMPLES, ROWS):
+        row = (sample + tl.arange(0, ROWS)).to(tl.int64) * count // SAMPLES
+        use = row < count
+        if not EVERY_ROW:
+            row = tl.load(token_R + row, mask=use, other=0).to(tl.int64)
+        inside = use[:, None] & (columns < D)[None, :]
+        x = tl.load(x_RD + row[:, None] * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        inside = inside & (tl.abs(x) < float("inf"))
+        x = tl.where(inside, x, 0.0)
+        first += x
+        second += x * x
+        number += inside.to(tl.float32)
+    total = tl.maximum(tl.sum(number, 0), 1.0)
+    mean = tl.sum(first, 0) / total
+    tl.store(mean_D + columns, mean, mask=columns < D)
+    tl.store(variance_D + columns, tl.maximum(tl.sum(second, 0) / total - mean * mean, 0.0), mask=columns < D)
 
 
 @triton.jit
-def _load(x_RD, common_D, source, use, d, D, stride_x, SUBTRACT: tl.constexpr, BLOCK_D: tl.constexpr):
-    """BLOCK_D columns of the rows, less the common row if ``SUBTRACT``, and of the common row."""
+def _rounded(y):
+    """To the nearest number of e4m3, for |y| up to 448: multiples of an eighth of a power of two, at least of 2^-9."""
+    power = (y.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    far = tl.maximum(power, 2.0**-6) * (1.5 * 2.0**20)  # sums with it have no finer bits
+    return (y + far) - far
+
+
+@triton.jit
+def _load(x_RD, row, use, d, D, stride_x, BLOCK_D: tl.constexpr, KEEP: tl.constexpr):
+    """BLOCK_D columns of the rows, to be kept in cache or not, and which they are."""
     columns = d + tl.arange(0, BLOCK_D)
-    inside = use[:, None] & (columns < D)[None, :]
-    x = tl.load(x_RD + source[:, None].to(tl.int64) * stride_x + columns[None, :], mask=inside, other=0.0).to(
-        tl.float32
+    pointers = x_RD + row[:, None].to(tl.int64) * stride_x + columns[None, :]
+    policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
+    x = tl.load(pointers, mask=use[:, None] & (columns < D)[None, :], other=0.0, eviction_policy=policy)
+    return x.to(tl.float32), columns
+
+
+@triton.jit
+def _factor(largest, sums):
+    """What brings the row to 448; NaN where it holds NaN or inf (the max alone would drop NaN, sums do not)."""
+    is_finite = (sums == sums) & (largest < float("inf"))
+    return tl.where(is_finite, tl.minimum(LARGEST / largest, _MOST_FACTOR), float("nan"))
+
+
+@triton.jit
+def _quantise_weight_kernel(
+    quantised_RD,
+    scale_R,
+    offset_R,
+    largest_norm_ptr,
+    weight_RD,
+    own_common_D,
+    hidden_common_D,
+    column_variance_ptr,
+    bias_R,
+    R,
+    D,
+    stride_weight,
+    unit,
+    correction,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows less the common one; offset = unit·(h · row + bias) − B; the largest 4-norm of all rows."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    use = r < R
+    # Reduced over columns once, at the end.
+    largest = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    offset = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        row, columns = _load(weight_RD, r, use, d, D, stride_weight, BLOCK_D, True)
+        x = row - tl.load(own_common_D + columns, mask=columns < D, other=0.0)[None, :]
+        largest = tl.maximum(largest, tl.abs(x))
+        offset += row * tl.load(hidden_common_D + columns, mask=columns < D, other=0.0)[None, :]
+    offset = tl.sum(offset, 1)
+    factor = _factor(tl.max(largest, 1), offset)
+    fourths = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    spread = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        row, columns = _load(weight_RD, r, use, d, D, stride_weight, BLOCK_D, False)
+        y = (row - tl.load(own_common_D + columns, mask=columns < D, other=0.0)[None, :]) * factor[:, None]
+        square = y * y
+        fourths += square * square
+        spread += square
+        if not ROUNDS:
+            y = _rounded(y)
+        pointers = quantised_RD + r[:, None].to(tl.int64) * D + columns[None, :]
+        tl.store(pointers, y.to(quantised_RD.dtype.element_ty), mask=use[:, None] & (columns < D)[None, :])
+    if HAS_BIAS:
+        offset += tl.load(bias_R + r, mask=use, other=0.0).to(tl.float32)
+    offset *= unit
+    if not HAS_SOFTCAP:
+        variance = tl.load(column_variance_ptr) * tl.sum(spread, 1) / factor / factor
+        offset -= tl.minimum(variance, _MOST_TAKEN_OUT)
+    tl.store(scale_R + r, correction / factor, mask=use)
+    tl.store(offset_R + r, offset, mask=use)
+    norm = tl.where(use, tl.sqrt(tl.sqrt(tl.sum(fourths, 1))) / factor, 0.0)
+    norm = tl.where(norm == norm, norm, float("inf"))
+    norm = tl.max(norm, 0)
+    if norm > tl.load(largest_norm_ptr, cache_modifier=".cg"):  # spares nearly all of the atomics
+        tl.atomic_max(largest_norm_ptr, norm, sem="relaxed")
+
+
+@triton.jit
+def _quantise_hidden_kernel(
+    quantised_ND,
+    scale_N,
+    offset_N,
+    variance_N,
+    deviation_N,
+    hopeless_N,
+    column_variance_ptr,
+    hidden_ND,
+    own_common_D,
+    own_variance_D,
+    weight_common_D,
+    weight_variance_D,
+    token_N,
+    n_valid_ptr,
+    N,
+    D,
+    stride_hidden,
+    unit,
+    half_square,
+    scale,
+    correction,
+    deviations,
+    tolerated,
+    HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The tokens token_N less the common row, of which n_valid count and the others are zero. See `QuantisedHidden`."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    use = (n < N) & (n < tl.load(n_valid_ptr))
+    token = tl.load(token_N + n, mask=use, other=0)
+    largest = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    offset = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        row, columns = _load(hidden_ND, token, use, d, D, stride_hidden, BLOCK_D, True)
+        common = tl.load(own_common_D + columns, mask=columns < D, other=0.0)
+        x = tl.where(use[:, None], row - common[None, :], 0.0)
+        other = tl.load(weight_common_D + columns, mask=columns < D, other=0.0)
+        largest = tl.maximum(largest, tl.abs(x))
+        offset += x * other[None, :]
+    offset = tl.sum(offset, 1)
+    factor = _factor(tl.max(largest, 1), offset)
+    fourths = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    along = tl.zeros([ROWS, BLOCK_D], tl.float32)  # y · rounded y
+    spread = tl.zeros([ROWS, BLOCK_D], tl.float32)  # weighted with the classifier's variances, as is error
+    error = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    common_spread = tl.zeros([BLOCK_D], tl.float32)
+    expected = tl.zeros([BLOCK_D], tl.float32)
+    column_square = tl.zeros([BLOCK_D], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        row, columns = _load(hidden_ND, token, use, d, D, stride_hidden, BLOCK_D, False)
+        common = tl.load(own_common_D + columns, mask=columns < D, other=0.0)
+        variance = tl.load(weight_variance_D + columns, mask=columns < D, other=0.0)
+        own_variance = tl.load(own_variance_D + columns, mask=columns < D, other=0.0)
+        y = tl.where(use[:, None], row - common[None, :], 0.0) * factor[:, None]
+        rounded = _rounded(y)
+        fourths += (y * y) * (y * y)
+        squares += y * y
+        along += y * rounded
+        spread += y * y * variance[None, :]
+        error += (rounded - y) * (rounded - y) * variance[None, :]
+        common_spread += common * common * variance
+        expected += own_variance * variance
+        column_square += variance
+        pointers = quantised_ND + n[:, None].to(tl.int64) * D + columns[None, :]
+        inside = (n < N)[:, None] & (columns < D)[None, :]
+        tl.store(pointers, rounded.to(quantised_ND.dtype.element_ty), mask=inside)
+    along, spread = tl.sum(along, 1), tl.sum(spread, 1) / factor / factor
+    variance = half_square * (tl.sum(error, 1) / factor / factor + _RELATIVE_VARIANCE * spread)
+    offset *= unit
+    expected = half_square * (2 * _RELATIVE_VARIANCE) * tl.sum(expected, 0)
+    all_squares = tl.sum(column_square, 0)
+    if tl.program_id(0) == 0:
+        tl.store(column_variance_ptr, expected / tl.where(all_squares == 0, 1.0, all_squares))
+    if not HAS_SOFTCAP:
+        beyond = variance - expected
+        offset -= tl.minimum(tl.maximum(beyond, -_MOST_TAKEN_OUT), _MOST_TAKEN_OUT)
+    # Rounding shrinks each row along itself, by what is known here: that error would be common to all its logits.
+    along = tl.where(along == 0, 1.0, tl.sum(squares, 1) / along)
+    deviation = deviations * tl.abs(scale) * tl.sqrt(tl.sqrt(tl.sum(fourths, 1))) / factor
+    spread = tl.abs(scale) * tl.sqrt(spread + tl.sum(common_spread, 0))
+    tl.store(scale_N + n, unit * correction * along / factor, mask=n < N)
+    tl.store(offset_N + n, offset, mask=n < N)
+    tl.store(variance_N + n, tl.minimum(variance, _MOST_TAKEN_OUT), mask=n < N)
+    tl.store(deviation_N + n, deviation, mask=n < N)
+    tl.store(hopeless_N + n, deviation / (tolerated + _HOPELESS + 2 * spread), mask=n < N)
+
+
+class Moments(NamedTuple):
+    """Mean and variance of each column [D], fp32."""
+
+    mean_D: torch.Tensor
+    variance_D: torch.Tensor
+
+
+class QuantisedWeight(NamedTuple):
+    """Rows in e4m3 [V, D], their scales [V], and what is added to a column's logits [V]."""
+
+    rows_VD: torch.Tensor
+    scale_V: torch.Tensor
+    offset_V: torch.Tensor
+
+
+class QuantisedHidden(NamedTuple):
+    """Compacted hidden states in e4m3, and a number of each token; where there is no softcap, logits are in base 2.
+
+    Attributes:
+        rows_ND, scale_N, offset_N: products times both scales, plus both offsets, are the logits.
+        variance_N: half the variance of a logit's error, what a softcap leaves to be taken out.
+        deviation_N: times the largest 4-norm of the classifier's rows, a bound on four standard deviations of an error.
+        hopeless_N: times that norm, above 1 where most pairs would be refined: then an estimate is not worth its time.
+        column_variance: times the squared norm of a classifier's row, B/2.
+    """
+
+    rows_ND: torch.Tensor
+    scale_N: torch.Tensor
+    offset_N: torch.Tensor
+    variance_N: torch.Tensor
+    deviation_N: torch.Tensor
+    hopeless_N: torch.Tensor
+    column_variance: torch.Tensor
+
+    def margin(self, largest_norm: torch.Tensor) -> torch.Tensor:
+        """Nats by which a pair's mass may be more than estimated; infinite where nothing was estimated."""
+        margin_N = (self.deviation_N * largest_norm - _TOLERATED).clamp_(min=0)
+        return torch.where(self.hopeless_N * largest_norm > 1, torch.inf, margin_N)
+
+
+def moments(x_RD: torch.Tensor, token_R: torch.Tensor | None = None, n_valid: torch.Tensor | None = None) -> Moments:
+    """Of the rows, or of the valid tokens; 0 where no row has a finite number."""
+    rows, columns = x_RD.shape
+    both = Moments(*torch.empty((2, columns), dtype=torch.float32, device=x_RD.device))
+    _moments_kernel[(triton.cdiv(columns, _SAMPLED_D),)](
+        *both,
+        x_RD,
+        token_R,
+        n_valid,
+        rows,
+        columns,
+        x_RD.stride(0),
+        EVERY_ROW=token_R is None,
+        SAMPLES=_SAMPLES,
+        ROWS=_SAMPLED_AT_ONCE,
+        BLOCK_D=_SAMPLED_D,
+        **LAUNCH,
     )
-    common = tl.load(common_D + columns, mask=columns < D, other=0.0)
-    if SUBTRACT:
-        x = tl.where(inside, x - common[None, :], 0.0)
-    return x, common
+    return both
 
 
-class Quantised(NamedTuple):
-    """Rows in e4m3 [R, D], their scales [R], and the 4-norms [R] of what was rounded."""
-
-    rows_RD: torch.Tensor
-    scale_R: torch.Tensor
-    norm_R: torch.Tensor
-
-
-def common_row(weight_VD: torch.Tensor) -> torch.Tensor:
-    """A row near the mean of all, [D] in fp32; zero where it would not be finite."""
-    mean_D = weight_VD[:: max(weight_VD.shape[0] // _MEAN_ROWS, 1)].mean(0, dtype=torch.float32)
-    return torch.where(mean_D.isfinite(), mean_D, 0.0)
-
-
-def quantise_weight(weight_VD: torch.Tensor, common_D: torch.Tensor, memory_VD: torch.Tensor) -> Quantised:
-    """weight − common row, in ``memory_VD``."""
-    return _quantise(weight_VD, common_D, memory_VD, None, None, None, 1 + _SHRINKAGE)
+def quantise_weight(
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    weight_common_D: torch.Tensor,
+    hidden_common_D: torch.Tensor,
+    column_variance: torch.Tensor,
+    logit_scale: float,
+    has_softcap: bool,
+    largest_norm: torch.Tensor,
+    memory_VD: torch.Tensor,
+) -> QuantisedWeight:
+    """weight − common row, in ``memory_VD``; ``largest_norm`` [1] becomes at least that of each of the rows."""
+    rows, columns = weight_VD.shape
+    scale_V, offset_V = torch.empty((2, rows), dtype=torch.float32, device=weight_VD.device)
+    _quantise_weight_kernel[(triton.cdiv(rows, _ROWS),)](
+        memory_VD,
+        scale_V,
+        offset_V,
+        largest_norm,
+        weight_VD,
+        weight_common_D,
+        hidden_common_D,
+        column_variance,
+        bias_V,
+        rows,
+        columns,
+        weight_VD.stride(0),
+        _unit(logit_scale, has_softcap),
+        1 + _RELATIVE_VARIANCE.value,
+        HAS_BIAS=bias_V is not None,
+        HAS_SOFTCAP=has_softcap,
+        ROUNDS=memory_VD.dtype == torch.float8_e4m3fn,  # by the conversion
+        ROWS=_ROWS,
+        BLOCK_D=_block_d(columns),
+        **LAUNCH,
+    )
+    return QuantisedWeight(memory_VD, scale_V, offset_V)
 
 
 def quantise_hidden(
-    hidden_ND: torch.Tensor, common_D: torch.Tensor, token_N: torch.Tensor, n_valid: torch.Tensor
-) -> tuple[Quantised, torch.Tensor]:
-    """hidden, compacted, and hidden · common row [N]."""
+    hidden_ND: torch.Tensor,
+    of_hidden: Moments,
+    of_weight: Moments,
+    token_N: torch.Tensor,
+    n_valid: torch.Tensor,
+    logit_scale: float,
+    has_softcap: bool,
+) -> QuantisedHidden:
+    """hidden − common row, compacted."""
     rows, columns = hidden_ND.shape
-    offset_N = torch.empty(rows, dtype=torch.float32, device=hidden_ND.device)
-    memory_ND = torch.empty(hidden_ND.shape, dtype=storage_dtype(hidden_ND), device=hidden_ND.device)
-    correction = 1 + _SHRINKAGE + _CUT_PER_COLUMN * columns
-    return _quantise(hidden_ND, common_D, memory_ND, offset_N, token_N, n_valid, correction), offset_N
+    device = hidden_ND.device
+    rows_ND = torch.empty(hidden_ND.shape, dtype=storage_dtype(hidden_ND), device=device)
+    scale_N, offset_N, variance_N, deviation_N, hopeless_N = torch.empty((5, rows), dtype=torch.float32, device=device)
+    hidden = QuantisedHidden(
+        rows_ND, scale_N, offset_N, variance_N, deviation_N, hopeless_N, column_variance=scale_N.new_empty(1)
+    )
+    _quantise_hidden_kernel[(triton.cdiv(rows, _ROWS),)](
+        *hidden,
+        hidden_ND,
+        *of_hidden,
+        *of_weight,
+        token_N,
+        n_valid,
+        rows,
+        columns,
+        hidden_ND.stride(0),
+        _unit(logit_scale, has_softcap),
+        logit_scale * logit_scale * LOG2_E.value / 2,
+        logit_scale,
+        1 + _CUT_PER_COLUMN * columns,
+        _DEVIATIONS * _NOISE,
+        _TOLERATED,
+        HAS_SOFTCAP=has_softcap,
+        ROWS=_ROWS,
+        BLOCK_D=_block_d(columns),
+        **LAUNCH,
+    )
+    return hidden
 
 
 def storage_dtype(x: torch.Tensor) -> torch.dtype:
@@ -130,35 +413,10 @@ def storage_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float8_e4m3fn if x.is_cuda else torch.float16
 
 
-def _quantise(
-    x_RD: torch.Tensor,
-    common_D: torch.Tensor,
-    out_RD: torch.Tensor,
-    offset_R: torch.Tensor | None,
-    token_R: torch.Tensor | None,
-    n_valid: torch.Tensor | None,
-    correction: float,
-) -> Quantised:
-    rows, columns = x_RD.shape
-    scale_R, norm_R = torch.empty((2, rows), dtype=torch.float32, device=x_RD.device)
-    _quantise_kernel[(triton.cdiv(rows, _ROWS),)](
-        out_RD,
-        scale_R,
-        norm_R,
-        offset_R,
-        x_RD,
-        common_D,
-        token_R,
-        n_valid,
-        rows,
-        columns,
-        x_RD.stride(0),
-        correction / LARGEST.value,
-        SUBTRACT=offset_R is None,
-        ROWS=_ROWS,
-        BLOCK_D=1024 if columns > 3072 else 512,  # measured on an H100
-        **LAUNCH,
-    )
-    if not out_RD.is_cuda:
-        out_RD.copy_(out_RD.to(torch.float8_e4m3fn))
-    return Quantised(out_RD, scale_R, norm_R)
+def _unit(logit_scale: float, has_softcap: bool) -> float:
+    """What products are multiplied with: logits are in base 2, or what the softcap gets."""
+    return logit_scale if has_softcap else logit_scale * LOG2_E.value
+
+
+def _block_d(columns: int) -> int:
+    return 512 if columns > 3072 else 256  # measured on an H100

@@ -11,24 +11,41 @@ dominate by far. No atomics and no locks: each split writes its own partial, `_f
 
 `estimate` is the same over 8-bit copies (see quantise.py) at twice the rate, a chunk of the classifier at a time, so
 that its copy is small; its result is close enough to find the tiles that matter, which `refine` then computes in full.
+It leaves out row blocks of which that would be most tiles.
 
 Shapes: N tokens, D hidden, V local rows, v rows of a chunk, T tiles, t tiles of a block of columns, S splits.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .blocks import LAUNCH, LN_2, can_use_tma, descriptor, finite, load_block, logits_of, precision, softcapped
+from .blocks import LAUNCH, LN_2, LOG2_E, can_use_tma, descriptor, finite, load_block, logits_of, precision, softcapped
 from .compact import compacted
 from .problem import Estimate, Logits, Summary, Tiles
-from .quantise import NOISE, common_row, quantise_hidden, quantise_weight, storage_dtype
+from .quantise import moments, quantise_hidden, quantise_weight, storage_dtype
 from .tuning import Tuning, num_programs, tuning_for
 
 _LN_2 = tl.constexpr(LN_2)
 _FINISH_ROWS = 16
 Partials = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """(max, Σ exp, reference) of each split, [S, N] each."""
+
+
+class InEightBits(NamedTuple):
+    """What turns 8-bit products into logits; see `QuantisedHidden` and `QuantisedWeight`. Arguments of the kernel."""
+
+    row_scale_N: torch.Tensor
+    column_scale_V: torch.Tensor
+    offset_N: torch.Tensor
+    offset_V: torch.Tensor
+    variance_N: torch.Tensor
+    hopeless_N: torch.Tensor
+    largest_norm: torch.Tensor
+
+
 _COPY_BYTES = 128 << 20  # of the classifier's 8-bit copy: enough columns to fill the GPU several times over
 
 
@@ -39,13 +56,14 @@ def _absorb_block(
     sum_n,
     reference_n,
     block,
-    is_first,
     n,
     n_valid,
     bias,
     row_scale_n,
     column_scale_V,
     offset_n,
+    offset_V,
+    variance_n,
     tile_lse_TN,
     N,
     V,
@@ -63,8 +81,15 @@ def _absorb_block(
     columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
     if IN_8_BITS:
         column_scale = tl.load(column_scale_V + columns, mask=columns < V, other=0.0)
-        products = products * row_scale_n[:, None] * column_scale[None, :] + offset_n[:, None]
-    z, _slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        column_offset = tl.load(offset_V + columns, mask=columns < V, other=-float("inf"))
+        z = products * row_scale_n[:, None] * column_scale[None, :] + (offset_n[:, None] + column_offset[None, :])
+        if HAS_SOFTCAP:
+            z, slope = softcapped(z, softcap, HAS_SOFTCAP)
+            # The mean of exp(f(x + η)) is exp(f)·(1 + (f'² + f'')·σ²/2), and f'' = −2·f·f'/softcap².
+            z -= slope * (slope - z * (2 / (LOG2_E * softcap * softcap))) * variance_n[:, None]
+            z = tl.where((columns < V)[None, :], z, -float("inf"))
+    else:
+        z, _slope = logits_of(products, bias, columns, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     z = tl.reshape(z, [BLOCK_N, BLOCK_V // TILE, TILE])
     tile_max_nt = tl.max(z, 2)
     shift_nt = finite(tile_max_nt)
@@ -72,11 +97,9 @@ def _absorb_block(
     tile_sum_nt = tl.sum(tl.exp2(z - shift_nt[:, :, None]), 2)
     if WANT_TILES:
         tile_lse_nt = shift_nt + tl.log2(tile_sum_nt)
-        t = tl.arange(0, BLOCK_V // TILE)
-        first_n = tl.sum(tl.where((t == 0)[None, :], tile_lse_nt, 0.0), 1)
-        reference_n = tl.where(is_first, first_n, reference_n)
-        relative_nt = (tile_lse_nt - reference_n[:, None]).to(tile_lse_TN.dtype.element_ty)
-        tile = block * (BLOCK_V // TILE) + t
+        reference_n = tl.where(reference_n == -float("inf"), tl.max(tile_lse_nt, 1), reference_n)
+        relative_nt = (tile_lse_nt - finite(reference_n)[:, None]).to(tile_lse_TN.dtype.element_ty)
+        tile = block * (BLOCK_V // TILE) + tl.arange(0, BLOCK_V // TILE)
         inside = (n < n_valid)[:, None] & (tile * TILE < V)[None, :]
         tl.store(tile_lse_TN + tile.to(tl.int64)[None, :] * N + n[:, None], relative_nt, mask=inside)
     new_max_n = tl.maximum(max_n, tl.max(tile_max_nt, 1))
@@ -93,6 +116,10 @@ def _summarise_kernel(
     row_scale_N,
     column_scale_V,
     offset_N,
+    offset_V,
+    variance_N,
+    hopeless_N,
+    largest_norm_ptr,
     n_valid_ptr,
     max_SN,
     sumexp_SN,
@@ -134,12 +161,16 @@ def _summarise_kernel(
         first_column_block = split * blocks_per_split
         max_n = tl.full([BLOCK_N], -float("inf"), tl.float32)
         sum_n = tl.zeros([BLOCK_N], tl.float32)
-        reference_n = tl.zeros([BLOCK_N], tl.float32)
-        row_scale_n, offset_n = reference_n, reference_n
+        reference_n = tl.full([BLOCK_N], -float("inf"), tl.float32)
+        row_scale_n, offset_n, variance_n = sum_n, sum_n, sum_n
+        blocks = min(blocks_per_split, num_blocks - first_column_block)
         if IN_8_BITS:
             row_scale_n = tl.load(row_scale_N + n, mask=n < n_valid, other=0.0)
             offset_n = tl.load(offset_N + n, mask=n < n_valid, other=0.0)
-        blocks = min(blocks_per_split, num_blocks - first_column_block)
+            if HAS_SOFTCAP:
+                variance_n = tl.load(variance_N + n, mask=n < n_valid, other=0.0)
+            hopeless_n = tl.load(hopeless_N + n, mask=n < n_valid, other=float("inf"))
+            blocks = tl.where(tl.min(hopeless_n, 0) * tl.load(largest_norm_ptr) > 1, 0, blocks)
         if FLAT:
             products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
             d_steps = tl.cdiv(D, BLOCK_D)
@@ -156,13 +187,14 @@ def _summarise_kernel(
                         sum_n,
                         reference_n,
                         block,
-                        block == first_column_block,
                         n,
                         n_valid,
                         bias,
                         row_scale_n,
                         column_scale_V,
                         offset_n,
+                        offset_V,
+                        variance_n,
                         tile_lse_TN,
                         N,
                         V,
@@ -190,13 +222,14 @@ def _summarise_kernel(
                     sum_n,
                     reference_n,
                     block,
-                    block == first_column_block,
                     n,
                     n_valid,
                     bias,
                     row_scale_n,
                     column_scale_V,
                     offset_n,
+                    offset_V,
+                    variance_n,
                     tile_lse_TN,
                     N,
                     V,
@@ -213,7 +246,7 @@ def _summarise_kernel(
         tl.store(max_SN + split * N + n, max_n, mask=n < n_valid)
         tl.store(sumexp_SN + split * N + n, sum_n, mask=n < n_valid)
         if WANT_TILES:
-            tl.store(reference_SN + split * N + n, reference_n, mask=n < n_valid)
+            tl.store(reference_SN + split * N + n, finite(reference_n), mask=n < n_valid)
 
 
 @triton.jit
@@ -285,7 +318,8 @@ def summarise(logits: Logits, want_tiles: bool) -> Summary:
 
 
 def estimate(logits: Logits) -> Estimate:
-    """`summarise` with tiles, its logits off by about 4 % of their standard deviation; target logits in full."""
+    """`summarise` with tiles, its logits off by about 4 % of their standard deviation, and sums of their exponentials
+    right in the mean; target logits in full."""
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     vocab, hidden_size = weight_VD.shape
     tuning = tuning_for(hidden_ND).for_8_bits()
@@ -297,36 +331,41 @@ def estimate(logits: Logits) -> Estimate:
     partials, lse_TN = _empty_partials(logits, triton.cdiv(num_blocks, blocks_per_split), want_tiles=True)
     max_SN, sumexp_SN, reference_SN = partials
     assert lse_TN is not None
-    common_D = common_row(weight_VD)
-    hidden, offset_N = quantise_hidden(hidden_ND, common_D, logits.token_N, logits.n_valid)
+    has_softcap = logits.softcap is not None
+    of_weight, of_hidden = moments(weight_VD), moments(hidden_ND, logits.token_N, logits.n_valid)
+    form = (logits.logit_scale, has_softcap)
+    hidden = quantise_hidden(hidden_ND, of_hidden, of_weight, logits.token_N, logits.n_valid, *form)
+    commons = (of_weight.mean_D, of_hidden.mean_D, hidden.column_variance)
+    largest_norm = torch.zeros(1, dtype=torch.float32, device=hidden_ND.device)
     copy_vD = torch.empty(
         (min(rows_per_chunk, vocab), hidden_size),
         dtype=storage_dtype(hidden_ND),
         device=hidden_ND.device,
     )
-    norms = []
     for first_row in range(0, vocab, rows_per_chunk):
         v = slice(first_row, first_row + rows_per_chunk)
         first_split = first_row // (blocks_per_split * tuning.block_v)
-        weight_vD = weight_VD[v]
-        weight = quantise_weight(weight_vD, common_D, copy_vD[: weight_vD.shape[0]])
-        norms.append(weight.norm_R)
-        chunk = logits._replace(
-            hidden_ND=hidden.rows_RD,
-            weight_VD=weight.rows_RD,
-            bias_V=None if logits.bias_V is None else logits.bias_V[v],
-        )
+        weight_vD, bias_v = weight_VD[v], None if logits.bias_V is None else logits.bias_V[v]
+        memory_vD = copy_vD[: weight_vD.shape[0]]
+        weight = quantise_weight(weight_vD, bias_v, *commons, *form, largest_norm, memory_vD)
         _launch(
-            chunk,
-            (hidden.scale_R, weight.scale_R, offset_N),
+            logits._replace(hidden_ND=hidden.rows_ND, weight_VD=weight.rows_VD, bias_V=None),  # in the offsets
+            InEightBits(
+                hidden.scale_N,
+                weight.scale_V,
+                hidden.offset_N,
+                weight.offset_V,
+                hidden.variance_N,
+                hidden.hopeless_N,
+                largest_norm,
+            ),
             (max_SN[first_split:], sumexp_SN[first_split:], reference_SN[first_split:]),
             lse_TN[first_row // logits.tile :],
             blocks_per_split,
             tuning,
         )
-    noise_N = hidden.norm_R * torch.cat(norms).amax() * (NOISE * abs(logits.logit_scale))
     tiles = Tiles(lse_TN, partials[2], blocks_per_split * tuning.block_v // logits.tile)
-    return Estimate(_finish(logits, partials, tiles), noise_N)
+    return Estimate(_finish(logits, partials, tiles), hidden.margin(largest_norm))
 
 
 def _empty_partials(logits: Logits, splits: int, want_tiles: bool) -> tuple[Partials, torch.Tensor | None]:
@@ -345,16 +384,13 @@ def _empty_partials(logits: Logits, splits: int, want_tiles: bool) -> tuple[Part
 
 def _launch(
     logits: Logits,
-    scales: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    in_8_bits: InEightBits | None,
     partials: Partials,
     lse_TN: torch.Tensor | None,
     blocks_per_split: int,
     tuning: Tuning,
 ) -> None:
-    """Fills the partials of the splits of ``logits``, whose hidden states are compacted.
-
-    ``scales`` = (row scale, column scale, offset) of 8-bit ones.
-    """
+    """Fills the partials of the splits of ``logits``, whose hidden states are compacted."""
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
     tma = tuning.tma and can_use_tma(hidden_ND, weight_VD)
@@ -362,7 +398,7 @@ def _launch(
         descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
         descriptor(weight_VD, tuning.block_v, tuning.block_d, tma),
         logits.bias_V,
-        *(scales or (None, None, None)),
+        *(in_8_bits or [None] * len(InEightBits._fields)),
         logits.n_valid,
         *partials,
         lse_TN,
@@ -387,7 +423,7 @@ def _launch(
         PRECISION=precision(logits),
         STAGES=tuning.stages,
         FLAT=hidden_size <= tuning.flat_below,
-        IN_8_BITS=scales is not None,
+        IN_8_BITS=in_8_bits is not None,
         num_warps=tuning.warps,
         **LAUNCH,
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cce_dist.deepspeed as cce_deepspeed
-from cce_dist.lazy_logits import fused_evaluation
+from cce_dist.heads.lazy import fused_evaluation
 
 STEPS, ACCUMULATION = 3, 2  # an error of the state that steps leave shows in the third one's loss
 CLIP = 0.5

@@ -17,7 +17,7 @@ from cce_dist.kernels.problem import TILE
 from cce_dist.kernels.tuning import Row, Tuning
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("inputs", "loss", "methods", "scaling", "shards", "stages", "timing", "tune")
+MODULES = ("first_pass", "inputs", "loss", "methods", "scaling", "shards", "stages", "timing", "tune")
 
 
 @pytest.fixture(scope="module")
@@ -186,11 +186,14 @@ def test_the_commands_run_and_write_their_results(
         "loss": "--shapes 512x300x16 --only unbiased eager",
         "scaling": "--counts 512 1024 --vocabularies 300 512 --worlds 1 2 --num-tokens 512 --hidden 16",
         "stages": "--shapes 512x300x16 --modes unbiased",
+        "first_pass": "--shapes 512x200x16 --noise 512x200x16 --only 0.05",
     }.items():
         monkeypatch.setattr(sys, "argv", [name, *common, *options.split(), "--out", "results"])
         getattr(benchmarks, name).main()
-    assert len(list(Path("cache").iterdir())) == 2, "stages takes the inputs that loss has trained"
-    loss, scaling, stages = (json.loads(path.read_text()) for path in sorted(Path("results").iterdir()))
+    assert len(list(Path("cache").iterdir())) == 3, "stages takes the inputs that loss has trained"
+    first_pass, loss, scaling, stages = (json.loads(path.read_text()) for path in sorted(Path("results").iterdir()))
+    assert {len(case["errors"]) for case in first_pass["cases"].values()} == {3}
+    assert first_pass["times"]["512x200x16"]["forward, fp8"] > 0
     row = loss["shapes"]["512x300x16"]["methods"]["cce_dist unbiased"]
     assert row["launch_ms"] > 0 and {"forward_x", "both_x", "peak_mb", "least_workspace_peak_mb"} <= set(row)
     assert [row["num_tokens"] for row in scaling["tokens"]] == [512, 1024]

@@ -104,7 +104,7 @@ def test_the_transformers_example_gives_the_stock_loss() -> None:
 def test_the_callback_example_trains_with_the_patched_model(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from cce_dist.lazy_logits import is_lazy
+    from cce_dist.heads.lazy import is_lazy
 
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], save_strategy="no", use_cpu=True)
     data = [{"input_ids": row, "labels": row} for row in _ids()]

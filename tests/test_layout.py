@@ -19,22 +19,10 @@ PACKAGE = TESTS.parent / "cce_dist"
 LAYERS = (
     ("kernels",),
     ("device_check",),
-    ("collectives", "shard", "collective_logits"),
+    ("collectives", "shard"),
     ("loss",),
     ("config",),
-    (
-        "announce",
-        "checkpoints",
-        "embedding",
-        "find",
-        "head",
-        "hooks",
-        "lazy_logits",
-        "liger",
-        "logit_form",
-        "owner",
-        "token_statistics",
-    ),
+    ("heads",),
     ("",),  # cce_dist itself
     ("fsdp", "deepspeed", "transformers", "trl", "trainer_callback"),
     ("train",),
@@ -61,14 +49,16 @@ OPTIONAL = {
 """Who imports a package that not everyone has."""
 
 PRIVATE = {
-    "checkpoints": ("checkpoints", "_C _current_graph_task_id"),
-    "hooks": (
-        "hooks",
+    "heads.checkpoints": ("heads.checkpoints", "_C _current_graph_task_id"),
+    "heads.find": ("heads.find", "_parameters"),
+    "heads.hooks": (
+        "heads.hooks",
         "_backward_hooks _backward_pre_hooks _forward_hooks _forward_hooks_always_called _forward_hooks_with_kwargs "
         "_forward_pre_hooks _forward_pre_hooks_with_kwargs _global_backward_hooks _global_backward_pre_hooks "
         "_global_forward_hooks _global_forward_hooks_always_called _global_forward_hooks_with_kwargs "
         "_global_forward_pre_hooks",
     ),
+    "heads.lazy.pytree": ("heads.lazy.pytree", "torch.utils._pytree"),
     "deepspeed.experts": (
         "deepspeed.guard",
         "_clone_world_group _configure_distributed_model _create_expert_and_data_parallel _get_expert_parallel_group "
@@ -89,9 +79,6 @@ PRIVATE = {
 """Names that are private to torch or a framework, by the module that uses them, each with the module whose check names
 the version where one is missing."""
 UNCHECKED = {
-    "deepspeed.sharded": "_parameters",
-    "fsdp.sharding": "_parameters",
-    "lazy_logits": "torch.utils._pytree",
     "train.engines": "_no_split_modules",
     "train.head_memory": "torch.utils._python_dispatch torch.utils._pytree",
 }

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from cce_dist import CCEConfig
-from cce_dist.lazy_logits import LazyLogits, MaterializedLogitsWarning, is_lazy
-from cce_dist.transformers import output_layer, patch, unpatch
+from cce_dist.heads.find import output_layer
+from cce_dist.heads.lazy import LazyLogits, MaterializedLogitsWarning, is_lazy
+from cce_dist.transformers import patch, unpatch
 
 peft = pytest.importorskip("peft")
 EXACT = CCEConfig(gradient="exact", materialize="raise")

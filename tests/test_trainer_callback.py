@@ -22,9 +22,10 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from cce_dist import CCEConfig
 from cce_dist.fsdp.private import reshard
-from cce_dist.lazy_logits import is_lazy, lazy_calls
+from cce_dist.heads.find import output_layer
+from cce_dist.heads.lazy import is_lazy, lazy_calls
 from cce_dist.trainer_callback import CCECallback
-from cce_dist.transformers import output_layer, patch
+from cce_dist.transformers import patch
 
 EXACT = CCEConfig(gradient="exact", materialize="raise")
 Log = list[tuple[float, float]]
@@ -280,7 +281,9 @@ def test_one_line_says_that_it_is_active_whatever_logging_is_configured(
     trainer.train()
     active = [record for record in caplog.records if "cce_dist is active" in record.getMessage()]
     assert [record.name for record in active] == ["cce_dist"]
-    script = "from cce_dist.announce import announce_active as a; a('x'); import logging; logging.basicConfig(); a('y')"
+    script = (
+        "from cce_dist.heads.announce import announce_active as a; a('x');import logging; logging.basicConfig(); a('y')"
+    )
     said = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
     ).stderr

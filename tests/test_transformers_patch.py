@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from cce_dist import CCEConfig, VocabShard
-from cce_dist.lazy_logits import LazyLogits, MaterializedLogitsWarning, is_lazy, make_lazy
-from cce_dist.transformers import fused_evaluation, output_layer, patch, unpatch
+from cce_dist.heads.find import output_layer
+from cce_dist.heads.lazy import LazyLogits, MaterializedLogitsWarning, is_lazy, make_lazy
+from cce_dist.transformers import fused_evaluation, patch, unpatch
 
 EXACT = CCEConfig(gradient="exact", materialize="raise")
 SLOW_FORMS = architectures.FULL + architectures.TIED_OR_NOT

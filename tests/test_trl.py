@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from cce_dist.lazy_logits import MaterializedLogitsWarning, is_lazy
+from cce_dist.heads.find import output_layer
+from cce_dist.heads.lazy import MaterializedLogitsWarning, is_lazy
 from cce_dist.trainer_callback import CCECallback
-from cce_dist.transformers import output_layer, patch
+from cce_dist.transformers import patch
 
 trl = pytest.importorskip("trl")  # needs Python 3.11
 from datasets import Dataset  # noqa: E402

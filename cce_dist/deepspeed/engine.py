@@ -19,10 +19,10 @@ from cce_dist.deepspeed import experts, tensor_parallel
 from cce_dist.deepspeed.guard import autotp_size, check_autotp, check_version, check_zero3, refuse_untested
 from cce_dist.deepspeed.sharded import CutClassifierOwner, GatheringOwner, cut_before
 from cce_dist.deepspeed.zero3 import ZeRO3Owner, vocab_group_size
-from cce_dist.find import output_layer
-from cce_dist.lazy_logits import make_eager, make_lazy
-from cce_dist.liger import refuse_liger_forward
-from cce_dist.owner import ModuleOwner, ShardOwner
+from cce_dist.heads.find import output_layer
+from cce_dist.heads.lazy import make_eager, make_lazy
+from cce_dist.heads.liger import refuse_liger_forward
+from cce_dist.heads.owner import ModuleOwner, ShardOwner
 
 SECTION = "cce_dist"
 
@@ -130,12 +130,12 @@ def _config(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
 
 
 def _classifier(model: nn.Module) -> nn.Linear:
-    head = output_layer(model)
+    remedy = f'remove the section "{SECTION}" of the DeepSpeed config.'
+    head = output_layer(model, f"Give it one of the two, or {remedy}")
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"{type(model).__name__} must have its classifier, an nn.Linear, as get_output_embeddings() or as lm_head; "
-            f"got {type(head).__name__}. Add one of the two, leave adapters such as LoRA off it, or remove the section "
-            f'"{SECTION}" of the DeepSpeed config.'
+            f"got {type(head).__name__}. Leave adapters such as LoRA off it, or {remedy}"
         )
     return head
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from cce_dist.collective_logits import await_ranks
-from cce_dist.embedding import check_embedding, make_vocab_parallel
-from cce_dist.owner import OnTheseRanks
+from cce_dist.heads.collective_logits import await_ranks
+from cce_dist.heads.embedding import check_embedding, make_vocab_parallel
+from cce_dist.heads.find import tied_to
+from cce_dist.heads.owner import OnTheseRanks
 from cce_dist.shard import VocabShard, host_group, new_subgroup
 from cce_dist.shard.rows import even_parts, gather_rows, size_of
 
@@ -164,9 +165,3 @@ def cut_before(head: nn.Module) -> CutClassifierOwner | None:
     """The owner of the rows that an engine before has cut out of this classifier; None where it is whole."""
     owner = getattr(vars(head).get("forward"), "__self__", None)
     return owner if isinstance(owner, CutClassifierOwner) else None
-
-
-def tied_to(model: nn.Module, head: nn.Module) -> list[nn.Module]:
-    """The other modules that hold the head's weight."""
-    weight = head.weight
-    return [m for m in model.modules() if m is not head and any(p is weight for p in m._parameters.values())]

@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.deepspeed.slices import RowsFromSlices
-from cce_dist.owner import OnTheseRanks
+from cce_dist.heads.owner import OnTheseRanks
 from cce_dist.shard import VocabShard, new_subgroup
 from cce_dist.shard.rows import size_of
 

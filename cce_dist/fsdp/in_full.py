@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from cce_dist.fsdp.private import no_torch_function, without_elements
-from cce_dist.lazy_logits import MaterializedLogitsWarning
-from cce_dist.owner import OnTheseRanks
+from cce_dist.heads.lazy import MaterializedLogitsWarning
+from cce_dist.heads.owner import OnTheseRanks
 
 
 class Unsharded(Protocol):

@@ -12,16 +12,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from cce_dist.announce import announce_active
 from cce_dist.config import CCEConfig
-from cce_dist.embedding import check_embedding, make_vocab_parallel
-from cce_dist.find import output_layer
 from cce_dist.fsdp.in_full import in_full_in_forward
 from cce_dist.fsdp.owner import FSDPOwner
 from cce_dist.fsdp.private import check_torch, fsdp_mesh, holding_group, is_of_tensor_parallelism, release, reshard
-from cce_dist.hooks import after_hooks, pre_hooks, remove
-from cce_dist.lazy_logits import make_lazy
-from cce_dist.liger import refuse_liger_forward
+from cce_dist.heads.announce import announce_active
+from cce_dist.heads.embedding import check_embedding, make_vocab_parallel
+from cce_dist.heads.find import holders, output_layer, tied_to
+from cce_dist.heads.hooks import after_hooks, pre_hooks, remove
+from cce_dist.heads.lazy import make_lazy
+from cce_dist.heads.liger import refuse_liger_forward
 from cce_dist.shard.rows import even_parts
 
 
@@ -142,12 +142,7 @@ class _OwnTokens(nn.Module):
 
 def _find_head(model: nn.Module, head: nn.Module | None) -> nn.Linear:
     if head is None:
-        head = output_layer(model)
-    if head is None:
-        raise TypeError(
-            f"{type(model).__name__} has no output embeddings: neither get_output_embeddings() nor .lm_head gives a "
-            "module. Pass a language model with a classifier, or name the classifier: head=model.my_classifier."
-        )
+        head = output_layer(model, "Give it one of the two, or name it: head=model.my_classifier.", TypeError)
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise TypeError(
             f"the head must be an nn.Linear with its stock forward, got {type(head).__name__}; the loss computes "
@@ -221,18 +216,9 @@ def _check_sizes(mesh: DeviceMesh, tp: DeviceMesh | None, sequence_parallel: boo
         )
 
 
-def _holders(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
-    """Every module that has this parameter, with the name it has there."""
-    return [(m, name) for m in model.modules() for name, p in m._parameters.items() if p is parameter]
-
-
-def _tied(model: nn.Module, head: nn.Linear) -> list[nn.Module]:
-    return [module for module, _ in _holders(model, head.weight) if module is not head]
-
-
 def _check_support(model: nn.Module, head: nn.Linear, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     refuse_liger_forward(model)
-    for embedding in _tied(model, head):
+    for embedding in tied_to(model, head):
         check_embedding(embedding)
         if sequence_parallel:
             raise ValueError("sequence_parallel needs an embedding that is not tied to the head; untie it.")
@@ -244,10 +230,10 @@ def _check_support(model: nn.Module, head: nn.Linear, mesh: DeviceMesh, sequence
 
 def _distribute(model: nn.Module, head: nn.Linear, mesh: DeviceMesh, tp: DeviceMesh | None) -> None:
     """Shards the head's parameters as FSDP would, and keeps a later `fully_shard` of the model away from them."""
-    modules = [head, *_tied(model, head)]
+    modules = [head, *tied_to(model, head)]
     for parameter in list(head.parameters(recurse=False)):
         sharded = nn.Parameter(_own_rows(parameter.detach(), mesh, tp), requires_grad=parameter.requires_grad)
-        for module, name in _holders(model, parameter):
+        for module, name in holders(model, parameter):
             setattr(module, name, sharded)
     for module in modules:
         fully_shard(module, mesh=mesh, ignored_params=set(module.parameters()))
@@ -290,7 +276,7 @@ def _install(
     model: nn.Module, head: nn.Linear, mesh: DeviceMesh, group: Any | None, sequence_parallel: bool, config: CCEConfig
 ) -> None:
     owner = FSDPOwner(model, head, mesh.ndim, group, sequence_parallel, config)
-    for embedding in _tied(model, head):
+    for embedding in tied_to(model, head):
         make_vocab_parallel(embedding, owner, owner.compute_dtype)  # type: ignore[arg-type]
     remove(head, is_of_tensor_parallelism)
     make_lazy(head, owner, config)
@@ -298,7 +284,7 @@ def _install(
     if head.weight.device_mesh.ndim > mesh.ndim:
         head.__class__ = type(type(head).__name__, (_OwnTokens, type(head)), {"_cce_owner": owner})
     head.forward = owner.gathered_forward  # type: ignore[assignment,method-assign]
-    for module in (head, *_tied(model, head)):
+    for module in (head, *tied_to(model, head)):
         in_full_in_forward(module, owner.in_full)
     shard = owner.shard
     assert shard.vocab_group is not None

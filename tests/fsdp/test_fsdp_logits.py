@@ -110,7 +110,7 @@ def _real_logits_norms(case: Case) -> list[tuple[float, float]]:
     return norms
 
 
-@pytest.mark.filterwarnings("ignore::cce_dist.lazy_logits.MaterializedLogitsWarning")
+@pytest.mark.filterwarnings("ignore::cce_dist.heads.lazy.MaterializedLogitsWarning")
 @pytest.mark.parametrize(
     ("world", "case"),
     [

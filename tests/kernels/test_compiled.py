@@ -64,13 +64,21 @@ logits = Logits(
 with tuning.forced(table):
     summary = summarise.summarise(logits, True)
     if DTYPE.itemsize == 2:
-        e, c = hidden.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
-        quantise._quantise(hidden, floats(D), e, floats(N), ints(N), ints(1), 1.0)
-        quantise._quantise(weight, floats(D), c, None, None, None, 1.0)
-        in_8_bits = logits._replace(hidden_ND=e, weight_VD=c)
-        partials = tuple(floats(16, N) for _ in range(3))
+        quantise.storage_dtype = lambda x: torch.float8_e4m3fn
+        moments = quantise.moments(weight), quantise.moments(hidden, ints(N), ints(1))
+        form = 1.0, logits.softcap is not None
+        e = quantise.quantise_hidden(hidden, *moments, ints(N), ints(1), *form)
+        copy = weight.to(torch.float8_e4m3fn)
+        commons = floats(D), floats(D), floats(1)
+        c = quantise.quantise_weight(weight, logits.bias_V, *commons, *form, floats(1), copy)
+        numbers = e.scale_N, c.scale_V, e.offset_N, c.offset_V, e.variance_N, e.hopeless_N, floats(1)
         summarise._launch(
-            in_8_bits, (floats(N), floats(V), floats(N)), partials, summary.tiles.lse_TN, 1, table.for_8_bits()
+            logits._replace(hidden_ND=e.rows_ND, weight_VD=c.rows_VD, bias_V=None),
+            summarise.InEightBits(*numbers),
+            tuple(floats(16, N) for _ in range(3)),
+            summary.tiles.lse_TN,
+            1,
+            table.for_8_bits(),
         )
     normaliser = Normaliser(floats(N), floats(N), 0.69)
     refine.refine(logits, Estimate(summary, floats(N)), normaliser, 0.01)

@@ -1,6 +1,7 @@
 """Backward on one shard, every mode, both backends, against the same formula with all logits in fp64."""
 
 import math
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,16 @@ from dense import (
     normaliser,
     pair_weights,
 )
-from reference import DEVICE, GPU_BF16, TRITON_DTYPES, relative_error
+from reference import (
+    DEVICE,
+    GPU_BF16,
+    ROUNDING,
+    TRITON_DTYPES,
+    cce_outcome,
+    make_problem,
+    plain_outcome,
+    relative_error,
+)
 
 from cce_dist.kernels import pipeline, reference, tuning
 from cce_dist.kernels.problem import TILE, Filter, Logits, Wanted
@@ -198,3 +208,23 @@ def test_hidden_gradients_handed_over_early_are_the_same() -> None:
     assert not apart.hidden_ND.any(), "dE must be left alone once it is handed over"
     assert relative_error(apart.weight_VD, together.weight_VD) < 1e-6
     assert relative_error(apart.bias_V, together.bias_V) < 1e-6
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("gradient", ["exact", "unbiased", "filtered"])
+def test_upstream_gradients_near_the_largest_number_give_gradients(gradient: str, dtype: Any, backend: Any) -> None:
+    """2 to the power of log2(3e38), rounded up, is infinite in fp32."""
+    problem = make_problem(((9,),), 300, 16, dtype=torch.float32, reduction="none", ignored=0.0)
+    upstream_n = problem.upstream[0] / problem.upstream[0].abs().max() * 3e38
+    assert upstream_n.abs().max() > 2.0**127
+    # In fp16 dE has no room for it, but dC in fp32 has.
+    hidden_nD, weight_VD = (0.1 * problem.hidden[0]).to(dtype), 0.5 * problem.weight
+    weight_VD = weight_VD if dtype == torch.float16 else weight_VD.to(dtype)
+    problem = replace(problem, hidden=(hidden_nD,), weight=weight_VD, upstream=(upstream_n,))
+    truth = plain_outcome(problem, torch.float64)
+    name = next(name for name, module in BACKENDS.items() if module is backend)
+    got = cce_outcome(problem, backend=name, gradient=gradient, filter_eps=0.0 if gradient == "exact" else 1e-9)
+    bound = 8 * ROUNDING[dtype] + 1e-5
+    assert relative_error(got.dweight[0], truth.dweight[0]) < bound
+    assert dtype == torch.float16 or relative_error(got.dhidden[0], truth.dhidden[0]) < bound

@@ -125,6 +125,27 @@ def test_mass_far_from_the_first_tile_is_neither_lost_nor_invented(backend: Modu
     assert kept_NT.tolist() == [[False, True, False]] * 6
 
 
+@every_backend
+@pytest.mark.parametrize("none", [(0,), (0, 1, 4, 5, 8, 9), (1, 4, 6, 7, 9)], ids=str)
+def test_tiles_without_a_finite_logit_have_no_mass_and_leave_the_others_theirs(
+    none: tuple[int, ...], backend: ModuleType
+) -> None:
+    """Also the first ones of a split, to which the others' summaries are relative, and all of a split."""
+    logits = make_logits(vocab=10 * TILE, dtype=torch.float16)
+    bias_V = logits.bias_V.clone()
+    bias_V.view(10, TILE)[list(none)] = -torch.inf
+    logits = logits._replace(bias_V=bias_V, target_N=torch.full_like(logits.target_N, -1))
+    d = dense(logits)
+    tiles = backend.summarise(logits, True, 1 << 20).tiles
+    got_TN = absolute_lse(tiles, logits.num_tiles)
+    assert (got_TN[list(none)] == -torch.inf).all()
+    some = [tile for tile in range(10) if tile not in none]
+    assert (got_TN[some] - (d.lse_N[:, None] + d.mass_NT.log()).T[some]).abs().max() < 0.05
+    kept_NT = kept_pairs(backend, logits, Filter("filtered", EPS), padded_lse(logits, d))
+    assert kept_NT[is_large(logits, d, EPS * 1.02)].all()
+    assert not kept_NT[~is_large(logits, d, EPS * 0.98)].any()
+
+
 def philox_first_word(seed: int, c0: int, c1: int) -> int:
     """Philox4x32-10 by the definition, in Python's integers."""
     counter, key = [c0, c1, 0, 0], [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]

@@ -1,4 +1,7 @@
-"""The one line that says that cce_dist is at work, through Python's logging: logger "cce_dist", level INFO."""
+"""The one line that says that cce_dist is at work, through Python's logging: logger "cce_dist", level INFO.
+
+In goes the text of a framework's module; it comes out on one rank, and not inside of `unannounced`.
+"""
 
 import logging
 from collections.abc import Iterator

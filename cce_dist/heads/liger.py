@@ -1,4 +1,7 @@
-"""A loss of Liger's in place of a model's forward, or of F.cross_entropy: beside it cce_dist would do nothing."""
+"""A loss of Liger's in place of a model's forward, or of F.cross_entropy: beside it cce_dist would do nothing.
+
+In go a Trainer's arguments, or a model; out comes an error that says how to leave that loss out, or nothing.
+"""
 
 import inspect
 from typing import Any

@@ -1,4 +1,7 @@
-"""Real logits of a sharded classifier are collective: whoever waits for a rank that never comes is told so."""
+"""Real logits of a sharded classifier are collective: whoever waits for a rank that never comes is told so.
+
+In goes a group of the hosts; the call returns once all of its ranks are there, or raises, before any rows move.
+"""
 
 from datetime import timedelta
 

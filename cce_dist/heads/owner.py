@@ -1,7 +1,8 @@
 """Shard owners: where the rows of a vocabulary shard live, and where their gradient goes.
 
 The loss knows only local rows and a `VocabShard`. An owner finds the rows inside a framework and delivers their
-gradient: `local_weight` returns a differentiable tensor whose backward hands dC on. Each framework's module has one.
+gradient: `local_weight` returns a differentiable tensor whose backward hands dC on. Each framework's module has one;
+`ModuleOwner`, here, is the one of plain PyTorch.
 
 Shapes: V local rows of the classifier, D hidden.
 """

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
 
 from cce_dist.config import CCEConfig
-from cce_dist.head import ShardedCCEHead
+from cce_dist.heads.sharded_head import ShardedCCEHead
 
 HIDDEN = 16
 EXACT = CCEConfig(gradient="exact")

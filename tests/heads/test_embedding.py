@@ -8,8 +8,8 @@ import torch.distributed as dist
 from ranks import RankPool
 from torch import Tensor, nn
 
-from cce_dist.embedding import make_vocab_parallel
-from cce_dist.owner import ModuleOwner
+from cce_dist.heads.embedding import make_vocab_parallel
+from cce_dist.heads.owner import ModuleOwner
 from cce_dist.shard import VocabShard
 
 HIDDEN = 8

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.device_check import device_check
-from cce_dist.owner import ShardOwner
+from cce_dist.heads.owner import ShardOwner
 from cce_dist.shard import VocabShard
 from cce_dist.shard.agreement import Agreement
 

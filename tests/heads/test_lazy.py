@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from cce_dist import CCEConfig, VocabShard
-from cce_dist.lazy_logits import LazyLogits, MaterializedLogitsWarning, fused_evaluation, make_eager, make_lazy
-from cce_dist.owner import ModuleOwner
+from cce_dist.heads.lazy import LazyLogits, MaterializedLogitsWarning, fused_evaluation, make_eager, make_lazy
+from cce_dist.heads.owner import ModuleOwner
 
 BATCH, LENGTH, HIDDEN, VOCAB = 2, 7, 12, 53
 EXACT = CCEConfig(gradient="exact", materialize="raise")

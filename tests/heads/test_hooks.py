@@ -12,10 +12,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize, prune
 
 from cce_dist import CCEConfig
-from cce_dist.hooks import is_of_sharding, is_of_users
-from cce_dist.lazy_logits import MaterializedLogitsWarning, make_lazy
-from cce_dist.owner import ModuleOwner
-from cce_dist.transformers import output_layer, patch
+from cce_dist.heads.find import output_layer
+from cce_dist.heads.hooks import is_of_sharding, is_of_users
+from cce_dist.heads.lazy import MaterializedLogitsWarning, make_lazy
+from cce_dist.heads.owner import ModuleOwner
+from cce_dist.transformers import patch
 
 EXACT = CCEConfig(gradient="exact", materialize="raise")
 

@@ -1,4 +1,7 @@
-"""A classifier that owns its vocabulary shard: the module that takes the place of a model's lm_head.
+"""A head that owns its vocabulary shard: the module that takes the place of a model's lm_head.
+
+In go the classifier's rows as a DTensor, and in a call hidden states and labels; out comes the loss, or, where one asks
+for them, real logits.
 
 Shapes: D hidden, V rows of the whole classifier, R local rows.
 """
@@ -12,15 +15,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from cce_dist.collective_logits import await_ranks
 from cce_dist.config import CCEConfig
+from cce_dist.heads.collective_logits import await_ranks
+from cce_dist.heads.owner import ModuleOwner
 from cce_dist.loss import linear_cross_entropy
-from cce_dist.owner import ModuleOwner
 from cce_dist.shard import Group, VocabShard, as_group
 
 
 class ShardedCCEHead(nn.Module):
-    """Linear classifier and cross-entropy in one module; each rank of a mesh stores a shard of the rows.
+    """Classifier and cross-entropy in one module; each rank of a mesh stores a shard of the rows.
 
     ``head(hidden, labels)`` is the loss, ``head.logits(hidden)`` the real logits. The state dict has the keys of an
     ``nn.Linear``: ``weight`` and, possibly, ``bias``, as DTensors; save that, since a pickle of the module is refused

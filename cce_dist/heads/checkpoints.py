@@ -1,7 +1,8 @@
 """Whether the code that runs is inside of a reentrant activation checkpoint, torch's or DeepSpeed's.
 
 Such a checkpoint runs forward without a graph and again in backward with one, which ends at its outputs. That backward
-is under way is private state of torch's, touched here and nowhere else. Read on torch 2.13.
+is under way is private state of torch's, touched here and nowhere else. Read on torch 2.13. In goes nothing but the
+stack; out comes yes or no, by which a lazy head decides whether its call may be lazy.
 """
 
 import sys

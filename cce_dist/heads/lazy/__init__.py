@@ -1,0 +1,39 @@
+"""Logits that are not computed: a model's own code runs unchanged, and F.cross_entropy on them is the fused loss.
+
+`make_lazy` swaps the class of one output layer. In training its call returns `LazyLogits`: the hidden states, and what
+the model has done to the logits since (scale, softcap, bias, views, slices, casts). Where `F.cross_entropy` meets
+them, `linear_cross_entropy` runs on the hidden states. Two things that trainers log are answered by a chunked pass over
+the hidden states: argmax, and, under no_grad, the entropy −(exp(log_softmax)·log_softmax).sum. Any other use computes
+the real logits with the stock forward and warns, or raises, naming the call site: there is no silent fallback.
+
+The loss is of the logits that the head's call would have given. Forward hooks and pre-hooks run in that call, on lazy
+logits, whose hidden states and parameters are those of that moment (pruning, parametrizations and PEFT change the
+weight for a call). A call that does anything else, or whose gradients hooks wait for, gives real logits and says so.
+FSDP2's and ZeRO-3's own hooks on the head, which gather it, run where real logits are computed.
+
+Imports run one way: form (what was done to logits) ← source (one call of a head) ← logits (what torch's functions make
+of lazy logits) ← head (the swapped class).
+"""
+
+from cce_dist.heads.lazy.head import (
+    fuse_evaluation_where,
+    fused_evaluation,
+    is_lazy,
+    lazy_calls,
+    make_eager,
+    make_lazy,
+)
+from cce_dist.heads.lazy.logits import LazyLogits
+from cce_dist.heads.lazy.materialize import MaterializedLogitsWarning, report
+
+__all__ = [
+    "LazyLogits",
+    "MaterializedLogitsWarning",
+    "fuse_evaluation_where",
+    "fused_evaluation",
+    "is_lazy",
+    "lazy_calls",
+    "make_eager",
+    "make_lazy",
+    "report",
+]

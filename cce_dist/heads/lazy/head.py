@@ -1,0 +1,209 @@
+"""The class that a lazy head has in place of its own, and how it gets it and loses it again.
+
+In go a head, its owner and the settings; in training, a call of the head then gives `LazyLogits`, and in evaluation
+what the stock class gives.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from cce_dist.config import CCEConfig
+from cce_dist.heads import checkpoints, hooks
+from cce_dist.heads.find import registered
+from cce_dist.heads.lazy.logits import LazyLogits
+from cce_dist.heads.lazy.materialize import report
+from cce_dist.heads.lazy.source import Binding, Source
+from cce_dist.heads.owner import ModuleOwner, ShardOwner
+
+
+def make_lazy(head: nn.Module, owner: ShardOwner, config: CCEConfig, linear: type[nn.Module] = nn.Linear) -> None:
+    """Swaps the head's class: called in training with grad enabled, it returns `LazyLogits`.
+
+    In evaluation and without grad the stock call runs. Hooks of users run in both. Parameters, names, state_dict and
+    isinstance stay as they are. A pickle of the head holds the stock class; a deepcopy is as lazy as the head.
+
+    Args:
+        head: an nn.Linear, or of the class ``linear``.
+        owner: where its rows live, and where their gradient goes.
+        config: settings of the loss, and what happens where real logits are needed (``materialize``).
+        linear: whose forward the head has: nn.Linear's, or that of a framework's own linear layer.
+
+    Raises:
+        TypeError: the head does more than F.linear(hidden, weight, bias), as one with an adapter does.
+        ValueError: the head is lazy already.
+        RuntimeError: a torch whose hooks this version does not know.
+    """
+    hooks.check_torch()
+    checkpoints.check_torch()
+    stock = type(head)
+    if is_lazy(head):
+        raise ValueError(
+            f"{stock.__name__} is lazy already; undo that first, with make_eager or by unpatching its model."
+        )
+    if not isinstance(head, linear) or stock.forward is not linear.forward or "forward" in vars(head):
+        raise TypeError(
+            f"head must be an nn.Linear with the forward of nn.Linear, got {stock.__module__}.{stock.__qualname__}. "
+            "Adapters on the output layer (LoRA), quantisation and device_map replace that forward: leave the output "
+            "layer out of them, merge the adapter into it first, or train a copy of the layer (modules_to_save)."
+        )
+    head.__class__ = type(f"CCE{stock.__name__}", (_LazyHead, stock), {"_cce": Binding(stock, owner, config)})
+
+
+def is_lazy(head: nn.Module) -> bool:
+    """Whether `make_lazy` has been here."""
+    return isinstance(head, _LazyHead)
+
+
+def lazy_calls(head: nn.Module) -> int:
+    """How often a lazy head has been called and has returned `LazyLogits`; not counted inside a compiled graph."""
+    return head._cce.calls if isinstance(head, _LazyHead) else 0
+
+
+def make_eager(head: nn.Module) -> None:
+    """Undoes `make_lazy`.
+
+    Raises:
+        ValueError: the head is not lazy, or something else (fully_shard, say) has swapped its class since.
+    """
+    binding = vars(type(head)).get("_cce")
+    if binding is None:
+        raise ValueError(
+            f"{type(head).__name__} is not a class that make_lazy made. If fully_shard or the like came after "
+            "make_lazy, the head cannot be made eager any more: build the model anew."
+        )
+    head.__class__ = binding.stock
+
+
+@contextmanager
+def fused_evaluation(head: nn.Module) -> Iterator[None]:
+    """Inside, a lazy head returns `LazyLogits` in evaluation too, for a loss that needs no memory for logits.
+
+    Raises:
+        ValueError: the head is not lazy.
+    """
+    binding = _binding(head)
+    before, binding.in_evaluation = binding.in_evaluation, True
+    try:
+        yield
+    finally:
+        binding.in_evaluation = before
+
+
+def fuse_evaluation_where(head: nn.Module, condition: Callable[[], bool]) -> None:
+    """A lazy head returns `LazyLogits` in evaluation too, in every call for which the condition holds.
+
+    Raises:
+        ValueError: the head is not lazy.
+    """
+    _binding(head).fused_where = condition
+
+
+def _binding(head: nn.Module) -> Binding:
+    if not isinstance(head, _LazyHead):
+        raise ValueError(f"{type(head).__name__} is not lazy; call make_lazy on it, or patch its model, first.")
+    return head._cce
+
+
+class _LazyHead(nn.Module):
+    """Goes before the class of a head. It has __call__, not forward, since FSDP's and ZeRO's hooks hang on __call__."""
+
+    _cce: ClassVar[Binding]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        binding = self._cce
+        if args and isinstance(args[0], DTensor):
+            args = (_all_tokens(args[0], binding.owner), *args[1:])
+        trains = self.training and torch.is_grad_enabled()
+        if not (trains or binding.in_evaluation or self._is_fused_here()):
+            if self.training and checkpoints.in_forward():
+                self._report("is called inside of a reentrant checkpoint", _NO_REENTRANT)
+            return super().__call__(*args, **kwargs)
+        if trains and checkpoints.in_recomputation():
+            return super().__call__(*args, **kwargs)  # as in the forward that is recomputed
+        obstacle = self._obstacle()
+        if obstacle is not None:
+            self._report(*obstacle)
+            return super().__call__(*args, **kwargs)
+        return hooks.call(self, self._lazy, args, kwargs, hooks.is_of_users)
+
+    def _lazy(self, input: Tensor) -> LazyLogits:
+        if not torch.compiler.is_compiling():
+            self._cce.calls += 1
+        return LazyLogits(Source(self, self._cce, input))
+
+    def _is_fused_here(self) -> bool:
+        condition = self._cce.fused_where
+        return condition is not None and not torch.compiler.is_compiling() and condition()
+
+    def _obstacle(self) -> tuple[str, str] | None:
+        """What makes this call something else than F.linear(hidden, weight, bias), and what to do about it."""
+        if torch.is_grad_enabled() and hooks.wants_gradients(self):
+            return "has backward hooks, its own or those of all modules", "Take those hooks off."
+        forward = vars(self).get("forward", type(self).forward)
+        if forward is not self._cce.stock.forward and not (forward.__module__ or "").startswith("cce_dist."):
+            name = f"{forward.__module__}.{getattr(forward, '__qualname__', type(forward).__name__)}"
+            return f"has the forward {name} in place of its own", "Leave the output layer out of what does that."
+        weight = registered(self, "weight")
+        if weight is not None and type(weight) not in (nn.Parameter, Tensor, DTensor):
+            return f"has a weight of the class {type(weight).__name__}", "Leave the output layer out of quantisation."
+        return None
+
+    def _report(self, what: str, instead: str) -> None:
+        report(
+            self._cce.config,
+            f"logits are computed after all: the output layer, called by {{place}} {what}.",
+            instead,
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Protocol 1's form, legal in all: the one of protocol 2 insists on the class of the object.
+        construct, args, *state = cast(tuple[Any, ...], super().__reduce_ex__(min(protocol, 1)))
+        return (construct, (self._cce.stock, *args[1:]), *state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        binding = self._cce
+        if not isinstance(binding.owner, ModuleOwner):
+            raise TypeError(
+                f"the rows of this head belong to a {type(binding.owner).__name__}, which cannot be copied; copy the "
+                "model before its head is sharded."
+            )
+        twin = memo[id(self)] = binding.stock.__new__(binding.stock)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        make_lazy(twin, ModuleOwner(twin, binding.owner.shard), binding.config)
+        _binding(twin).fused_where = binding.fused_where
+        return twin
+
+
+def _all_tokens(hidden: DTensor, owner: ShardOwner) -> Tensor:
+    """Plain hidden states out of what a tensor-parallel body gives, for a head that every rank has as a whole.
+
+    Raises:
+        TypeError: a DTensor that is neither replicated nor split along the sequence, or a head that is sharded.
+    """
+    if owner.shard.vocab_group is not None:
+        raise TypeError(
+            f"the hidden states at this output layer are a DTensor, {hidden.placements}, while its rows are sharded by "
+            f"a {type(owner).__name__} that knows of no tensor parallelism: pass the mesh of the body's tensor "
+            "parallelism to cce_dist.fsdp.shard_head(..., tp=mesh['tp']), or give the layer plain tensors."
+        )
+    sequence = range(1, hidden.ndim - 1)
+    if not all(isinstance(p, Replicate) or (isinstance(p, Shard) and p.dim in sequence) for p in hidden.placements):
+        raise TypeError(
+            f"the hidden states at this output layer are a DTensor with the placements {hidden.placements}; taken are "
+            "those that a tensor-parallel body gives, replicated or split along the sequence of [batch, sequence, "
+            "hidden]. Call redistribute(placements=[Replicate()]) on them first, or to_local() if each rank's are its "
+            "own."
+        )
+    return hidden.full_tensor()
+
+
+_NO_REENTRANT = (
+    "Its backward computes them again with a graph of its own, which lazy logits cannot cross: take "
+    "checkpoint(..., use_reentrant=False), or leave the output layer and the loss out of the checkpoint."
+)

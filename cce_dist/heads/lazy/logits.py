@@ -1,0 +1,354 @@
+"""`LazyLogits`, and what torch's functions make of them.
+
+In goes one call of a head (`Source`); a function of torch's then gives metadata, lazy logits once more, the fused loss,
+a statistic, or else what it gives for the real logits.
+
+Shapes: X any leading dimensions, D hidden, V rows of the classifier, N tokens.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from cce_dist.heads.lazy.form import LOGITS, MULTIPLY, WITHOUT_GRADIENT, Call, LogitForm, is_last_dim, p_log_p, record
+from cce_dist.heads.lazy.pytree import register_pytree_node, tree_map
+from cce_dist.heads.lazy.source import Source
+from cce_dist.heads.statistics import TokenStatistics
+from cce_dist.loss import linear_cross_entropy
+
+
+@dataclass(init=False, eq=False, repr=False)
+class LazyLogits:
+    """Stands for a head's logits [X, V], which it does not compute. Not a Tensor, but torch's functions take it.
+
+    A pytree node whose one leaf is the hidden states: hooks that look for tensors in a module's output find them.
+    """
+
+    hidden_XD: Tensor  # a dataclass field: FSDP2 looks for tensors in dataclasses, not in pytree nodes
+
+    def __init__(self, source: Source, calls: tuple[Call, ...] = (), form: LogitForm | None = None) -> None:
+        self._source = source
+        self._calls = calls
+        self._known_form = form
+        self._changed: Tensor | None = None  # real logits that an in-place operation has written to
+
+    @property
+    def _form(self) -> LogitForm:
+        if self._known_form is None:
+            with torch.set_grad_enabled(self._source.has_graph):
+                form = self._source.form()
+                for call in self._calls:
+                    form = record(form, call) or form  # what was recorded once can be again
+            self._known_form = form
+        return self._known_form
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._form.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self._form.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._form.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._form.hidden_XD.device
+
+    @property
+    def requires_grad(self) -> bool:
+        source = self._source
+        if not source.has_graph:
+            return False
+        return source.hidden_XD.requires_grad or any(p.requires_grad for p in source.head.parameters())
+
+    @property
+    def _tokens(self) -> Tensor:
+        """Which of the call's tokens these are [X], counted through."""
+        source = self._source
+        number_X1 = torch.arange(source.hidden_XD[..., 0].numel(), device=source.hidden_XD.device)
+        rows = source.shard.vocab_size
+        form = LogitForm(number_X1.view(*source.hidden_XD.shape[:-1], 1), rows, source.dtype)
+        for call in self._calls:
+            form = record(form, call) or form
+        return form.hidden_XD[..., 0]
+
+    def statistics(self) -> TokenStatistics:
+        """Entropy, most likely token and the like of these tokens [X] alone, by a chunked pass without a gradient.
+
+        Where the vocabulary is sharded, every rank of the group must make the call.
+
+        Raises:
+            ValueError: these are no logits any more: something was written to them, or log_softmax taken.
+        """
+        if self._changed is not None or self._form.of != "logits":
+            raise ValueError("statistics() is of the logits that a model returns; these have been changed since.")
+        return self._source.statistics_of(self._form)
+
+    def __repr__(self) -> str:
+        return f"LazyLogits(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"LazyLogits has no attribute {name!r}")
+        attribute = getattr(Tensor, name)
+        if self._changed is None and (name in _OF_THE_FORM or (name.startswith("is_") and not callable(attribute))):
+            return self._metadata(name)
+        if callable(attribute):
+            return lambda *args, **kwargs: _dispatch(attribute, (self, *args), kwargs)
+        return getattr(self._materialize(f"the attribute {name}"), name)
+
+    def _metadata(self, name: str) -> Any:
+        """An attribute that a tensor of this shape, dtype and device has, whatever its values."""
+        if name == "is_leaf":
+            return not self.requires_grad
+        like = self._form.meta() if name == "nbytes" else torch.empty(0, dtype=self.dtype, device=self.device)
+        return getattr(like, name)
+
+    def __copy__(self) -> "LazyLogits":
+        """Logits of the same call and in the same graph: to change the copy's hidden states leaves these alone."""
+        copied = LazyLogits(self._source, self._calls, self._known_form)
+        copied._changed = self._changed
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LazyLogits":
+        """As `copy.copy`: what copies outputs of a model (Lightning does) means the container, not the graph."""
+        return copy.copy(self)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return _dispatch(function, args, kwargs or {})
+
+    def _materialize(self, why: str) -> Tensor:
+        if self._changed is not None:
+            return self._changed
+        logits = self._source.logits(why)
+        for call in self._calls:
+            logits = call.on(logits)
+        return logits
+
+
+def _hidden_of(logits: LazyLogits) -> Tensor:
+    return logits._source.hidden_XD
+
+
+def _with_hidden(logits: LazyLogits, hidden_XD: Tensor) -> None:
+    """What sets the fields of a dataclass, as Lightning does, replaces the hidden states as a pytree's hooks do."""
+    source = logits._source.with_hidden(hidden_XD)
+    if source is not logits._source:
+        logits._source, logits._known_form = source, None
+
+
+LazyLogits.hidden_XD = property(_hidden_of, _with_hidden)  # type: ignore[assignment]  # after dataclass() has seen it
+
+
+def _dispatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a torch function gives for lazy logits: metadata, lazy logits, the fused loss, or else the stock result."""
+    lazy = [arg for arg in args if isinstance(arg, LazyLogits)]
+    why = getattr(function, "__name__", repr(function))
+    if len(lazy) == 1 and lazy[0]._changed is None:
+        logits = lazy[0]
+        call = Call(function, tuple(LOGITS if arg is logits else arg for arg in args), kwargs)
+        if function in _METADATA:
+            return call.on(logits._form.meta())
+        if function in _OF_THE_DEVICE:
+            return call.on(torch.empty(0, dtype=logits.dtype, device=logits.device))
+        if function is Tensor.stride:  # no memory, no strides; a kernel that would read the memory asks for them
+            return call.on(torch.empty((), device="meta").expand(logits.shape))
+        form = None if function in WITHOUT_GRADIENT and torch.is_grad_enabled() else record(logits._form, call)
+        if form is not None:
+            return LazyLogits(logits._source, (*logits._calls, call), form)
+        if function in _SPLIT and (parts := _split(logits, call)):
+            return parts
+        statistic = _statistic(logits, call)
+        if statistic is not None:
+            return statistic
+        if function is F.cross_entropy and args[0] is logits:
+            args, kwargs = _with_own_labels(logits, args, kwargs)
+            obstacle = _obstacle(logits, *args[1:], **kwargs)
+            if obstacle is None:
+                return _cross_entropy(logits, *args[1:], **kwargs)
+            why = f"cross_entropy with {obstacle}"
+    elif len(lazy) == 2 and function in MULTIPLY and not kwargs and (log_p := _factor_of_p_log_p(lazy)) is not None:
+        return _dispatch(p_log_p, (log_p,), {})
+
+    def real(x: Any) -> Any:
+        return x._materialize(why) if isinstance(x, LazyLogits) else x
+
+    args_real, kwargs_real = tree_map(real, (args, kwargs), is_leaf=lambda x: isinstance(x, LazyLogits))
+    result = function(*args_real, **kwargs_real)
+    if _writes(why) and isinstance(args[0], LazyLogits):
+        args[0]._changed = args_real[0]
+        args[0]._source.forget_logits()
+    return result
+
+
+def _split(logits: LazyLogits, call: Call) -> tuple[LazyLogits, ...] | None:
+    """The parts of a split of the tokens; None for one of the vocabulary."""
+    dim = call.kwargs.get("dim", call.args[2] if len(call.args) > 2 else 0) % logits.ndim
+    if dim == logits.ndim - 1:
+        return None
+    ends = list(accumulate(part.shape[dim] for part in call.on(logits._form.meta())))
+    index = [(slice(None),) * dim + (slice(start, end),) for start, end in zip([0, *ends], ends, strict=False)]
+    return tuple(_dispatch(Tensor.__getitem__, (logits, i), {}) for i in index)
+
+
+def _statistic(logits: LazyLogits, call: Call) -> Tensor | None:
+    """What a chunked pass answers: argmax, and the sum of p·log p, over the vocabulary."""
+    form = logits._form
+    if not is_last_dim(form, call.dim()) or set(call.kwargs) - {"dim"} or len(call.args) > 2:
+        return None
+    if call.function in (torch.argmax, Tensor.argmax) and form.of != "p log p":
+        return logits._source.statistics(form).argmax.flatten()[logits._tokens]
+    if call.function in (torch.sum, Tensor.sum) and form.of == "p log p":
+        return -logits._source.statistics(form).entropy.flatten()[logits._tokens].to(form.dtype)
+    return None
+
+
+def _factor_of_p_log_p(factors: list[LazyLogits]) -> LazyLogits | None:
+    """log p, if the factors are log p and the p that was made of it."""
+    log_p, p = sorted(factors, key=lambda factor: len(factor._calls))
+    made_of_it = p._calls[:-1] == log_p._calls and p._source is log_p._source
+    same = made_of_it and p._changed is None and log_p._changed is None
+    return log_p if same and (log_p._form.of, p._form.of) == ("log p", "p") else None
+
+
+def _writes(name: str) -> bool:
+    """Whether a function writes to its first argument, by the naming rule of torch."""
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _obstacle(
+    logits: LazyLogits,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> str | None:
+    """What keeps this F.cross_entropy from being fused, if anything does."""
+    if logits._form.of != "logits":
+        return "log-probabilities"
+    if weight is not None:
+        return "class weights"
+    if label_smoothing != 0.0:
+        return f"label_smoothing={label_smoothing}"
+    if target.is_floating_point():
+        return "class probabilities as target"
+    if logits.ndim > 2 or target.shape != logits.shape[:-1]:
+        return f"target of shape {list(target.shape)} (wanted: [] or [N] for logits [V] or [N, V])"
+    if size_average is not None or reduce is not None or reduction not in ("mean", "sum", "none"):
+        return f"size_average={size_average}, reduce={reduce}, reduction={reduction!r}"
+    if logits._source.shard.vocab_group is not None and any(bias.requires_grad for bias in logits._form.biases):
+        return "a trained bias that is not sharded as the head is"
+    return None
+
+
+@torch.compiler.disable  # one graph break, in place of one wherever the loss asks the device or the ranks
+def _cross_entropy(
+    logits: LazyLogits, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean", **_: Any
+) -> Tensor:
+    """F.cross_entropy; "mean" is over this rank's valid tokens, as the stock loss has it."""
+    form, source = logits._form, logits._source
+    settings = source.binding.config.loss_kwargs()
+    if not source.head.training:
+        # Those are of a micro-step in training; batches of evaluation may be larger, and their number is exchanged.
+        settings |= {"max_tokens": None, "agreement": "every_call"}
+    with torch.autocast(target.device.type, enabled=False), torch.set_grad_enabled(_with_graph(source)):
+        terms = source.terms(form)
+        # Always "none": the ranks of a shard agree on one reduction, and a caller may change between mean and sum.
+        loss_N = linear_cross_entropy(
+            form.hidden_XD,
+            terms.pop("weight"),
+            target,
+            ignore_index=ignore_index,
+            reduction="none",
+            **terms,
+            **settings,
+        )
+    if reduction == "none":
+        return loss_N
+    return loss_N.sum() if reduction == "sum" else loss_N.sum() / (target != ignore_index).sum()
+
+
+def _with_graph(source: Source) -> bool:
+    return source.has_graph and torch.is_grad_enabled()
+
+
+def _with_own_labels(
+    logits: LazyLogits, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The arguments of a cross-entropy, with plain labels of this rank's tokens in place of a DTensor's.
+
+    Raises:
+        TypeError: a DTensor that holds other tokens than the logits do.
+    """
+    target, tokens = (args[1] if len(args) > 1 else kwargs.get("target")), logits.shape[:-1]
+    if not isinstance(target, DTensor):
+        return args, kwargs
+    is_partial = any(placement.is_partial() for placement in target.placements)
+    is_split = not any(placement.is_replicate() for placement in target.placements)
+    if not is_partial and is_split and target.to_local().shape == tokens:
+        plain = target.to_local()
+    elif not is_partial and target.shape == tokens:
+        plain = target.full_tensor()
+    else:
+        raise TypeError(
+            f"target is a DTensor of shape {list(target.shape)} with the placements {target.placements}; the logits "
+            f"are of tokens {list(tokens)} on this rank. Pass plain labels of those tokens, or a DTensor that is "
+            "replicated or split as the hidden states are."
+        )
+    return ((args[0], plain, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "target": plain})
+
+
+_METADATA = {
+    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, torch.numel, Tensor.__len__,
+    Tensor.element_size, Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex,
+    Tensor.is_signed, torch.is_signed, Tensor.is_contiguous, Tensor.is_same_size, torch.is_same_size,
+    Tensor.is_conj, torch.is_conj, Tensor.is_neg, torch.is_neg, torch.result_type,
+}  # fmt: skip
+_OF_THE_DEVICE = {Tensor.get_device, torch.get_device, Tensor.is_inference, torch.is_inference}
+_OF_THE_FORM = {"layout", "itemsize", "nbytes", "name", "grad", "retains_grad", "output_nr"}
+_SPLIT = {Tensor.split, torch.split, Tensor.chunk, torch.chunk}
+_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
+_OPERATORS = (
+    *_IN_PLACE, "__getitem__", "__len__", "__iter__", "__bool__", "__neg__", "__abs__", "__add__", "__radd__",
+    "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__", "__matmul__",
+    "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__",
+)  # fmt: skip
+
+
+def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: _dispatch(function, args, {})
+
+
+for _name in _OPERATORS:  # Python looks operators up on the class, past __getattr__
+    setattr(LazyLogits, _name, _operator(getattr(Tensor, _name)))
+
+
+def _flatten(logits: LazyLogits) -> tuple[list[Tensor], LazyLogits]:
+    return [logits._source.hidden_XD], logits
+
+
+def _unflatten(leaves: Any, logits: LazyLogits) -> LazyLogits:
+    (hidden_XD,) = leaves
+    rebuilt = copy.copy(logits)
+    rebuilt.hidden_XD = hidden_XD
+    return rebuilt
+
+
+register_pytree_node(LazyLogits, _flatten, _unflatten)

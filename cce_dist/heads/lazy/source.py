@@ -1,0 +1,262 @@
+"""One call of a lazy head: what it was called with, and everything that can be made of it later.
+
+In go the head, what `make_lazy` was given, and the hidden states; out come the terms of the loss (this rank's rows as
+they were in the call, bias, scale, softcap), statistics of the tokens, or, once something needs them, the real logits.
+
+Shapes: X any leading dimensions, D hidden, V rows of the classifier, R local rows.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cce_dist.config import CCEConfig
+from cce_dist.heads import hooks
+from cce_dist.heads.find import registered
+from cce_dist.heads.lazy.form import LogitForm
+from cce_dist.heads.lazy.materialize import report
+from cce_dist.heads.owner import ModuleOwner, ShardOwner
+from cce_dist.heads.statistics import TokenStatistics, token_statistics
+from cce_dist.shard import VocabShard
+
+
+@dataclass
+class Binding:
+    """What `make_lazy` was given. It hangs on a class made for one head, so that the head's __dict__ stays as it is."""
+
+    stock: type[nn.Module]
+    owner: ShardOwner
+    config: CCEConfig
+    in_evaluation: bool = False
+    fused_where: Callable[[], bool] | None = None
+    calls: int = 0
+    truncated: dict[tuple[int, int], VocabShard] = field(default_factory=dict)
+
+    def cut(self, shard: VocabShard, rows: int) -> VocabShard:
+        """A shard cut to the first rows of the vocabulary: one object per cut, as ranks agree only once."""
+        if rows >= shard.vocab_size:
+            return shard
+        key = (shard.vocab_size, rows)
+        if key not in self.truncated:
+            self.truncated[key] = replace(shard, vocab_size=rows)
+        return self.truncated[key]
+
+
+class Source:
+    """One call of a head: its hidden states and parameters, and the logits once something has needed them."""
+
+    def __init__(self, head: nn.Module, binding: Binding, hidden_XD: Tensor) -> None:
+        device = hidden_XD.device.type
+        self.head = head
+        self.binding = binding
+        self.autocast = torch.is_autocast_enabled(device) and hidden_XD.dtype != torch.float64
+        self.dtype = torch.get_autocast_dtype(device) if self.autocast else hidden_XD.dtype
+        self.has_graph = torch.is_grad_enabled()
+        self.passes_gradient = self.has_graph and hidden_XD.requires_grad
+        self.rows = _RowsOfCall(head, binding.owner, self.has_graph)
+        self.hidden_XD = self.rows.in_graph_of(hidden_XD if self.has_graph else hidden_XD.detach())
+        self._real: tuple[Tensor, bool] | None = None
+        self._statistics: list[tuple[LogitForm, TokenStatistics]] = []
+        self._version = _version(self.hidden_XD)
+
+    @property
+    def shard(self) -> VocabShard:
+        return self.rows.shard
+
+    def with_hidden(self, hidden_XD: Tensor) -> "Source":
+        """The same call on what a hook made of the hidden states; it computes in the dtype it would have had."""
+        if hidden_XD is self.hidden_XD:
+            return self
+        source = copy.copy(self)
+        source.hidden_XD, source._real, source._statistics = hidden_XD, None, []
+        source.passes_gradient = hidden_XD.requires_grad
+        source._version = _version(hidden_XD)
+        return source
+
+    def form(self) -> LogitForm:
+        """The call's logits, before anything was done to them.
+
+        Raises:
+            RuntimeError: the hidden states were changed in place since.
+        """
+        if _is_changed(self.hidden_XD, self._version):
+            raise RuntimeError(
+                "the hidden states that the output layer was called with have been changed in place since, and its "
+                "logits are computed only where they are used: write to a clone, or use the logits before."
+            )
+        # What leads to the parameters alone needs no gradient of the hidden states.
+        hidden_XD = self.hidden_XD if self.passes_gradient else self.hidden_XD.detach()
+        return LogitForm(hidden_XD.to(self.dtype), self.shard.vocab_size, self.dtype)
+
+    def terms(self, form: LogitForm) -> dict[str, Any]:
+        """What stands between the form's hidden states and its logits: the rank's rows, and what was done since."""
+        weight_RD, bias_R = self.rows.local()
+        shard = self.binding.cut(self.shard, form.rows)
+        for bias_V in form.biases:
+            rows_R = _local_rows(bias_V, shard)
+            bias_R = rows_R if bias_R is None else bias_R + rows_R
+        return {
+            "weight": weight_RD,
+            "bias": bias_R,
+            "shard": shard,
+            "softcap": None if form.cap is None else abs(form.cap),
+            "logit_scale": form.scale if form.cap is None else form.scale * form.cap,
+        }
+
+    @torch.no_grad()
+    def statistics_of(self, form: LogitForm) -> TokenStatistics:
+        """Of the form's tokens [X]; on every rank of the shard's group."""
+        tokens = form.hidden_XD.shape[:-1]
+        terms = self.terms(form)
+        flat = token_statistics(form.hidden_XD.flatten(0, -2), terms.pop("weight"), **terms)
+        return TokenStatistics(*(x_n.view(tokens) for x_n in flat))
+
+    def statistics(self, form: LogitForm) -> TokenStatistics:
+        """Of all tokens of the call [X], under the form's scale, softcap, biases and rows; computed once for those.
+
+        All tokens at once, since ranks whose tokens differ in number may read them in different numbers of pieces.
+        """
+        for known, statistics in self._statistics:
+            same_biases = [id(x) for x in known.biases] == [id(x) for x in form.biases]
+            if same_biases and (known.rows, known.scale, known.cap) == (form.rows, form.scale, form.cap):
+                return statistics
+        computed = self.statistics_of(form._replace(hidden_XD=self.form().hidden_XD))
+        self._statistics.append((form._replace(hidden_XD=self.hidden_XD), computed))
+        return computed
+
+    def forget_logits(self) -> None:
+        self._real = None
+
+    def logits(self, why: str) -> Tensor:
+        """The real logits, computed once (once more if first wanted without a graph, then with one)."""
+        if self._real is None:
+            shape = [*self.hidden_XD.shape[:-1], self.shard.vocab_size]
+            report(
+                self.binding.config, f"logits {shape} are computed after all: {{place}} uses them in {why}.", _NO_LOGITS
+            )
+        with_graph = torch.is_grad_enabled() and self.has_graph
+        if self._real is None or (with_graph and not self._real[1]):
+            with (
+                torch.set_grad_enabled(with_graph),
+                torch.autocast(self.hidden_XD.device.type, dtype=self.dtype, enabled=self.autocast),
+            ):
+                real = self.rows.linear(self.form().hidden_XD)
+            self._real = (real, with_graph)
+        return self._real[0]
+
+
+class _RowsOfCall:
+    """The parameters of a head as they were in one call, and this rank's rows of them.
+
+    What the head's parameters are then is all that the call may depend on: they may be computed anew for every call
+    (parametrizations, pruning), or swapped for one alone (functional_call). Where an owner gathers or reads rows out of
+    a framework, it does so when the loss runs, lest a copy live as long as the logits do; the parameters must be the
+    same ones then.
+
+    Raises:
+        RuntimeError: parameters that are not the ones that the head's owner shards.
+    """
+
+    def __init__(self, head: nn.Module, owner: ShardOwner, has_graph: bool) -> None:
+        self._head, self._owner, self._has_graph = head, owner, has_graph
+        self._parameters = self._registered()
+        self.shard = self._owner.shard
+        self._whole: tuple[Tensor, Tensor | None] | None = None
+        if isinstance(self._owner, ModuleOwner):
+            weight_RD, bias_R = self._read()
+            self._whole = (weight_RD, bias_R)
+            self.shard = self._owner.shard_of(weight_RD)
+            self._versions = [_version(x) for x in self._whole]
+        elif self._parameters[0] is None or (self._parameters[1] is None and getattr(head, "bias", None) is not None):
+            raise RuntimeError(
+                "the weight or bias of this output layer is computed for each call (by a parametrization, pruning or "
+                f"weight normalisation), while a {type(self._owner).__name__} shards its rows. Make it a parameter "
+                "again (torch.nn.utils.parametrize.remove_parametrizations, prune.remove) before the head is sharded."
+            )
+
+    def local(self) -> tuple[Tensor, Tensor | None]:
+        """This rank's rows [R, D] and bias [R], differentiable if the call was.
+
+        Raises:
+            RuntimeError: the parameters have been replaced, or changed in place, since the call.
+        """
+        self._check()
+        return self._read() if self._whole is None else self._whole
+
+    def _check(self) -> None:
+        if self._whole is None and not self._are_in_place():
+            raise RuntimeError(
+                "the parameters of the output layer have been replaced between its call and the use of its logits: use "
+                "them while the parameters are in place."
+            )
+        if self._whole is not None and any(map(_is_changed, self._whole, self._versions)):
+            raise RuntimeError(
+                "the parameters of the output layer have been changed in place between its call and the use of its "
+                "logits (by an optimizer's step, for instance): use the logits before."
+            )
+
+    def _are_in_place(self) -> bool:
+        return all(x is y for x, y in zip(self._registered(), self._parameters, strict=True))
+
+    def in_graph_of(self, hidden_XD: Tensor) -> Tensor:
+        """The hidden states with the parameters in their graph as well, as logits have them.
+
+        DDP looks in the graph of a model's outputs for the parameters that will get a gradient.
+        """
+        parameters = [x for x in self._whole or () if x is not None and x.requires_grad]
+        if not (self._has_graph and parameters):
+            return hidden_XD
+        return cast(Tensor, _WithParameters.apply(hidden_XD, *parameters))
+
+    def linear(self, hidden_XD: Tensor) -> Tensor:
+        """The real logits; users' hooks have run in the call already."""
+        self._check()
+        if self._whole is None:
+            return cast(Tensor, hooks.call(self._head, self._head.forward, (hidden_XD,), {}, hooks.is_of_sharding))
+        return F.linear(hidden_XD, *self._whole)
+
+    def _read(self) -> tuple[Tensor, Tensor | None]:
+        with torch.set_grad_enabled(self._has_graph and torch.is_grad_enabled()):
+            weight_RD, bias_R = self._owner.local_weight(), self._owner.local_bias()
+        if not self._has_graph:
+            return weight_RD.detach(), None if bias_R is None else bias_R.detach()
+        return weight_RD, bias_R
+
+    def _registered(self) -> tuple[Any, Any]:
+        return registered(self._head, "weight"), registered(self._head, "bias")
+
+
+class _WithParameters(torch.autograd.Function):
+    """Identity on the hidden states; backward gives the parameters nothing, since the loss on the logits does."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_XD: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = len(parameters)
+        return hidden_XD.detach()  # no view: FSDP2 warns of those
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (grad, *[None] * ctx.parameters)
+
+
+def _version(x: Tensor | None) -> int | None:
+    """Counts the changes of a tensor in place; None where that is not known."""
+    return None if x is None or torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _is_changed(x: Tensor | None, before: int | None) -> bool:
+    return before is not None and _version(x) not in (before, None)
+
+
+def _local_rows(values_V: Tensor, shard: VocabShard) -> Tensor:
+    """This shard's entries of a vector over the vocabulary; zero on its padding rows."""
+    values_R = torch.cat([values_V[:0], *(values_V[start:stop] for start, stop in shard.runs)])
+    return F.pad(values_R, (0, shard.num_rows - values_R.shape[0]))
+
+
+_NO_LOGITS = "What needs no logits is F.cross_entropy with class indices, without class weights and label smoothing."
