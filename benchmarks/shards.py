@@ -19,6 +19,7 @@ from cce_dist.kernels import torch_backend
 from cce_dist.kernels.problem import MOST_DRAWN, TILE, Filter, Gradients, Logits, Normaliser, Summary, Upstream, Wanted
 from cce_dist.kernels.triton import backend as triton_backend
 from cce_dist.loss.settings import Method, check_settings, resolve, workspace_bytes
+from cce_dist.shard.rows import even_parts
 
 
 class Shard(NamedTuple):
@@ -38,9 +39,8 @@ def shard_of(inputs: Inputs, rank: int = 0, world: int = 1, gradient: str = "unb
     """The contiguous shard that `VocabShard.even` gives to a rank; all tokens are valid."""
     hidden_ND, weight_VD, labels_N = inputs[:3]
     vocab, tokens = weight_VD.shape[0], labels_N.shape[0]
-    size = -(-vocab // world)
-    shard = VocabShard(((min(rank * size, vocab), min((rank + 1) * size, vocab)),), vocab, None)
-    ((start, stop),) = shard.runs
+    start, stop = even_parts((0, vocab), world)[rank]
+    shard = VocabShard(((start, stop),), vocab, None)
     arange_N = torch.arange(tokens, dtype=torch.int32, device=labels_N.device)
     logits = Logits(
         hidden_ND.detach(),

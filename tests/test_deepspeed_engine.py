@@ -35,7 +35,7 @@ from deepspeed_runs import (
 )
 
 import cce_dist.deepspeed as cce_deepspeed
-from cce_dist.deepspeed.slices import SlicedRows
+from cce_dist.deepspeed.slices import RowsFromSlices
 
 ZERO3 = Path(__file__).parents[1] / "configs" / "deepspeed" / "zero3.json"
 
@@ -136,7 +136,7 @@ def test_default_mode_trains(ranks: RankPool) -> None:
 
 def _slices_there_and_back(num_rows: int, width: int, size: int) -> None:
     world, rank = dist.get_world_size(), dist.get_rank()
-    rows = SlicedRows(num_rows, width, dist.group.WORLD, size)
+    rows = RowsFromSlices(num_rows, width, dist.group.WORLD, size)
     matrix = torch.arange(float(num_rows * width)).view(num_rows, width)
     length = -(-matrix.numel() // world)
     padded = F.pad(matrix.flatten(), (0, length * world - matrix.numel()))

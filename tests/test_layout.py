@@ -24,7 +24,7 @@ LAYERS = (
     ("config",),
     ("heads",),
     ("",),  # cce_dist itself
-    ("fsdp", "fsdp_groups", "fsdp_in_full", "deepspeed", "transformers", "trl", "trainer_callback"),
+    ("fsdp", "deepspeed", "transformers", "trl", "trainer_callback"),
     ("train",),
     ("tools",),
     ("cli", "doctor", "train.__main__"),
@@ -65,13 +65,12 @@ PRIVATE = {
         "_global_grad_norm",
     ),
     "deepspeed.tensor_parallel": ("deepspeed.guard", "_deepspeed_original_loss_function"),
-    "fsdp_groups": (
-        "fsdp_groups",
-        "_C _current_graph_task_id _forward_hooks _forward_pre_hooks _fsdp_param_group _fsdp_param_groups "
-        "_get_fsdp_state _is_root _module_info _modules _state_ctx _make_wrapper_subclass "
-        "_disabled_torch_function_impl",
+    "deepspeed.zero3": ("deepspeed.guard", "_coalesce_grad_reduction"),
+    "fsdp.private": (
+        "fsdp.private",
+        "_C _current_graph_task_id _disabled_torch_function_impl _fsdp_param_group _fsdp_param_groups _get_fsdp_state "
+        "_is_root _make_wrapper_subclass _module_info _modules _state_ctx",
     ),
-    "fsdp_in_full": ("fsdp_groups", "_C _disabled_torch_function_impl _make_wrapper_subclass"),
     "trl": ("trl", "_precompute_ref_logps"),
     "device_check": ("device_check", "_assert_async"),
     "shard.groups": ("shard.groups", "_device_types _get_backend _timeout _world"),
@@ -80,9 +79,6 @@ PRIVATE = {
 """Names that are private to torch or a framework, by the module that uses them, each with the module whose check names
 the version where one is missing."""
 UNCHECKED = {
-    "deepspeed.guard": "_orig_mod",
-    "deepspeed.zero3": "_coalesce_grad_reduction",
-    "fsdp": "_parameters",
     "train.engines": "_no_split_modules",
     "train.head_memory": "torch.utils._python_dispatch torch.utils._pytree",
 }

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import HfDeepSpeedConfig
 
 from cce_dist import CCEConfig
-from cce_dist.fsdp_groups import reshard
+from cce_dist.fsdp.private import reshard
 from cce_dist.heads.find import output_layer
 from cce_dist.heads.lazy import is_lazy, lazy_calls
 from cce_dist.trainer_callback import CCECallback

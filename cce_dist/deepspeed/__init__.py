@@ -6,6 +6,9 @@
 
 `initialize` takes what `deepspeed.initialize` takes. After `install()`, `deepspeed.initialize` itself honours the
 section, so that accelerate, the Hugging Face Trainer and existing scripts need one line.
+
+`engine` reads the section and gives the head an owner of its rows: that of `zero3`, out of `slices`, or one of
+`sharded`, for a classifier that `experts` or `tensor_parallel` cuts. What is private to DeepSpeed `guard` checks.
 """
 
 from cce_dist.deepspeed.engine import initialize, install, installed, uninstall

@@ -17,7 +17,7 @@ from torch import nn
 from cce_dist.config import CCEConfig
 from cce_dist.deepspeed import experts, tensor_parallel
 from cce_dist.deepspeed.guard import autotp_size, check_autotp, check_version, check_zero3, refuse_untested
-from cce_dist.deepspeed.sharded import CutRows, ShardedRows, cut_before
+from cce_dist.deepspeed.sharded import CutClassifierOwner, GatheringOwner, cut_before
 from cce_dist.deepspeed.zero3 import ZeRO3Owner, vocab_group_size
 from cce_dist.heads.find import output_layer
 from cce_dist.heads.lazy import make_eager, make_lazy
@@ -74,7 +74,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         engine, optimizer, loader, scheduler = _stock_initialize(**arguments)
         _attach(engine, None, settings)
     else:
-        made: list[CutRows] = []
+        made: list[CutClassifierOwner] = []
         if arguments.get("model_parameters") is not None:
             arguments = {**arguments, "model_parameters": experts.named_groups(arguments["model_parameters"])}
         with experts.before_broadcast(lambda engine: made.append(cut(engine))):
@@ -152,7 +152,7 @@ def _with_vocab_parallel_head(arguments: dict[str, Any], config: Mapping[str, An
 
 def _how_to_cut(
     config: Mapping[str, Any], model: nn.Module, head: nn.Linear, mpu: Any, settings: CCEConfig
-) -> Callable[[Any], CutRows] | None:
+) -> Callable[[Any], CutClassifierOwner] | None:
     """What cuts a whole classifier into rows while the engine is made; None where it stays, or is cut already."""
     if tensor_parallel.tensor_parallel_size(mpu) > 1:
         if tensor_parallel.is_cut(head):
@@ -181,12 +181,12 @@ def _check_cut_before(config: Mapping[str, Any], head: nn.Linear, mpu: Any, sett
         )
 
 
-def _attach(engine: Any, cut: CutRows | None, settings: CCEConfig) -> None:
+def _attach(engine: Any, cut: CutClassifierOwner | None, settings: CCEConfig) -> None:
     """Gives the engine's model its lazy head."""
     model = engine.module
     head: Any = output_layer(model)
     trains = hasattr(engine.optimizer, "step")
-    rows: ShardedRows | None = cut
+    rows: GatheringOwner | None = cut
     if tensor_parallel.tensor_parallel_size(engine.mpu) > 1:
         if engine.autotp_size() > 1:
             check_autotp(model, head)
@@ -194,7 +194,7 @@ def _attach(engine: Any, cut: CutRows | None, settings: CCEConfig) -> None:
         rows = cut or tensor_parallel.rows_of(head, engine.mpu)
     elif cut is not None and trains:
         experts.finish(engine, cut)
-    if isinstance(getattr(vars(head).get("forward"), "__self__", None), ShardedRows):
+    if isinstance(getattr(vars(head).get("forward"), "__self__", None), GatheringOwner):
         del head.forward  # of an engine that the same model had before, as is its being lazy
     with suppress(ValueError):
         make_eager(head)
@@ -211,7 +211,7 @@ def _attach(engine: Any, cut: CutRows | None, settings: CCEConfig) -> None:
         head.forward = rows.logits
 
 
-def _zero3_owner(engine: Any, head: Any, settings: CCEConfig, rows: ShardedRows | None) -> ZeRO3Owner:
+def _zero3_owner(engine: Any, head: Any, settings: CCEConfig, rows: GatheringOwner | None) -> ZeRO3Owner:
     optimizer, weight = engine.optimizer, head.weight
     if type(optimizer) is not DeepSpeedZeroOptimizer_Stage3:
         raise NotImplementedError(

@@ -19,7 +19,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from cce_dist.deepspeed.guard import check_engine_hook, check_expert_groups, check_experts
-from cce_dist.deepspeed.sharded import CutRows, cut_before, shard_classifier
+from cce_dist.deepspeed.sharded import CutClassifierOwner, cut_before, shard_classifier
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def before_broadcast(act: Callable[[Any], None]) -> Iterator[None]:
         DeepSpeedEngine._configure_distributed_model = stock
 
 
-def shard_as_expert(engine: Any, model: nn.Module, head: nn.Linear, size: int) -> CutRows:
+def shard_as_expert(engine: Any, model: nn.Module, head: nn.Linear, size: int) -> CutClassifierOwner:
     """Cuts the classifier over each run of ``size`` consecutive ranks; called by an engine before it broadcasts.
 
     A classifier that an engine before has cut in the same way stays as it is.
@@ -91,7 +91,7 @@ def _split_groups(param_groups: list[dict[str, Any]], shards: set[nn.Parameter],
             param_groups.append({**group, "params": mine, "name": name, "moe": True})
 
 
-def finish(engine: Any, owner: CutRows) -> None:
+def finish(engine: Any, owner: CutClassifierOwner) -> None:
     """What remains once the engine is made: reduction, norm and checkpoints.
 
     Raises:
@@ -124,7 +124,7 @@ def finish(engine: Any, owner: CutRows) -> None:
     _keep_all_rows(engine.basic_optimizer, owner)
 
 
-def _clip(engine: Any, owner: CutRows) -> None:
+def _clip(engine: Any, owner: CutClassifierOwner) -> None:
     """Clips at stage 0 by the true norm: of the shards, the sum over the group."""
     shards = {id(p) for p in owner.head.parameters(recurse=False)}
     grads = {id(p): p.grad for p in engine.module.parameters() if p.grad is not None}
@@ -138,7 +138,7 @@ def _clip(engine: Any, owner: CutRows) -> None:
     engine._global_grad_norm = norm
 
 
-def _keep_all_rows(optimizer: torch.optim.Optimizer, owner: CutRows) -> None:
+def _keep_all_rows(optimizer: torch.optim.Optimizer, owner: CutClassifierOwner) -> None:
     """The state dict of a plain optimizer holds all rows of its moments, so that a checkpoint is a stock one."""
     shapes = {id(p): p.shape for p in owner.head.parameters(recurse=False)}
 

@@ -65,7 +65,7 @@ def refuse_untested(
         "a PipelineModule (the classifier lives on the last stage: call linear_cross_entropy in its loss function)": (
             isinstance(model, PipelineModule)
         ),
-        "a model wrapped by torch.compile (pass the model itself)": hasattr(model, "_orig_mod"),
+        "a model wrapped by torch.compile (pass the model itself)": _is_compiled(model),
         "a model that AutoTP has cut before, by deepspeed.tp_model_init or for another engine (build it anew)": (
             getattr(model, "ds_autotp_parsed", False)
         ),
@@ -142,6 +142,11 @@ def refuse_untested(
         )
 
 
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` wraps the model: of what class its wrappers are is told by one that compiles nothing."""
+    return isinstance(model, type(torch.compile(nn.Identity(), backend="eager")))
+
+
 def autotp_size(config: Mapping[str, Any]) -> int:
     """The tensor-parallel size that AutoTP is asked for; 0 where it is not."""
     return int(_section(config, "tensor_parallel").get("autotp_size") or 0)
@@ -155,7 +160,7 @@ def check_zero3(optimizer: Any, weight: Any) -> None:
     """
     ours = (
         "partition_grads zero_grad fp16_groups micro_step_id sequence_parallel_size reduce_scatter "
-        "contiguous_gradients reduce_and_partition_stream set_gradient_accumulation_boundary"
+        "contiguous_gradients reduce_and_partition_stream set_gradient_accumulation_boundary _coalesce_grad_reduction"
     )
     theirs = "ds_id ds_shape ds_numel ds_tensor ds_process_group"
     missing = _absent({"optimizer": (optimizer, ours), "parameter": (weight, theirs)})

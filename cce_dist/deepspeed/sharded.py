@@ -1,4 +1,5 @@
-"""A replicated classifier made a vocabulary shard: each rank of a group keeps its own rows, of weight and bias.
+"""Classifiers whose module holds a rank's own rows: cut before by others (`GatheringOwner`), or here, out of a
+replicated one (`CutClassifierOwner`).
 
 The parameters stay the same objects, so optimizers and parameter groups built before remain right, and autograd
 delivers their gradients. State dicts hold all rows, whatever the ranks hold: saving gathers them over a group of CPUs,
@@ -13,25 +14,24 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.heads.collective_logits import await_ranks
 from cce_dist.heads.embedding import check_embedding, make_vocab_parallel
 from cce_dist.heads.find import tied_to
 from cce_dist.heads.owner import OnTheseRanks
 from cce_dist.shard import VocabShard, host_group, new_subgroup
+from cce_dist.shard.rows import even_parts, gather_rows, size_of
 
 SECONDS_TO_SAVE = 600
 """How long the first rank that wants a state dict waits for the others before it raises."""
 
 
-class ShardedRows(OnTheseRanks):
-    """Shard owner of a classifier whose rows its own module holds.
+class GatheringOwner(OnTheseRanks):
+    """Shard owner of a classifier whose module holds this rank's rows alone: for real logits it gathers the others'.
 
     Args:
         head: has ``weight`` [R, D] and, possibly, ``bias`` [R].
@@ -60,16 +60,18 @@ class ShardedRows(OnTheseRanks):
         It takes the place of the head's forward: evaluation and generation get there.
         """
         await_ranks(self._host_group, "the logits of a classifier that cce_dist shards")
+        group, same_tokens = self.shard.vocab_group, self.shard.token_group is None
+        assert group is not None
         weight_VD, bias_V = (
-            None if p is None else _GatherRows.apply(p.to(hidden.dtype), self.shard, self._sizes)
+            None if p is None else gather_rows(p.to(hidden.dtype), self._sizes, group, same_tokens=same_tokens)
             for p in (self.local_weight(), self.local_bias())
         )
         assert weight_VD is not None
         return F.linear(hidden, weight_VD, bias_V)
 
 
-class CutRows(ShardedRows):
-    """Rows that `shard_classifier` cut out of a whole classifier: what is saved and loaded stays whole."""
+class CutClassifierOwner(GatheringOwner):
+    """The same of a classifier that was whole until `shard_classifier` cut it: what is saved and loaded stays whole."""
 
     def __init__(self, head: nn.Linear, shard: VocabShard, sizes: Sequence[int]) -> None:
         super().__init__(head, shard, sizes)
@@ -90,7 +92,7 @@ class CutRows(ShardedRows):
             RuntimeError: not all ranks of the group came.
         """
         try:
-            return _gather(rows.detach().cpu(), self._sizes, self._save_group)
+            return gather_rows(rows.detach().cpu(), self._sizes, self._save_group)
         except RuntimeError as error:
             raise RuntimeError(
                 f"the rows of the sharded classifier could not be gathered from ranks "
@@ -117,35 +119,9 @@ class CutRows(ShardedRows):
                 state_dict[key] = self.own_rows(state_dict[key])
 
 
-class _GatherRows(torch.autograd.Function):
-    """All rows of the vocabulary group; the gradient of the rank's own, summed over the tokens of the group."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, shard: VocabShard, sizes: tuple[int, ...]) -> Tensor:
-        assert shard.vocab_group is not None
-        ctx.shard, ctx.sizes = shard, sizes
-        return _gather(rows, sizes, shard.vocab_group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        shard, sizes, rank = ctx.shard, ctx.sizes, dist.get_rank(ctx.shard.vocab_group)
-        pieces = grad.split(sizes)
-        if shard.token_group is None:  # the same tokens everywhere
-            return pieces[rank], None, None
-        padded = grad.new_zeros(len(sizes), max(sizes), *grad.shape[1:])
-        for slot, piece in zip(padded, pieces, strict=True):
-            slot[: piece.shape[0]] = piece
-        return reduce_scatter_tokens(padded.flatten(0, 1), sizes[rank], shard.vocab_group), None, None
-
-
-def _gather(rows: Tensor, sizes: tuple[int, ...], group: ProcessGroup) -> Tensor:
-    padded = gather_tokens(rows, max(sizes), group)
-    return torch.cat([part[:size] for part, size in zip(padded.split(max(sizes)), sizes, strict=True)])
-
-
 def shard_classifier(
     model: nn.Module, head: nn.Linear, group: ProcessGroup, token_group: ProcessGroup | None, count_group: ProcessGroup
-) -> CutRows:
+) -> CutClassifierOwner:
     """Cuts the classifier of a model into equal runs of rows, in place; every rank of the group calls it.
 
     Args:
@@ -165,15 +141,16 @@ def shard_classifier(
             "sharded this model before. Build the model anew for another engine."
         )
     shard = VocabShard.even(head.out_features, group, token_group, count_group=count_group)
-    world, rows = dist.get_world_size(group), head.out_features
-    most = -(-rows // world)
-    sizes = [min(most, max(rows - most * rank, 0)) for rank in range(world)]
+    sizes = [size_of(part) for part in even_parts((0, head.out_features), dist.get_world_size(group))]
     if min(sizes) == 0:
-        raise ValueError(f"the classifier's {rows} rows, {most} a rank, do not reach all {world} ranks of its group.")
+        raise ValueError(
+            f"the classifier's {head.out_features} rows, {max(sizes)} a rank, do not reach all {len(sizes)} ranks of "
+            "its group."
+        )
     embeddings = tied_to(model, head)
     for embedding in embeddings:
         check_embedding(embedding)
-    owner = CutRows(head, shard, sizes)
+    owner = CutClassifierOwner(head, shard, sizes)
     for parameter in head.parameters(recurse=False):
         parameter.data = owner.own_rows(parameter.data).clone()
     for module in (head, *embeddings):
@@ -184,7 +161,7 @@ def shard_classifier(
     return owner
 
 
-def cut_before(head: nn.Module) -> CutRows | None:
+def cut_before(head: nn.Module) -> CutClassifierOwner | None:
     """The owner of the rows that an engine before has cut out of this classifier; None where it is whole."""
     owner = getattr(vars(head).get("forward"), "__self__", None)
-    return owner if isinstance(owner, CutRows) else None
+    return owner if isinstance(owner, CutClassifierOwner) else None

@@ -18,11 +18,12 @@ from torch.distributed import ProcessGroup
 
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 from cce_dist.shard import new_subgroup
+from cce_dist.shard.rows import even_parts
 
 
 @dataclass(frozen=True)
-class RowSlice:
-    """Elements [start, stop) of a flattened matrix of the given width."""
+class FlatSlice:
+    """One rank's elements [start, stop) of a flattened matrix of the given width."""
 
     start: int
     stop: int
@@ -44,15 +45,13 @@ class RowSlice:
         return self.rows[1] * self.width - self.stop
 
 
-def cut(num_rows: int, width: int, world: int) -> list[RowSlice]:
+def cut(num_rows: int, width: int, world: int) -> list[FlatSlice]:
     """The slices of all ranks: ZeRO-3 gives each rank ceil(V·D / W) elements, the last ones fewer."""
-    total = num_rows * width
-    size = -(-total // world)
-    return [RowSlice(min(rank * size, total), min((rank + 1) * size, total), width) for rank in range(world)]
+    return [FlatSlice(start, stop, width) for start, stop in even_parts((0, num_rows * width), world)]
 
 
-class SlicedRows:
-    """Assembles the rows [Vl, D] that a rank's loss works on, and takes their gradient back into the rank's slice.
+class RowsFromSlices:
+    """The rows [Vl, D] that a rank's loss works on, assembled from flat slices; their gradient goes back into its own.
 
     Args:
         num_rows, width: shape of the matrix; at least one row per rank of the storage group.

@@ -15,7 +15,7 @@ from deepspeed.utils.bwc import (
 )
 from torch import nn
 
-from cce_dist.deepspeed.sharded import CutRows, ShardedRows, shard_classifier
+from cce_dist.deepspeed.sharded import CutClassifierOwner, GatheringOwner, shard_classifier
 from cce_dist.shard import VocabShard
 
 
@@ -26,7 +26,7 @@ def tensor_parallel_size(mpu: Any) -> int:
     return int(bwc_tensor_model_parallel_world_size(mpu))
 
 
-def cut_over(mpu: Any, model: nn.Module, head: nn.Linear) -> CutRows:
+def cut_over(mpu: Any, model: nn.Module, head: nn.Linear) -> CutClassifierOwner:
     """Cuts a classifier that each rank of the tensor-parallel group has as a whole; before the engine broadcasts."""
     owner = shard_classifier(model, head, bwc_tensor_model_parallel_group(mpu), None, mpu.get_data_parallel_group())
     for parameter in head.parameters(recurse=False):
@@ -39,7 +39,7 @@ def is_cut(head: nn.Module) -> bool:
     return bool(is_model_parallel_parameter(head.weight))
 
 
-def rows_of(head: nn.Module, mpu: Any) -> ShardedRows:
+def rows_of(head: nn.Module, mpu: Any) -> GatheringOwner:
     """The rows of a head that is sharded already; collective over the tensor-parallel group.
 
     Args:
@@ -53,7 +53,7 @@ def rows_of(head: nn.Module, mpu: Any) -> ShardedRows:
     dist.all_gather_object(sizes, rows, group=group)
     start = sum(sizes[: dist.get_rank(group)])
     shard = VocabShard(((start, start + rows),), sum(sizes), group, count_group=mpu.get_data_parallel_group())
-    return ShardedRows(head, shard, sizes)
+    return GatheringOwner(head, shard, sizes)
 
 
 def linear_class(head: nn.Module) -> type[nn.Module]:

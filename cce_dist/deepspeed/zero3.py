@@ -19,9 +19,10 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
-from cce_dist.deepspeed.slices import SlicedRows
+from cce_dist.deepspeed.slices import RowsFromSlices
 from cce_dist.heads.owner import OnTheseRanks
 from cce_dist.shard import VocabShard, new_subgroup
+from cce_dist.shard.rows import size_of
 
 
 class ZeRO3Owner(OnTheseRanks):
@@ -58,7 +59,7 @@ class ZeRO3Owner(OnTheseRanks):
             )
         if num_rows < world:
             raise ValueError(f"the classifier has {num_rows} rows, fewer than the {world} ranks of ZeRO-3.")
-        self._rows = SlicedRows(num_rows, width, group, size)
+        self._rows = RowsFromSlices(num_rows, width, group, size)
         self._weight, self._bias = weight, bias
         self._gradients = _Gradients(engine, [weight] if bias is None else [weight, bias])
         self._trained = {p.ds_id for parameters in optimizer.fp16_groups for p in parameters}
@@ -92,7 +93,7 @@ class ZeRO3Owner(OnTheseRanks):
         def deliver(grad: Tensor) -> None:
             self._gradients.add(parameter, to_slice(grad / self.shard.grad_divisor))
 
-        return _Rows.apply(self._anchor, read, deliver)
+        return _DeliverGradient.apply(self._anchor, read, deliver)
 
     def _read_rows(self) -> Tensor:
         return self._rows.assemble(_own_slice(self._weight))
@@ -105,7 +106,7 @@ class ZeRO3Owner(OnTheseRanks):
     def _scatter_bias(self, grad_Vl: Tensor) -> Tensor:
         size = self._bias.ds_tensor.numel()
         whole = grad_Vl.new_zeros(size * dist.get_world_size(self._bias.ds_process_group))
-        parts = grad_Vl.split([stop - start for start, stop in self._rows.runs])
+        parts = grad_Vl.split([size_of(run) for run in self._rows.runs])
         for (start, stop), part in zip(self._rows.runs, parts, strict=True):
             whole[start:stop] = part
         return reduce_scatter_tokens(whole, size, self._bias.ds_process_group)
@@ -145,7 +146,7 @@ def _all_holders(group: ProcessGroup, tensor_parallel: VocabShard | None) -> Pro
     return new_subgroup(sorted(rank for part in ranks for rank in part), world)
 
 
-class _Rows(torch.autograd.Function):
+class _DeliverGradient(torch.autograd.Function):
     """Reads rows; backward delivers their gradient. The anchor is what makes autograd run it at all."""
 
     @staticmethod
@@ -179,7 +180,7 @@ class _Gradients:
 
     def add(self, parameter: Any, grad_C: Tensor) -> None:
         """Adds this rank's slice [C] of a gradient, already divided as DeepSpeed divides; called in backward."""
-        if getattr(self._optimizer, "_coalesce_grad_reduction", False):
+        if self._optimizer._coalesce_grad_reduction:
             raise NotImplementedError(
                 "engine.coalesce_grad_reduction() is not supported with cce_dist; accumulate by micro-steps instead."
             )

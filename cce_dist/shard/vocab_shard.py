@@ -106,10 +106,19 @@ class VocabShard:
         """Splits the rows as ``torch.chunk`` does (DTensor's and FSDP2's rule): the last shards may be short or empty.
 
         Args:
-            vocab_group: None is the default group, as everywhere in torch.distributed.
+            vocab_group: the ranks to split over; ``dist.group.WORLD`` for all of them.
             padded_vocab_size: rows of the stored classifier, if it was padded beyond ``vocab_size``.
+
+        Raises:
+            ValueError: ``vocab_group`` is None, or fewer padded rows than rows.
         """
-        group = as_group(vocab_group, "vocab_group") or dist.group.WORLD
+        group = as_group(vocab_group, "vocab_group")
+        if group is None:  # as dist.group.WORLD also is until there are process groups
+            raise ValueError(
+                "vocab_group must be the group of the ranks to split over, got None, which means a single process: "
+                f"that is VocabShard.whole({vocab_size}). For all ranks pass dist.group.WORLD, after "
+                "init_process_group."
+            )
         rows = vocab_size if padded_vocab_size is None else padded_vocab_size
         if rows < vocab_size:
             raise ValueError(f"padded_vocab_size must be at least vocab_size = {vocab_size}, got {rows}.")

@@ -2,8 +2,8 @@
 
 The pairs whose estimated softmax mass exceeds eps, and those of the targets, are computed in full; the others keep
 their estimate. What is left of the estimate's error is that of the small pairs, independent from pair to pair and
-weighted with their mass: on trained models a tenth of what rounding logits to bf16 costs. It has a mean of zero: what
-noise adds to exponentials is taken out in quantise.py, what choosing by noisy estimates leaves out in `_sum_kernel`.
+weighted with their mass: on trained models a tenth of what rounding logits to bf16 costs. Its mean is zero: what noise
+adds to exponentials is taken out in quantise.py, what choosing by noisy estimates takes away is added in `_sum_kernel`.
 Where logits are so large that the estimate may be off by 0.9 nats, eps is lowered by what is beyond, down to all pairs
 in full: then nothing rests on the estimate.
 

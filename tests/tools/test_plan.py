@@ -132,12 +132,12 @@ def _saved_by_the_loss(tokens: int, hidden_size: int, vocab: int, gradient: str)
 
 
 def _assembled_rows(vocab: int, hidden_size: int, group: int) -> int:
-    from cce_dist.deepspeed.slices import SlicedRows
+    from cce_dist.deepspeed.slices import RowsFromSlices
 
     world = dist.group.WORLD
     assert world is not None
     own = torch.zeros(vocab * hidden_size // dist.get_world_size(), dtype=torch.bfloat16)
-    return SlicedRows(vocab, hidden_size, world, group).assemble(own).nbytes
+    return RowsFromSlices(vocab, hidden_size, world, group).assemble(own).nbytes
 
 
 class TestAgainstAllocations:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from cce_dist.fsdp.private import no_torch_function, without_elements
 from cce_dist.heads.lazy import MaterializedLogitsWarning
 from cce_dist.heads.owner import OnTheseRanks
 
@@ -44,11 +45,11 @@ class InFull(torch.Tensor):
 
     _gather: Callable[[], Tensor]
     _gathered: Tensor | None
-    __torch_function__ = getattr(torch._C, "_disabled_torch_function_impl", None)  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     @staticmethod
     def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device, gather: Callable[[], Tensor]) -> Any:
-        new: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        new = without_elements(cls, shape, dtype, device)
         new._gather, new._gathered = gather, None
         return new
 

@@ -7,7 +7,7 @@ FSDP2 keeps the parameters of a `fully_shard` call as FSDPParams in FSDPParamGro
 module's forward and whose gradients it reduces after its backward.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,10 +39,7 @@ def check_torch(mesh: DeviceMesh) -> None:
         known = known and state._state_ctx.iter_forward_root is None and probe in state._modules and not in_backward()
         _drop(state, group)
         known = known and not param_groups(probe)
-        known = known and all(  # what fsdp_in_full is made of
-            callable(x)
-            for x in (torch.Tensor._make_wrapper_subclass, torch._C._disabled_torch_function_impl)  # type: ignore[attr-defined]
-        )
+        known = known and callable(no_torch_function) and hasattr(torch.Tensor, "_make_wrapper_subclass")
     except (AttributeError, TypeError, ValueError):
         known = False
     if not known:
@@ -127,15 +124,18 @@ def release(model: nn.Module, head: nn.Module) -> None:
         )
 
 
-def parallel_hooks(module: nn.Module) -> list[tuple[dict[int, Any], int]]:
-    """The forward hooks that torch's `parallelize_module` put on a module: (where, key) each."""
-    places: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]  # type: ignore[list-item]
-    return [
-        (hooks, key)
-        for hooks in places
-        for key, hook in hooks.items()
-        if getattr(hook, "__qualname__", "").startswith("distribute_module.")
-    ]
+def is_of_tensor_parallelism(hook: Callable[..., Any]) -> bool:
+    """Whether torch's `parallelize_module` has put this forward hook on a module."""
+    return getattr(hook, "__qualname__", "").startswith("distribute_module.")
+
+
+no_torch_function: Any = getattr(torch._C, "_disabled_torch_function_impl", None)
+"""``__torch_function__`` of a tensor subclass that leaves all to its ``__torch_dispatch__``."""
+
+
+def without_elements(cls: type, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of the subclass that has no memory: only what it is of, and where."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
 
 
 def _state(module: FSDPModule) -> Any:

@@ -119,6 +119,24 @@ def test_padding_cannot_shrink_the_vocabulary(ranks: RankPool) -> None:
         assert "padded_vocab_size must be at least vocab_size = 10, got 9" in said
 
 
+def _no_group() -> list[str]:
+    said = []
+    for group in (None, dist.group.WORLD):
+        try:
+            VocabShard.even(10, group)
+            said.append("no error")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_an_even_split_needs_its_group_and_no_group_is_never_all_ranks(ranks: RankPool) -> None:
+    outside = "vocab_group must be the group of the ranks to split over, got None, which means a single process"
+    for refused, made in ranks.run(2, _no_group):
+        assert outside in refused and made == "no error"
+    assert all(outside in said for said in _no_group())  # before init_process_group WORLD is None too
+
+
 def _dtensor_rows(vocab_size: int) -> tuple[tuple[int, int], int, int, bool]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     weight = distribute_tensor(torch.arange(vocab_size * 2.0).view(vocab_size, 2), mesh, [Shard(0)])
