@@ -33,10 +33,6 @@ uninitialised.poison()
 hypothesis.settings.register_profile("cce_dist", database=None)
 hypothesis.settings.load_profile("cce_dist")
 
-# What an earlier run has found does not decide what this one tries.
-hypothesis.settings.register_profile("cce_dist", database=None)
-hypothesis.settings.load_profile("cce_dist")
-
 # Files that need an optional framework to be imported are left out where it is not installed.
 _NEEDS = {
     "test_deepspeed_checkpoints.py": ("deepspeed", "transformers"),

@@ -32,6 +32,7 @@ that they are there at once; a fork cannot use CUDA, so that with a GPU each of 
 """
 
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -198,6 +199,7 @@ def _serve(rank: int, pipe: Connection, stacks: str, environment: dict[str, str]
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    gc.freeze()  # the imports that it was forked with
     pipe.send_bytes(b"started")
     with Path(stacks).open("w") as stacks_file:
         while True:
@@ -254,6 +256,14 @@ def _import(name: str, file: str) -> Any:
     """The module under the name that pytest gave it, so that pickled arguments of its classes are found too."""
     if name in sys.modules:
         return sys.modules[name]
+    module = _import_anew(name, file)
+    # What is imported by now stays: DeepSpeed collects garbage for each engine, and need not look at it over and over.
+    gc.collect()
+    gc.freeze()
+    return module
+
+
+def _import_anew(name: str, file: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:

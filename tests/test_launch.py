@@ -181,16 +181,21 @@ class TestOwnScripts:
 
 class TestTraining:
     @pytest.mark.full
-    @pytest.mark.parametrize(("engine", "name"), [("fsdp2", "torchrun.sh"), ("deepspeed", "torchrun.sh")])
     def test_a_killed_rank_is_started_anew_and_the_weights_are_those_of_an_undisturbed_run(
-        self, ranks: RankPool, tmp_path: Path, engine: str, name: str
+        self, ranks: RankPool, tmp_path: Path
     ) -> None:
-        """Dropout and sampled gradients make them depend on the random generators, too."""
-        changes = {**ENGINES[engine], "cce.gradient": "unbiased", "steps": "24", "checkpoint.every": "4"}
+        """Dropout and sampled gradients make them depend on the random generators, too.
+
+        DeepSpeed under torchrun; tests/test_train.py has FSDP2 there, and tests/test_checkpoint.py both after a kill.
+        """
+        changes = {**ENGINES["deepspeed"], "cce.gradient": "unbiased", "steps": "24", "checkpoint.every": "4"}
         ranks.run(2, train, overrides(tmp_path / "whole", **changes), timeout=120)
         words = overrides(tmp_path / "killed", **changes)
         with Command(
-            ["bash", LAUNCH / name, "--config", TINY, *words], tmp_path / "log.txt", NPROC="2", MAX_RESTARTS="1"
+            ["bash", LAUNCH / "torchrun.sh", "--config", TINY, *words],
+            tmp_path / "log.txt",
+            NPROC="2",
+            MAX_RESTARTS="1",
         ) as job:
             job.until(lambda: rows(tmp_path / "killed") >= 6, 240)
             os.kill(only(job.alive(RANK="1")), signal.SIGKILL)
@@ -207,16 +212,20 @@ class TestTraining:
     ) -> None:
         changes = {**ENGINES["deepspeed"], "steps": "24"}
         ranks.run(2, train, overrides(tmp_path / "whole", **changes), timeout=120)
-        command = ["bash", LAUNCH / "deepspeed.sh", "--config", TINY, *overrides(tmp_path / "parts", **changes)]
+        words = overrides(tmp_path / "parts", **changes)
+        command = ["bash", LAUNCH / "deepspeed.sh", "--config", TINY, *words]
         environment = {"NPROC": "2", "MASTER_PORT": str(free_port())}
         with Command(command, tmp_path / "log.txt", **environment) as job:
             job.until(lambda: rows(tmp_path / "parts") >= 4, 240)
+            given = Path(f"/proc/{only(job.alive(RANK='1'))}/cmdline").read_text().split("\0")
             job.process.send_signal(signal.SIGTERM)
             assert job.wait(60) != 0, job.said
             assert job.alive() == []
             assert "interrupted: the checkpoint of step" in job.said
-        with Command(command, tmp_path / "log.txt", **environment) as job:
-            assert job.wait(240) == 0, job.said
+        # The same command would go on: with what the script has told the trainer, here in the pool.
+        told = [word for word in given if word.startswith("checkpoint.")]
+        assert told == ["checkpoint.resume=true"]
+        assert ranks.run(2, train, [*told, *words], timeout=120) == [True, True]
         assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 

@@ -157,19 +157,37 @@ def _check(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
 
 
-def test_the_checks_look_at_the_sources_and_not_at_what_lies_beside_them(tmp_path: Path) -> None:
+UNTIDY = "import sys,os\nfrom ranks import nothing\nx: int = 'text'\n"
+
+
+@pytest.fixture
+def strewn(tmp_path: Path) -> Path:
+    """The sources, and beside them files that no check would let pass."""
     _copy_sources(tmp_path)
-    untidy = "import sys,os\nfrom ranks import nothing\nx: int = 'text'\n"
-    for folder in ("runs/quickstart", "ranks", "launched", "outputs", "build/lib/cce_dist", ".venv/lib"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "untidy.py").write_text(untidy)
-    (tmp_path / "scratch.py").write_text(untidy)
-    assert len(_checks()) == 3
-    for command in _checks():
-        done = _check(command, tmp_path)
+    for folder in ("runs/quickstart", "ranks", "launched", "outputs", "build/lib/cce_dist", ".venv/lib", "."):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "untidy.py").write_text(UNTIDY)
+    return tmp_path
+
+
+def test_the_checks_look_at_the_sources_and_not_at_what_lies_beside_them(strewn: Path) -> None:
+    *of_style, of_types = _checks()
+    assert [command[0] for command in (*of_style, of_types)] == ["ruff", "ruff", "mypy"]
+    for command in of_style:
+        done = _check(command, strewn)
         assert done.returncode == 0, done.stdout + done.stderr
     for place in ("tests/test_new.py", "benchmarks/new.py", "cce_dist/train/new.py", "kernels/new.py"):
-        (tmp_path / place).write_text(untidy)
-        for command in _checks()[:2]:
-            assert _check(command, tmp_path).returncode == 1, command
-        (tmp_path / place).unlink()
+        (strewn / place).write_text(UNTIDY)
+        for command in of_style:
+            assert _check(command, strewn).returncode == 1, command
+        (strewn / place).unlink()
+    # mypy takes its time for the types of torch: here it looks at modules that import nothing.
+    for module in (*(strewn / "cce_dist").rglob("*.py"), *(strewn / "kernels").glob("*.py")):
+        module.write_text("")
+    done = _check(of_types, strewn)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for place in ("cce_dist/train/new.py", "kernels/new.py"):
+        (strewn / place).write_text(UNTIDY)
+        done = _check(of_types, strewn)
+        assert done.returncode == 1 and "new.py:3: error: Incompatible types" in done.stdout, done.stdout + done.stderr
+        (strewn / place).unlink()

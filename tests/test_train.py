@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -339,24 +338,19 @@ class TestRuns:
         assert [row["step"] for row in read(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4, 5]
 
     @pytest.mark.full
-    def test_ctrl_c_under_torchrun_leaves_a_checkpoint_that_resumes(self, tmp_path: Path) -> None:
-        words = overrides(tmp_path / "run", **ENGINES["fsdp2"], steps="1000")
+    def test_ctrl_c_under_torchrun_leaves_a_checkpoint_that_resumes(self, ranks: RankPool, tmp_path: Path) -> None:
+        words = overrides(tmp_path / "run", **ENGINES["fsdp2"], steps="100000")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *RENDEZVOUS]
-        run = [*torchrun, "-m", "cce_dist.train", "--config", str(TINY)]
-        process = subprocess.Popen([*run, *words], cwd=ROOT, start_new_session=True)
-        metrics = tmp_path / "run/metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        assert process.wait(60) != 0
-        taken = read(metrics)[-1]["step"]
+        with Command([*torchrun, "-m", "cce_dist.train", "--config", TINY, *words], tmp_path / "log.txt") as job:
+            job.until(lambda: rows(tmp_path / "run") >= 2, 120)
+            os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does
+            assert job.wait(60) != 0
+            assert job.alive() == []
+        taken = read(tmp_path / "run/metrics.jsonl")[-1]["step"]
         assert (tmp_path / f"run/checkpoints/step-{taken:08d}/manifest.json").exists()
-        again = [*run, *words, f"steps={taken + 1}", "checkpoint.resume=true"]
-        subprocess.run(again, cwd=ROOT, check=True, timeout=120)
-        assert read(metrics)[-1]["step"] == taken + 1
+        again = [*words, f"steps={taken + 1}", "checkpoint.resume=true"]
+        assert ranks.run(2, train, again, timeout=120) == [True, True]
+        assert [row["step"] for row in read(tmp_path / "run/metrics.jsonl")] == list(range(1, taken + 2))
 
     @pytest.mark.full
     def test_a_model_folder_is_trained_with_its_own_tokenizer(self, ranks: RankPool, tmp_path: Path) -> None:
