@@ -54,7 +54,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_module_and_nothing_beside_the_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     expected = {f"cce_dist/{path.relative_to(ROOT / 'cce_dist')}" for path in (ROOT / "cce_dist").rglob("*.py")} | {
-        f"cce_dist/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")
+        f"cce_dist/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == expected
     assert {"cce_dist/py.typed", "cce_dist/kernels/triton/tuning.json"} <= set(names)
@@ -182,7 +182,7 @@ def test_the_checks_look_at_the_sources_and_not_at_what_lies_beside_them(strewn:
             assert _check(command, strewn).returncode == 1, command
         (strewn / place).unlink()
     # mypy takes its time for the types of torch: here it looks at modules that import nothing.
-    for module in (*(strewn / "cce_dist").rglob("*.py"), *(strewn / "kernels").glob("*.py")):
+    for module in (*(strewn / "cce_dist").rglob("*.py"), *(strewn / "kernels").rglob("*.py")):
         module.write_text("")
     done = _check(of_types, strewn)
     assert done.returncode == 0, done.stdout + done.stderr
