@@ -23,8 +23,12 @@ from reference import (
     relative_error,
 )
 
-from cce_dist import linear_cross_entropy
-from cce_dist.kernels.problem import TILE
+from cce_dist import VocabShard, linear_cross_entropy
+from cce_dist.kernels.problem import MOST_DRAWN, TILE
+from cce_dist.loss.autograd import Call, filter_of, logits_of
+from cce_dist.loss.settings import check_settings, resolve
+from cce_dist.loss.tokens import valid_first
+from cce_dist.shard.agreement import Agreement
 
 ALL = {
     "bias": True,
@@ -335,3 +339,16 @@ def check_any_shape(data: st.DataObject, backend: str, largest_vocab: int, large
         seed=data.draw(st.integers(0, 1000), "seed"),
     )
     assert_rounding_only(cce_outcome(problem, backend=backend, gradient=mode, filter_eps=1e-30), problem)
+
+
+@pytest.mark.parametrize("rows", [128, 300, 600])
+def test_a_shard_draws_its_share_of_the_most_pairs_that_a_token_draws(rows: int) -> None:
+    """Of the whole vocabulary's `MOST_DRAWN`, so that the work of flat softmaxes does not grow with the ranks."""
+    shard = VocabShard(((0, rows),), 600, None)
+    settings = check_settings({"gradient": "unbiased"})
+    hidden, weight, labels = torch.zeros(3, 8), torch.zeros(rows, 8), torch.zeros(3, dtype=torch.int64)
+    method = resolve(settings, hidden, labels, shard, needs_grad=True)
+    call = Call(labels, shard, settings, method, Agreement(VocabShard.whole(600), 3, {}), True)
+    order = valid_first(labels == 0)
+    logits = logits_of(hidden, weight, None, labels.to(torch.int32), order, call)
+    assert filter_of(call, logits, None).most_drawn == pytest.approx(MOST_DRAWN * rows / 600)

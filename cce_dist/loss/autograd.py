@@ -101,7 +101,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden_ND = hidden_ND if hidden_ND.stride(1) == 1 else hidden_ND.contiguous()
 
         needs_grad = call.grad_enabled and any(ctx.needs_input_grad[:3])
-        logits = _logits(hidden_ND, weight_VD, bias_V, target_N, order, call)
+        logits = logits_of(hidden_ND, weight_VD, bias_V, target_N, order, call)
         with torch.autocast(hidden_nD.device.type, enabled=False):
             if method.first_pass == "fp8":
                 estimate = call.backend.estimate(logits)
@@ -135,7 +135,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         with torch.autocast(saved.hidden_ND.device.type, enabled=False):
             upstream = _upstream(grad_nll_n, grad_lse_n, saved, call, ctx.most)
-            logits = _logits(saved.hidden_ND, weight_VD, bias_V, saved.target_N, saved.order, call)
+            logits = logits_of(saved.hidden_ND, weight_VD, bias_V, saved.target_N, saved.order, call)
             tiles = None
             if saved.tile_lse_TN is not None:
                 tiles = Tiles(saved.tile_lse_TN, saved.reference_SN, ctx.tiles_per_split)
@@ -150,7 +150,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 tiles,
                 Normaliser(saved.max_N, saved.log_sum_N, ctx.unit),
                 upstream,
-                _filter(call, logits, saved.seed),
+                filter_of(call, logits, saved.seed),
                 Wanted(wants_hidden, wants_weight, wants_bias, weight_VD.dtype, ctx.workspace),
                 None if shard.vocab_group is None else reduce_hidden,
             )
@@ -161,7 +161,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden_nD, _with_padding(gradients.weight_VD, weight_VD), _with_padding(grad_bias_V, bias_V), None
 
 
-def _logits(
+def logits_of(
     hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, order: Order, call: Call
 ) -> Logits:
     """The real rows of the shard, in hidden's dtype, and the tokens that meet them."""
@@ -180,7 +180,7 @@ def _logits(
     )
 
 
-def _filter(call: Call, logits: Logits, seed: Tensor | None) -> Filter:
+def filter_of(call: Call, logits: Logits, seed: Tensor | None) -> Filter:
     share = logits.weight_VD.shape[0] / call.shard.vocab_size
     method = call.method
     return Filter(method.gradient, method.filter_eps, call.settings.tail, MOST_DRAWN * share, seed)

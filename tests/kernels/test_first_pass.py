@@ -17,6 +17,7 @@ from sharded import assert_ranks_no_worse, make_rank_problem
 from cce_dist import linear_cross_entropy
 from cce_dist.kernels.problem import TILE, Estimate, Normaliser
 from cce_dist.kernels.triton import backend as triton_backend
+from cce_dist.kernels.triton.blocks import LN_2
 from cce_dist.kernels.triton.quantise import (
     Common,
     QuantisedHidden,
@@ -120,6 +121,21 @@ def test_offsets_make_up_for_common_rows_and_for_what_rounding_adds_to_exponenti
     assert relative_error(taken_NV.mean(0), expected_NV.mean(0)) < 0.15
     assert relative_error(taken_NV.mean(1), expected_NV.mean(1)) < 0.15
     assert relative_error(r.hidden.variance_N / math.log2(math.e), expected_NV.mean(1)) < 0.15
+
+
+def test_the_margin_covers_estimates_that_are_off_by_more_than_is_tolerated() -> None:
+    """Large logits: eps is lowered by what a pair's mass may be off beyond the 0.9 nats that are tolerated."""
+    logits = make_logits(64, 8 * TILE, 64, dtype=torch.float16, spread=60.0, shared=0.0, bias=False)
+    estimate = triton_backend.estimate(logits)
+    exact = triton_backend.summarise(logits, True, 1 << 20)
+    both_TN = []
+    for tiles in (estimate.summary.tiles, exact.tiles):
+        assert tiles is not None and tiles.reference_SN is not None
+        reference_TN = tiles.reference_SN.repeat_interleave(tiles.tiles_per_split, 0)[: logits.num_tiles]
+        both_TN.append((tiles.lse_TN.float() + reference_TN) * LN_2)
+    off_TN = (both_TN[0] - both_TN[1]).abs()
+    assert (off_TN > 0.9).float().mean() > 0.02, "or the margin would have nothing to cover"
+    assert (off_TN <= estimate.margin_N + 0.9).float().mean() > 0.999
 
 
 def test_pairs_near_eps_make_up_for_those_that_their_errors_left_to_the_estimate() -> None:

@@ -103,6 +103,31 @@ def test_pairs_above_eps_and_those_of_targets_are_kept(case: dict[str, Any], mod
     assert not kept_NT[~is_large(logits, d, EPS * (0.999 if mode == "filtered" else 0.98) * 0.98)].any()
 
 
+def test_rounding_of_stored_summaries_drops_no_pair_that_is_large() -> None:
+    """Masses just above eps, whose stored log-sum-exp fp16 has rounded up or down, far from the reference and near."""
+    tokens = 512
+    logits = make_logits(tokens, 2 * TILE, 16, dtype=torch.float16, bias=False)
+    relative_N = -torch.linspace(3.0, 40.0, tokens, device=DEVICE)
+    rounded_TN = torch.stack((relative_N, relative_N)).half()
+    assert (rounded_TN[0].float() < relative_N).float().mean() > 0.3
+    tiles = Tiles(rounded_TN, torch.zeros(1, tokens, device=DEVICE), 2)
+    lse2_N = relative_N - math.log2(EPS) - 1e-5
+    logits = logits._replace(target_N=torch.full_like(logits.target_N, -1))
+    _, _, count_T = kept_tokens(logits, select(logits, tiles, lse2_N, Filter("filtered", EPS)))
+    assert count_T.tolist() == [tokens, tokens]
+
+
+def test_tokens_beyond_16_bits_are_listed_by_their_own_numbers() -> None:
+    tokens = (1 << 15) + 700
+    logits = make_logits(tokens, 2 * TILE, 2, bias=False)
+    lowest = torch.full((2, tokens), -1.0, device=DEVICE)
+    tiles = Tiles(lowest, torch.zeros(1, tokens, device=DEVICE), 2)
+    token_TN, _, count_T = kept_tokens(logits, select(logits, tiles, lowest[0], Filter("filtered", EPS)))
+    assert count_T.tolist() == [tokens, tokens]
+    for tile in range(2):
+        assert torch.equal(token_TN[tile, :tokens].long(), logits.token_N.long())
+
+
 @every_backend
 @pytest.mark.parametrize("mode", ["filtered", "unbiased"])
 def test_a_row_of_nan_is_kept_in_every_tile(mode: Any, backend: ModuleType) -> None:
