@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh                the fast tier: within 5 minutes on 2 cores
 #   bash launch/test.sh --full         everything: what CI runs, within 14 minutes
-#   bash launch/test.sh [--full] ...   further arguments go to pytest, such as tests/test_loss.py or -k shard
+#   bash launch/test.sh [--full] ...   further arguments go to pytest, such as tests/loss/test_loss.py or -k shard
 #
 # PYTHON and VENV are as for launch/setup.sh. Without a GPU the tests run on the CPU with gloo, and Triton's kernels in
 # its interpreter. Two processes share them there, unless arguments for pytest are given.

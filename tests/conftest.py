@@ -39,7 +39,7 @@ _NEEDS = {
     "test_deepspeed_engine.py": ("deepspeed", "transformers"),
     "tools/test_doctor.py": ("rich", "yaml"),
     "tools/test_report.py": ("matplotlib", "rich", "transformers"),
-    "test_train.py": ("transformers", "yaml"),
+    "train/test_train.py": ("transformers", "yaml"),
     "test_transformers_patch.py": ("transformers",),
 }
 _ABSENT = {file: [name for name in names if importlib.util.find_spec(name) is None] for file, names in _NEEDS.items()}

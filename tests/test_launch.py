@@ -186,7 +186,7 @@ class TestTraining:
     ) -> None:
         """Dropout and sampled gradients make them depend on the random generators, too.
 
-        DeepSpeed under torchrun; tests/test_train.py has FSDP2 there, and tests/test_checkpoint.py both after a kill.
+        DeepSpeed under torchrun; tests/train has FSDP2 there (test_train), and both after a kill (test_checkpoint).
         """
         changes = {**ENGINES["deepspeed"], "cce.gradient": "unbiased", "steps": "24", "checkpoint.every": "4"}
         ranks.run(2, train, overrides(tmp_path / "whole", **changes), timeout=120)
