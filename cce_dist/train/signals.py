@@ -12,11 +12,14 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # One request may come as several signals: of the terminal, and of each launcher on the way. Those count as one.
 _SAME_REQUEST_SECONDS = 2.0
+# A KeyboardInterrupt that Python raises inside of a destructor or a callback of the garbage collector goes nowhere.
+_SECONDS_TO_UNWIND = 8.0
 
 
 @contextmanager
 def insistence() -> Iterator[None]:
-    """Ends the process at the second signal, with exit code 128 + its number, whatever the process is doing.
+    """Ends the process at the second signal, with exit code 128 + its number, whatever the process is doing; and at the
+    first one that is not deferred, where the exception that it raises does not end it.
 
     Python runs handlers between its own instructions only, so not while it waits in a collective or for a file; a
     thread of its own is told of signals that have a handler, by `signal.set_wakeup_fd`.
@@ -61,6 +64,10 @@ def _watch(told: int) -> None:
             first = time.monotonic()
             if getattr(signal.getsignal(number[0]), "__module__", None) == __name__:  # it is deferred
                 _say(f"{who} ends after this step, with a checkpoint; a second signal ends it at once")
+            else:
+                unwound = threading.Timer(_SECONDS_TO_UNWIND, os._exit, (128 + number[0],))
+                unwound.daemon = True
+                unwound.start()
         elif time.monotonic() - first >= _SAME_REQUEST_SECONDS:
             _say(f"{who} ends at the second signal, without a checkpoint")
             os._exit(128 + number[0])
