@@ -56,6 +56,7 @@ def deferral() -> Iterator[Callable[[], bool]]:
 
 def _watch(told: int) -> None:
     first: float | None = None
+    last_resort: threading.Timer | None = None
     while number := os.read(told, 1):
         if number[0] not in _SIGNALS:
             continue
@@ -65,12 +66,14 @@ def _watch(told: int) -> None:
             if getattr(signal.getsignal(number[0]), "__module__", None) == __name__:  # it is deferred
                 _say(f"{who} ends after this step, with a checkpoint; a second signal ends it at once")
             else:
-                unwound = threading.Timer(_SECONDS_TO_UNWIND, os._exit, (128 + number[0],))
-                unwound.daemon = True
-                unwound.start()
+                last_resort = threading.Timer(_SECONDS_TO_UNWIND, os._exit, (128 + number[0],))
+                last_resort.daemon = True
+                last_resort.start()
         elif time.monotonic() - first >= _SAME_REQUEST_SECONDS:
             _say(f"{who} ends at the second signal, without a checkpoint")
             os._exit(128 + number[0])
+    if last_resort is not None:
+        last_resort.cancel()
 
 
 def _say(text: str) -> None:
