@@ -104,6 +104,7 @@ def _differentiate(
     empty = _is_empty(logits)
     make_weight = torch.zeros if empty else torch.empty
     dweight_VD = make_weight(weight_VD.shape, dtype=wanted.weight_dtype, device=device) if wanted.weight else None
+    assert not wanted.bias or logits.bias_V is not None
     dbias_V = make_weight(weight_VD.shape[0], dtype=torch.float32, device=device) if wanted.bias else None
     headroom = _PROBABILITY_HEADROOM.get(dtype, 1.0)
     pairs = dhidden_ND = None

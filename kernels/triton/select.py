@@ -119,7 +119,10 @@ def select(logits: Logits, tiles: Tiles, lse2_N: torch.Tensor, filter_: Filter) 
         filter_.seed,
         filter_.uniform,
     )
-    return pairs._replace(eps_N=_drawing_eps(logits, pairs, filter_)) if filter_.mode == "unbiased" else pairs
+    if filter_.mode != "unbiased":
+        return pairs
+    assert filter_.seed is not None or filter_.uniform is not None
+    return pairs._replace(eps_N=_drawing_eps(logits, pairs, filter_))
 
 
 def _drawing_eps(logits: Logits, pairs: Pairs, filter_: Filter) -> torch.Tensor:

@@ -106,7 +106,7 @@ with tuning.forced(table):
             differentiate.differentiate(logits, pairs, normaliser, upstream, out, of_tail, 1.0, 1 << 20)
     exact.differentiate_exactly(logits, normaliser, upstream, None, None, floats(V), 1.0, 1 << 20)
     compact.compacted(logits)
-    compact.scatter_rows(floats(N, D), torch.arange(N), ints(1), DTYPE)
+    compact.scatter_rows(floats(N, D), ints(N), ints(1), DTYPE)
 
 
 def usage(kernel):
