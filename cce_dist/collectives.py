@@ -44,7 +44,7 @@ def merge_softmax(
         dist.all_reduce(max_N, dist.ReduceOp.MAX, group=group)
         if same_labels is not None:
             max_N, pair = max_N[:-2], max_N[-2:]
-            _check_equal(pair)
+            _check_equal(pair, "labels")
         packed_2N = torch.stack((sumexp_N * torch.exp((own_max_N - max_N) * unit), target_N))
         dist.all_reduce(packed_2N, dist.ReduceOp.SUM, group=group)
         sumexp_N, target_N = packed_2N
@@ -58,12 +58,24 @@ def token_fingerprint(labels_N: Tensor) -> Tensor:
     return ((weight_N * labels_N).sum() >> 40) & 0xFFFFFF
 
 
-def _check_equal(pair: Tensor) -> None:
+def check_same_tokens(labels_N: Tensor, name: str, group: ProcessGroup | None) -> None:
+    """Compares what must be equal on all ranks of a group, by one MAX of two numbers.
+
+    Raises:
+        ValueError: on every rank, where they differ; on CUDA a device-side assertion.
+    """
+    number = token_fingerprint(labels_N)
+    pair = torch.stack((number, -number))
+    dist.all_reduce(pair, dist.ReduceOp.MAX, group=group)
+    _check_equal(pair, name)
+
+
+def _check_equal(pair: Tensor, name: str) -> None:
     """On the largest of c and of −c over ranks."""
     equal = pair[0] == -pair[1]
     message = (
-        "labels differ between ranks that bring the same tokens: pass the same hidden states and labels, in one order, "
-        "on all ranks that share the vocabulary, or, where each rank has tokens of its own, their group as token_group"
+        f"{name} differ between ranks that bring the same tokens: pass the same tokens, in one order, on all ranks "
+        "that share the vocabulary, or, where each rank has tokens of its own, their group as token_group"
     )
     if pair.is_cuda:
         device_check(equal, f"{message}.")

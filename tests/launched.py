@@ -41,6 +41,8 @@ class Command:
     def __init__(self, arguments: Sequence[str | Path], log: Path, **environment: str) -> None:
         self._mark = uuid.uuid4().hex
         self._log = log
+        # A shell starts what it does not wait for with SIGINT ignored, and that is inherited; a handler is not.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [str(argument) for argument in arguments],
@@ -51,6 +53,7 @@ class Command:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        signal.signal(signal.SIGINT, before)
 
     def __enter__(self) -> "Command":
         return self

@@ -44,7 +44,7 @@ class GatheringOwner(OnTheseRanks):
         self.shard = shard
         self._sizes = tuple(sizes)
         assert shard.vocab_group is not None
-        self._host_group = host_group(shard.vocab_group)
+        host_group(shard.vocab_group)  # made now, not in the first call
 
     def local_weight(self) -> Tensor:
         weight: Tensor = self.head.weight  # type: ignore[assignment]
@@ -59,7 +59,7 @@ class GatheringOwner(OnTheseRanks):
 
         It takes the place of the head's forward: evaluation and generation get there.
         """
-        await_ranks(self._host_group, "the logits of a classifier that cce_dist shards")
+        await_ranks(self.shard, hidden, "the logits of a classifier that cce_dist shards")
         group, same_tokens = self.shard.vocab_group, self.shard.token_group is None
         assert group is not None
         weight_VD, bias_V = (

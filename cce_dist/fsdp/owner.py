@@ -89,8 +89,8 @@ class FSDPOwner(OnTheseRanks):
         counted = mesh.mesh if own_tokens else mesh.mesh[..., t]
         count_group = token_group if counted.numel() == dist.get_world_size(token_group) else group(counted)
         self._token_copies = 1 if own_tokens else parts
-        # All ranks that gather the rows for real logits, on the hosts.
-        self._host_group = host_group(vocab_group if d == shards else group(ranks_ST))
+        # All ranks that gather the rows for real logits, on the hosts, where they are more than the vocabulary group.
+        self._gathering = None if d == shards else host_group(group(ranks_ST))
         self.shard = VocabShard(
             tuple(self._held),
             num_rows,
@@ -99,6 +99,7 @@ class FSDPOwner(OnTheseRanks):
             count_group=count_group,
             grad_divisor=float(mesh.size() // parts),
         )
+        host_group(vocab_group)  # made now, not in the first call
 
     def local_weight(self) -> Tensor:
         """The rank's rows [R, D] on the compute device; the gradient is averaged as FSDP averages."""
@@ -111,7 +112,7 @@ class FSDPOwner(OnTheseRanks):
 
     def gathered_forward(self, hidden: Tensor) -> Tensor:
         """The head's forward where real logits [..., V] are wanted: the classifier is gathered in hidden's dtype."""
-        await_ranks(self._host_group, "the logits of a classifier that FSDP2 shards")
+        await_ranks(self.shard, hidden, "the logits of a classifier that FSDP2 shards", self._gathering)
         hidden = self.own_tokens(hidden)
         whole = {name: self._whole(parameter, hidden.dtype) for name, parameter in self._sharded().items()}
         return F.linear(hidden, whole["weight"], whole.get("bias"))

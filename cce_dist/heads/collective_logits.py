@@ -1,35 +1,39 @@
-"""Real logits of a sharded classifier are collective: whoever waits for a rank that never comes is told so.
-
-In goes a group of the hosts; the call returns once all of its ranks are there, or raises, before any rows move.
-"""
+"""Real logits of a sharded classifier are collective: whoever waits for a rank that never comes is told so."""
 
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cce_dist.shard.groups import timeout_of
+from cce_dist.shard import VocabShard
+from cce_dist.shard.agreement import agree
+from cce_dist.shard.groups import ranks_of, timeout_of
 
 
-def await_ranks(group: ProcessGroup, what: str) -> None:
-    """Returns when all ranks of a group have come here; for evaluation, not for the steps of a training.
+def await_ranks(shard: VocabShard, hidden: Tensor, what: str, gathered_over: ProcessGroup | None = None) -> None:
+    """Returns when all ranks have come to compute real logits; where some compute a loss instead, all raise.
 
-    The host waits, not the device: one small message to the first rank and back.
+    The hosts wait, not the devices.
 
     Args:
-        group: moves CPU tensors, as `cce_dist.shard.host_group` does.
-        what: is collective, such as "the logits of a sharded classifier", for the text.
+        hidden: [..., D], what the logits are of.
+        what: is collective, such as "the logits of a classifier that FSDP2 shards", for the text.
+        gathered_over: a group of CPU tensors over all ranks that give rows, where those are more than the shard's.
 
     Raises:
-        RuntimeError: after the group's timeout, on every rank that came; on the group's first one it names those that
-            did not.
+        RuntimeError: after the group's timeout, on every rank that came; it names one that did not.
+        ValueError: on every rank of the vocabulary group, where they want different things.
     """
-    timeout = timeout_of(group) or timedelta(minutes=30)  # torch's default
+    group = shard.vocab_group
     try:
-        group.monitored_barrier(timeout, wait_all_ranks=True)  # type: ignore[attr-defined]
+        agree(shard, "real logits", hidden[..., 0].numel(), {})
+        if gathered_over is not None:
+            group, wait = gathered_over, timeout_of(gathered_over) or timedelta(minutes=30)  # torch's default
+            gathered_over.monitored_barrier(wait, wait_all_ranks=True)  # type: ignore[attr-defined]
     except RuntimeError as error:
+        assert group is not None
         raise RuntimeError(
-            f"{what} are collective over ranks {dist.get_process_group_ranks(group)}, but within {timeout} not all of "
-            f"them came (by their place in this list: {error}). Make the call (a forward in evaluation, generate) on "
-            "every rank, and use what it returns on one."
+            f"{what} are collective over ranks {ranks_of(group)}, but within {timeout_of(group)} not all of them came "
+            f"({error}). Make the call (a forward in evaluation, generate) on every rank, and use what it returns on "
+            "one."
         ) from error

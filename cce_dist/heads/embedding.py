@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
+from cce_dist.collectives import check_same_tokens, gather_tokens, reduce_scatter_tokens
 from cce_dist.device_check import device_check
 from cce_dist.heads.owner import ShardOwner
 from cce_dist.shard import VocabShard
-from cce_dist.shard.agreement import Agreement
+from cce_dist.shard.agreement import agree
 
 OutputDtype = Callable[[], torch.dtype | None]
 _NO_ID = -(2**62)
@@ -83,12 +83,23 @@ class _Lookup(torch.autograd.Function):
         padding_idx: int | None,
         dtype: torch.dtype | None,
     ) -> Tensor:
-        ids_n = ids_N = ids.reshape(-1).long()
+        fault: Exception | None = None
+        try:
+            if ids.is_floating_point() or ids.dtype == torch.bool:
+                raise TypeError(f"ids must be integers; got {ids.dtype}.")
+            if not ids.is_cuda:
+                _check_ids(ids.long(), shard.vocab_size)
+        except (TypeError, ValueError) as error:
+            fault = error  # raised on every rank
         alike = {"embedding's dimension": weight_VD.shape[1], "embedding's dtype": str(dtype or weight_VD.dtype)}
-        most = Agreement(shard, ids_n.shape[0], alike).most_tokens()
+        most = agree(shard, "an embedding lookup", ids.numel(), alike, fault)
+        ids_n = ids_N = ids.reshape(-1).long()
         if shard.token_group is not None:
             ids_N = gather_tokens(ids_n, most, shard.token_group, fill=_NO_ID)
-        _check_ids(ids_N, shard.vocab_size)
+        if ids_N.is_cuda:
+            _check_ids(ids_N, shard.vocab_size)
+        if shard.same_tokens:
+            check_same_tokens(ids_N, "ids", shard.vocab_group)
         columns_N = shard.local_columns(ids_N).long()
         mine_N = columns_N >= 0
         if weight_VD.shape[0]:
@@ -123,12 +134,12 @@ class _Lookup(torch.autograd.Function):
 
 
 def _check_ids(ids_N: Tensor, vocab_size: int) -> None:
-    """On the gathered ids, so that every rank of the group fails alike."""
+    """On a CPU before the ranks agree, on CUDA on the gathered ids: every rank of the group fails alike."""
     legal = ((ids_N >= 0) & (ids_N < vocab_size)) | (ids_N == _NO_ID)
     message = f"ids must be in [0, {vocab_size})"
     if ids_N.is_cuda:
         device_check(legal.all(), f"{message}.")
     elif not legal.all():
-        raise IndexError(
+        raise ValueError(
             f"{message}, got {ids_N[~legal].unique()[:8].tolist()}; check the tokenizer's vocabulary size."
         )

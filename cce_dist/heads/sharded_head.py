@@ -137,8 +137,7 @@ class ShardedCCEHead(nn.Module):
             hidden: [..., D].
         """
         replicated = self.shard.token_group is None
-        assert self.shard.host_group is not None
-        await_ranks(self.shard.host_group, "the logits of a ShardedCCEHead")
+        await_ranks(self.shard, hidden, "the logits of a ShardedCCEHead")
 
         def rows(parameter: Tensor) -> Tensor:
             in_dtype = cast(DTensor, parameter.to(hidden.dtype))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cce_dist.collectives import gather_tokens
 from cce_dist.shard import VocabShard
-from cce_dist.shard.agreement import Agreement
+from cce_dist.shard.agreement import agree
 
 _TOKENS, _ROWS = 4096, 2048
 """Size of a chunk: 32 MiB of fp32, of which about four are alive at a time."""
@@ -50,9 +50,14 @@ def token_statistics(
 
     Every rank of ``shard.vocab_group`` must make the call, also with no token.
     """
-    alike = {"statistics of D": hidden_nD.shape[1], "hidden's dtype": str(hidden_nD.dtype), "bias": bias is not None}
+    alike = {
+        "hidden's last dimension": hidden_nD.shape[1],
+        "hidden's dtype": str(hidden_nD.dtype),
+        "bias": bias is not None,
+    }
     hidden_ND = hidden_nD.contiguous()
-    most = Agreement(shard, hidden_nD.shape[0], {**alike, "scale": logit_scale, "softcap": softcap}).most_tokens()
+    alike |= {"logit_scale": logit_scale, "softcap": softcap}
+    most = agree(shard, "statistics of tokens", hidden_nD.shape[0], alike)
     if shard.token_group is not None:
         hidden_ND = gather_tokens(hidden_ND, most, shard.token_group)
     rows = shard.num_real_rows

@@ -46,7 +46,7 @@ from cce_dist.loss.settings import (
 )
 from cce_dist.loss.tokens import held, redistributed, shifted, unflatten
 from cce_dist.shard import VocabShard
-from cce_dist.shard.agreement import Agreement
+from cce_dist.shard.agreement import A_LOSS, agree
 
 
 @overload
@@ -122,7 +122,8 @@ def linear_cross_entropy(
         agreement: "every_call": the hosts exchange a few numbers in each call, so that what any of them knows of a
             fault is an error on every rank. "first_call": only in the first call with given settings; later the others
             wait for a rank that has raised until their group's timeout. It needs ``max_tokens`` with a token group, and
-            no group that moves CPU tensors. The replay of a CUDA graph exchanges nothing.
+            no group that moves CPU tensors, but for a mean over more ranks than the vocabulary's. The replay of a CUDA
+            graph exchanges nothing.
         return_lse: also return the log-sum-exp [..., L - shift] (fp32, differentiable, 0 where ignored).
 
     Returns:
@@ -155,21 +156,20 @@ def linear_cross_entropy(
         }
         if shard.token_group is None:
             workspace_bytes(own_settings.workspace_mb, method, tokens, hidden.element_size())
-        if not in_parts and not labels.is_cuda:
+        if not isinstance(labels, DTensor) and not labels.is_cuda:
             _flat_labels(labels, own_settings, shard)
         checked = own_settings, method
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         fault = error  # told to every rank, and raised there
-    agreed = Agreement(
+    most = agree(
         shard,
+        A_LOSS,
         tokens,
         equal,
         fault,
         every_call=settings.get("agreement") != "first_call",
-        counts=checked is not None and checked[0].reduction == "mean" and checked[0].num_valid_tokens is None,
+        counts=settings.get("reduction", "mean") == "mean" and settings.get("num_valid_tokens") is None,
     )
-    if checked is None or in_parts:
-        agreed.most_tokens()
     assert checked is not None
     own_settings, method = checked
     if in_parts:
@@ -179,7 +179,7 @@ def linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         weight_VD,
         bias_V,
-        Call(labels_n, shard, own_settings, method, agreed, torch.is_grad_enabled()),
+        Call(labels_n, shard, own_settings, method, most, torch.is_grad_enabled()),
     )
     loss = _reduce(nll_n, labels_n, labels, shard, own_settings)
     return (loss, unflatten(lse_n, labels, own_settings.shift)) if return_lse else loss
@@ -223,6 +223,7 @@ def _own_shard(weight: Any) -> VocabShard:
         return VocabShard.whole(max(rows, 1))
     shards = _dtensor_shards.setdefault(weight.device_mesh, {})
     key = weight.shape, tuple(weight.placements)
-    if key not in shards:
+    # torch hands an equal mesh of an earlier run of init_process_group out again, with new groups.
+    if key not in shards or shards[key].vocab_group is not weight.device_mesh.get_group():
         shards[key] = VocabShard.from_dtensor(weight)
     return shards[key]

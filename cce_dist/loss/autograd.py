@@ -28,7 +28,6 @@ from cce_dist.kernels.problem import MOST_DRAWN, TILE, Filter, Gradients, Logits
 from cce_dist.loss.settings import CallSettings, Method, check_labels, workspace_bytes
 from cce_dist.loss.tokens import Order, gather, own, valid_first
 from cce_dist.shard import VocabShard
-from cce_dist.shard.agreement import Agreement
 
 
 class Call(NamedTuple):
@@ -36,7 +35,7 @@ class Call(NamedTuple):
 
     Attributes:
         labels_n: int64, shifted.
-        agreed: awaited before the first collective on the device.
+        most: tokens that any rank brings; the hosts have agreed on the call by then.
         grad_enabled: of the caller; inside an autograd function it is always off.
     """
 
@@ -44,7 +43,7 @@ class Call(NamedTuple):
     shard: VocabShard
     settings: CallSettings
     method: Method
-    agreed: Agreement
+    most: int
     grad_enabled: bool
 
     @property
@@ -87,8 +86,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         shard, settings, method = call.shard, call.settings, call.method
         num_tokens = most = call.labels_n.shape[0]
         if shard.token_group is not None:
-            most = call.agreed.most_tokens()
-            most = most if settings.max_tokens is None else settings.max_tokens
+            most = call.most if settings.max_tokens is None else settings.max_tokens
         hidden_ND, labels_N = gather(hidden_nD, call.labels_n, shard, most, settings.ignore_index)
         workspace = workspace_bytes(settings.workspace_mb, method, labels_N.shape[0], hidden_ND.element_size())
         if labels_N.is_cuda:
@@ -105,13 +103,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden_nD.device.type, enabled=False):
             if method.first_pass == "fp8":
                 estimate = call.backend.estimate(logits)
-                call.agreed.most_tokens()
                 estimated, _ = merge_softmax(estimate.summary, shard.vocab_group, same_labels)
                 same_labels = None
                 summary = call.backend.refine(logits, estimate, estimated, method.filter_eps)
             else:
                 summary = call.backend.summarise(logits, needs_grad and method.gradient != "exact", workspace)
-                call.agreed.most_tokens()
             normaliser, target_logit_N = merge_softmax(summary, shard.vocab_group, same_labels)
 
         if needs_grad:

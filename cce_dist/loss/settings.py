@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from cce_dist.device_check import device_check
 from cce_dist.kernels.problem import TILE
@@ -183,8 +184,8 @@ def contract(
         "weight's need of a gradient": weight_VD.requires_grad,
         "bias": bias_V is not None,
         "bias's need of a gradient": bias_V is not None and bias_V.requires_grad,
-        "token_group": shard.token_group is not None,
-        "count_group": shard.count_group is not None,
+        "token_group": _size(shard.token_group),
+        "count_group": _size(shard.count_group),
         "reduce_dtype": str(shard.reduce_dtype),
         **alike,
         **method._asdict(),
@@ -197,6 +198,7 @@ def check_tensors(hidden: Any, weight_VD: Any, labels: Any, bias_V: Any, shard: 
     for name, x in (("hidden", hidden), ("weight", weight_VD), ("labels", labels), ("bias", bias_V)):
         if not isinstance(x, Tensor) and not (name == "bias" and x is None):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
+        _require(x is None or x.layout == torch.strided, f"{name} must be a dense tensor", x is not None and x.layout)
     for name, x in (("hidden", hidden), ("weight", weight_VD), ("bias", bias_V)):
         _require(bool(x is None or x.is_floating_point()), f"{name} must be a floating-point tensor", _dtype(x))
     _require(hidden.dtype in _DTYPES, "hidden must be fp32, fp16, bf16 or fp64", hidden.dtype)
@@ -277,6 +279,10 @@ def _require(holds: bool, rule: str, got: Any) -> None:
         raise ValueError(
             f"{rule}; got {shown!r}." if isinstance(shown, str) and shown is got else f"{rule}; got {shown}."
         )
+
+
+def _size(group: ProcessGroup | None) -> str:
+    return "none" if group is None else f"{group.size()} rank(s)"
 
 
 def _shown(x: Tensor) -> str:

@@ -12,14 +12,11 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # One request may come as several signals: of the terminal, and of each launcher on the way. Those count as one.
 _SAME_REQUEST_SECONDS = 2.0
-# A KeyboardInterrupt that Python raises inside of a destructor or a callback of the garbage collector goes nowhere.
-_SECONDS_TO_UNWIND = 8.0
 
 
 @contextmanager
 def insistence() -> Iterator[None]:
-    """Ends the process at the second signal, with exit code 128 + its number, whatever the process is doing; and at the
-    first one that is not deferred, where the exception that it raises does not end it.
+    """Ends the process at the second signal, with exit code 128 + its number, whatever the process is doing.
 
     Python runs handlers between its own instructions only, so not while it waits in a collective or for a file; a
     thread of its own is told of signals that have a handler, by `signal.set_wakeup_fd`.
@@ -56,7 +53,6 @@ def deferral() -> Iterator[Callable[[], bool]]:
 
 def _watch(told: int) -> None:
     first: float | None = None
-    last_resort: threading.Timer | None = None
     while number := os.read(told, 1):
         if number[0] not in _SIGNALS:
             continue
@@ -65,15 +61,9 @@ def _watch(told: int) -> None:
             first = time.monotonic()
             if getattr(signal.getsignal(number[0]), "__module__", None) == __name__:  # it is deferred
                 _say(f"{who} ends after this step, with a checkpoint; a second signal ends it at once")
-            else:
-                last_resort = threading.Timer(_SECONDS_TO_UNWIND, os._exit, (128 + number[0],))
-                last_resort.daemon = True
-                last_resort.start()
         elif time.monotonic() - first >= _SAME_REQUEST_SECONDS:
             _say(f"{who} ends at the second signal, without a checkpoint")
             os._exit(128 + number[0])
-    if last_resort is not None:
-        last_resort.cancel()
 
 
 def _say(text: str) -> None:

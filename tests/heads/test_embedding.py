@@ -118,3 +118,20 @@ def test_what_a_shard_cannot_do_is_an_error_on_every_rank(ranks: RankPool) -> No
     for texts in ranks.run(2, _errors):
         for text, part in zip(texts, ["[-1]", "sparse", "vocab_group", "Linear"], strict=True):
             assert part in text
+
+
+def _replicated_ids(on_one_rank: int) -> str:
+    embedding, owner = _local(9, tokens=False)
+    make_vocab_parallel(embedding, owner, lambda: None)
+    ids = torch.tensor([1, 2, on_one_rank if dist.get_rank() == 1 else 3])
+    with pytest.raises(ValueError, match="cannot compute|ids differ") as caught:
+        embedding(ids)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("on_one_rank", "said"), [(4, "ids differ between ranks"), (9, "rank 1: ")])
+def test_replicated_ids_that_one_rank_has_wrong_raise_on_every_rank(
+    ranks: RankPool, on_one_rank: int, said: str
+) -> None:
+    for text in ranks.run(2, _replicated_ids, on_one_rank, timeout=20):
+        assert said in text

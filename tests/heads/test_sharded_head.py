@@ -186,3 +186,18 @@ def test_logits_on_one_rank_alone_are_an_error_within_the_groups_timeout(ranks: 
     text, seconds = ranks.run(2, _logits_on_one_rank, alone, timeout=30)[alone]
     assert "the logits of a ShardedCCEHead are collective over ranks [0, 1]" in text
     assert 1 < seconds < 10
+
+
+def _a_loss_on_one_rank_logits_on_another() -> tuple[str, float]:
+    head = ShardedCCEHead.from_linear(_linear(40), init_device_mesh("cpu", (2,)), config=EXACT)
+    hidden, labels = _tokens(0, 40)
+    wanted = (lambda: head(hidden, labels)) if dist.get_rank() == 0 else (lambda: head.logits(hidden))
+    with pytest.raises(ValueError, match="what is computed must be equal") as caught:
+        wanted()
+    return str(caught.value), float(head(hidden, labels))
+
+
+def test_a_loss_on_one_rank_and_logits_on_another_is_an_error_after_which_training_goes_on(ranks: RankPool) -> None:
+    results = ranks.run(2, _a_loss_on_one_rank_logits_on_another, timeout=20)
+    for text, loss in results:
+        assert "rank 0: a loss, rank 1: real logits" in text and loss == results[0][1] > 0

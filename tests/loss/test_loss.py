@@ -28,7 +28,6 @@ from cce_dist.kernels.problem import MOST_DRAWN, TILE
 from cce_dist.loss.autograd import Call, filter_of, logits_of
 from cce_dist.loss.settings import check_settings, resolve
 from cce_dist.loss.tokens import valid_first
-from cce_dist.shard.agreement import Agreement
 
 ALL = {
     "bias": True,
@@ -348,7 +347,7 @@ def test_a_shard_draws_its_share_of_the_most_pairs_that_a_token_draws(rows: int)
     settings = check_settings({"gradient": "unbiased"})
     hidden, weight, labels = torch.zeros(3, 8), torch.zeros(rows, 8), torch.zeros(3, dtype=torch.int64)
     method = resolve(settings, hidden, labels, shard, needs_grad=True)
-    call = Call(labels, shard, settings, method, Agreement(VocabShard.whole(600), 3, {}), True)
+    call = Call(labels, shard, settings, method, 3, True)
     order = valid_first(labels == 0)
     logits = logits_of(hidden, weight, None, labels.to(torch.int32), order, call)
     assert filter_of(call, logits, None).most_drawn == pytest.approx(MOST_DRAWN * rows / 600)

@@ -9,6 +9,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -786,20 +787,65 @@ def test_replicated_ranks_with_different_labels_all_raise(
             assert "labels differ between ranks that bring the same tokens" in said
 
 
-def _wrong_in_one_vocabulary_group(first: bool) -> str:
+def _wrong_in_one_vocabulary_group(first: bool, wrong: set[int]) -> str:
     """Vocabulary and tokens over pairs of ranks, the mean over all four."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     pair = pairs[dist.get_rank() // 2]
     shard = VocabShard.even(40, pair, pair, count_group=dist.group.WORLD)
     if not first:
         _call(shard=shard, reduction="sum")()  # the pairs agree; nothing is counted yet
-    return _error_of(_call(shard=shard, **({"softcap": -1.0} if dist.get_rank() == 3 else {})))
+    return _error_of(_call(shard=shard, **({"softcap": -1.0} if dist.get_rank() in wrong else {})))
 
 
+@pytest.mark.parametrize("wrong", [{3}, {2, 3}], ids=["on one rank", "on both"])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_fault_in_one_vocabulary_group_raises_in_the_others_of_its_count_group(ranks: RankPool, first: bool) -> None:
-    for said in ranks.run(4, _wrong_in_one_vocabulary_group, first, timeout=20):
+def test_a_fault_in_one_vocabulary_group_raises_in_the_others_of_its_count_group(
+    ranks: RankPool, first: bool, wrong: set[int]
+) -> None:
+    for said in ranks.run(4, _wrong_in_one_vocabulary_group, first, wrong, timeout=20):
         assert "rank 3: softcap must be" in said
+
+
+def _sparse_on_one_rank() -> str:
+    if dist.get_rank() == 1:
+        return _error_of(_call(hidden=torch.zeros(3, 8).to_sparse()))
+    return _error_of(_call())
+
+
+def test_sparse_hidden_states_on_one_rank_raise_on_every_rank(ranks: RankPool) -> None:
+    for said in ranks.run(2, _sparse_on_one_rank, timeout=20):
+        assert "rank 1: hidden must be a dense tensor; got torch.sparse_coo" in said
+
+
+def _wrong_labels_beside_a_dtensor() -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    hidden = distribute_tensor(torch.zeros(4, 8), mesh, [Replicate()])
+    labels = torch.tensor([0, 1, 2, 77 if dist.get_rank() == 1 else 3])
+    shard = VocabShard.even(40, dist.group.WORLD)
+    return _error_of(lambda: linear_cross_entropy(hidden, torch.zeros(shard.num_rows, 8), labels, shard=shard))
+
+
+def test_a_wrong_label_beside_a_dtensor_raises_on_every_rank(ranks: RankPool) -> None:
+    for said in ranks.run(2, _wrong_labels_beside_a_dtensor, timeout=20):
+        assert "rank 1: labels must be in [0, 40)" in said
+
+
+def _process_groups_made_anew(store: str) -> list[float]:
+    """Losses of a DTensor classifier before and after the default group was destroyed and made again."""
+    losses, rank = [], dist.get_rank()
+    for again in (False, True):
+        if again:
+            dist.destroy_process_group()
+            dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=10), world_size=2, rank=rank)
+        weight = distribute_tensor(torch.zeros(40, 8), init_device_mesh("cpu", (2,)), [Shard(0)])
+        weight = weight * 1.0  # torch's cache of operations hands an equal mesh out again, with the new groups
+        losses.append(float(linear_cross_entropy(torch.zeros(3, 8), weight, torch.arange(3))))
+    return losses
+
+
+def test_a_classifier_can_be_used_after_the_process_groups_were_made_anew(ranks: RankPool, tmp_path: Path) -> None:
+    for losses in ranks.run(2, _process_groups_made_anew, str(tmp_path / "store"), timeout=30):
+        assert losses == pytest.approx([torch.tensor(40.0).log().item()] * 2)
 
 
 LATER_FAULT_IN_ONE_GROUP = """
@@ -932,4 +978,4 @@ def _token_groups_of_unequal_size() -> str:
 
 def test_token_groups_of_unequal_size_raise_on_every_rank(ranks: RankPool) -> None:
     for said in ranks.run(3, _token_groups_of_unequal_size, timeout=20):
-        assert "token groups" in said
+        assert "token_group must be equal on all ranks" in said
