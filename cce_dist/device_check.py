@@ -20,3 +20,16 @@ def device_check(holds: Tensor, message: str) -> None:
             "waiting for it. torch 2.11 and 2.13 are tested; use one of them."
         )
     assert_async(holds, message)
+
+
+def check_token_ids(ids: Tensor, vocab_size: int, spared: int, must_be: str) -> None:
+    """Raises ValueError for an id outside of the vocabulary that is not ``spared``; on CUDA `device_check` does.
+
+    Args:
+        must_be: what is legal, for the text.
+    """
+    legal = ((ids >= 0) & (ids < vocab_size)) | (ids == spared)
+    if ids.is_cuda:
+        device_check(legal.all(), f"{must_be}.")
+    elif not legal.all():
+        raise ValueError(f"{must_be}, got {ids[~legal].unique()[:8].tolist()}; check the tokenizer's vocabulary size.")

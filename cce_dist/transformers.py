@@ -174,7 +174,7 @@ class _Watch(_Hook):
             except TypeError:
                 pass  # it computes something else than F.linear
         report(
-            self._config,
+            self._config.materialize,
             f"logits are computed after all: the output layer of {type(model).__name__} is not the one that was "
             f"patched but {_named(head)}, in the forward that {{place}} calls.",
             "Change the output layer before patch, or call unpatch and patch again.",
@@ -199,7 +199,7 @@ class _PastTheLayer(_Hook):
         trains = wrapper.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if trains and isinstance(output, Tensor) and self._calls == before:
             report(
-                self._config,
+                self._config.materialize,
                 f"logits are computed after all: the output layer is wrapped in {_named(wrapper)}, which computes them "
                 "past the layer that was patched, in the forward that {place} calls.",
                 "Leave the output layer out of it.",

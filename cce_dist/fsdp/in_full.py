@@ -9,18 +9,14 @@ is summed over the ranks and divided as FSDP divides. Asked for its shape, dtype
 Shapes: D hidden, V rows of the whole classifier, R local rows.
 """
 
-import sys
-import warnings
 from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cce_dist.fsdp.private import no_torch_function, without_elements
-from cce_dist.heads.lazy import MaterializedLogitsWarning
+from cce_dist.heads.lazy import report
 from cce_dist.heads.owner import OnTheseRanks
 
 
@@ -113,25 +109,12 @@ def unshard(rows: Tensor, unsharded: Unsharded, materialize: str, name: str) -> 
 
 
 def _announce(shape: torch.Size, name: str, materialize: str) -> None:
-    frame = _call_site()
-    text = (
-        f"the classifier {list(shape)} is gathered on every rank: {frame.f_code.co_filename}:{frame.f_lineno}, in "
-        f"{frame.f_code.co_name}, computes with the output layer's {name} past the layer's own call, which is the one "
-        "that cce_dist makes the fused loss of."
+    report(
+        materialize,
+        f"the classifier {list(shape)} is gathered on every rank: {{place}} computes with the output layer's {name} "
+        "past the layer's own call,",
+        "which is the one that cce_dist makes the fused loss of.",
     )
-    if materialize == "raise":
-        raise RuntimeError(f"materialize='raise' forbids that {text} With materialize='warn' it would be.")
-    registry = frame.f_globals.setdefault("__warningregistry__", {})
-    warnings.warn_explicit(text, MaterializedLogitsWarning, frame.f_code.co_filename, frame.f_lineno, registry=registry)
-
-
-def _call_site() -> FrameType:
-    """The innermost frame that is neither in this file nor in torch."""
-    torch_folder = str(Path(torch.__file__).parent)
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((__file__, torch_folder)):
-        frame = frame.f_back
-    return frame
 
 
 class _InFullInForward(OnTheseRanks, nn.Module):

@@ -22,9 +22,9 @@ from cce_dist.config import CCEConfig
 from cce_dist.fsdp.in_full import unshard
 from cce_dist.fsdp.private import forward_root, governing_group, in_backward
 from cce_dist.heads.collective_logits import await_ranks
-from cce_dist.heads.owner import OnTheseRanks, divide_gradient, local_rows
+from cce_dist.heads.owner import OnTheseRanks, divide_gradient
 from cce_dist.shard import VocabShard, host_group, new_subgroup
-from cce_dist.shard.rows import even_parts, gather_rows, scatter_rows, size_of
+from cce_dist.shard.rows import even_parts, gather_rows, local_rows, scatter_rows, size_of
 
 
 class FSDPOwner(OnTheseRanks):

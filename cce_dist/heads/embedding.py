@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cce_dist.collectives import check_same_tokens, gather_tokens, reduce_scatter_tokens
-from cce_dist.device_check import device_check
+from cce_dist.device_check import check_token_ids
 from cce_dist.heads.owner import ShardOwner
 from cce_dist.shard import VocabShard
 from cce_dist.shard.agreement import agree
@@ -84,11 +84,13 @@ class _Lookup(torch.autograd.Function):
         dtype: torch.dtype | None,
     ) -> Tensor:
         fault: Exception | None = None
+        legal = f"ids must be in [0, {shard.vocab_size})"
+        # On a CPU before the ranks agree, on CUDA on the gathered ids: every rank of the group fails alike.
         try:
             if ids.is_floating_point() or ids.dtype == torch.bool:
                 raise TypeError(f"ids must be integers; got {ids.dtype}.")
             if not ids.is_cuda:
-                _check_ids(ids.long(), shard.vocab_size)
+                check_token_ids(ids.long(), shard.vocab_size, _NO_ID, legal)
         except (TypeError, ValueError) as error:
             fault = error  # raised on every rank
         alike = {"embedding's dimension": weight_VD.shape[1], "embedding's dtype": str(dtype or weight_VD.dtype)}
@@ -97,7 +99,7 @@ class _Lookup(torch.autograd.Function):
         if shard.token_group is not None:
             ids_N = gather_tokens(ids_n, most, shard.token_group, fill=_NO_ID)
         if ids_N.is_cuda:
-            _check_ids(ids_N, shard.vocab_size)
+            check_token_ids(ids_N, shard.vocab_size, _NO_ID, legal)
         if shard.same_tokens:
             check_same_tokens(ids_N, "ids", shard.vocab_group)
         columns_N = shard.local_columns(ids_N).long()
@@ -131,15 +133,3 @@ class _Lookup(torch.autograd.Function):
         grad_VD = torch.zeros(ctx.num_rows + 1, grad_ND.shape[1], dtype=sum_dtype, device=grad_ND.device)
         grad_VD.index_add_(0, columns_N, grad_ND.to(sum_dtype))
         return grad_VD[: ctx.num_rows].to(ctx.dtype), None, None, None, None
-
-
-def _check_ids(ids_N: Tensor, vocab_size: int) -> None:
-    """On a CPU before the ranks agree, on CUDA on the gathered ids: every rank of the group fails alike."""
-    legal = ((ids_N >= 0) & (ids_N < vocab_size)) | (ids_N == _NO_ID)
-    message = f"ids must be in [0, {vocab_size})"
-    if ids_N.is_cuda:
-        device_check(legal.all(), f"{message}.")
-    elif not legal.all():
-        raise ValueError(
-            f"{message}, got {ids_N[~legal].unique()[:8].tolist()}; check the tokenizer's vocabulary size."
-        )

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from cce_dist.shard import VocabShard
+from cce_dist.shard.rows import local_rows
 
 
 class ShardOwner(Protocol):
@@ -79,13 +79,6 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
     parameter = getattr(module, name, None)
     if not isinstance(parameter, Tensor):
         raise TypeError(f"{type(module).__name__} has no tensor {name!r}: a classifier such as nn.Linear is needed.")
-    return parameter
-
-
-def local_rows(parameter: Tensor) -> Tensor:
-    """The local rows of a parameter, differentiable; the gradient of a DTensor returns with its own placements."""
-    if isinstance(parameter, DTensor):
-        return parameter.to_local(grad_placements=parameter.placements)
     return parameter
 
 

@@ -54,9 +54,10 @@ def token_statistics(
         "hidden's last dimension": hidden_nD.shape[1],
         "hidden's dtype": str(hidden_nD.dtype),
         "bias": bias is not None,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
     }
     hidden_ND = hidden_nD.contiguous()
-    alike |= {"logit_scale": logit_scale, "softcap": softcap}
     most = agree(shard, "statistics of tokens", hidden_nD.shape[0], alike)
     if shard.token_group is not None:
         hidden_ND = gather_tokens(hidden_ND, most, shard.token_group)

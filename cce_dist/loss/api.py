@@ -47,6 +47,7 @@ from cce_dist.loss.settings import (
 from cce_dist.loss.tokens import held, redistributed, shifted, unflatten
 from cce_dist.shard import VocabShard
 from cce_dist.shard.agreement import A_LOSS, agree
+from cce_dist.shard.rows import local_rows
 
 
 @overload
@@ -137,9 +138,10 @@ def linear_cross_entropy(
     if shard is not None and not isinstance(shard, VocabShard):
         raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}.")
     shard = shard if shard is not None else _own_shard(weight)
-    weight_VD, bias_V = _local(weight), _local(bias)
+    weight_VD, bias_V = local_rows(weight), local_rows(bias)
     checked: tuple[CallSettings, Method] | None = None
     fault: Exception | None = None
+    labels_n: Tensor | None = None
     tokens, equal, in_parts = 0, {}, False
     try:
         own_settings = check_settings(settings)
@@ -156,8 +158,8 @@ def linear_cross_entropy(
         }
         if shard.token_group is None:
             workspace_bytes(own_settings.workspace_mb, method, tokens, hidden.element_size())
-        if not isinstance(labels, DTensor) and not labels.is_cuda:
-            _flat_labels(labels, own_settings, shard)
+        if not isinstance(labels, DTensor):
+            labels_n = _flat_labels(labels, own_settings, shard)
         checked = own_settings, method
     except Exception as error:
         fault = error  # told to every rank, and raised there
@@ -174,7 +176,8 @@ def linear_cross_entropy(
     own_settings, method = checked
     if in_parts:
         hidden, labels = redistributed(hidden), redistributed(labels)
-    labels_n = _flat_labels(labels, own_settings, shard)
+    if labels_n is None:
+        labels_n = _flat_labels(labels, own_settings, shard)
     nll_n, lse_n = LinearCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight_VD,
@@ -204,11 +207,6 @@ def _reduce(nll_n: Tensor, labels_n: Tensor, labels: Tensor, shard: VocabShard, 
     own_count = (labels_n != settings.ignore_index).sum()
     group = shard.count_group if shard.count_group is not None else shard.token_group
     return own_sum / own_count if group is None else group_mean(own_sum, own_count, group)
-
-
-def _local(x: Any) -> Any:
-    """This rank's part of a parameter; a DTensor's gradient returns with its placements."""
-    return x.to_local(grad_placements=x.placements) if isinstance(x, DTensor) else x
 
 
 _dtensor_shards: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cce_dist.device_check import device_check
+from cce_dist.device_check import check_token_ids
 from cce_dist.kernels.problem import TILE
 from cce_dist.shard import VocabShard
 
@@ -226,14 +226,7 @@ def check_tensors(hidden: Any, weight_VD: Any, labels: Any, bias_V: Any, shard: 
 
 def check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
     """Raises ValueError for a label out of range. On CUDA a device-side assertion does, which does not wait."""
-    legal = ((labels >= 0) & (labels < vocab_size)) | (labels == ignore_index)
-    message = f"labels must be in [0, {vocab_size}) or ignore_index"
-    if labels.is_cuda:
-        device_check(legal.all(), f"{message}.")
-    elif not legal.all():
-        raise ValueError(
-            f"{message}, got {labels[~legal].unique()[:8].tolist()}; check the tokenizer's vocabulary size."
-        )
+    check_token_ids(labels, vocab_size, ignore_index, f"labels must be in [0, {vocab_size}) or ignore_index")
 
 
 def choose_gradient(backend: str, filter_eps: float | None) -> Gradient:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from cce_dist.collectives import gather_tokens, reduce_scatter_tokens
 
@@ -28,6 +29,11 @@ def even_parts(run: Run, parts: int) -> list[Run]:
 
 def size_of(run: Run) -> int:
     return run[1] - run[0]
+
+
+def local_rows(parameter: Any) -> Any:
+    """The local rows of a parameter, differentiable; the gradient of a DTensor returns with its own placements."""
+    return parameter.to_local(grad_placements=parameter.placements) if isinstance(parameter, DTensor) else parameter
 
 
 def gather_rows(rows: Tensor, sizes: Sequence[int], group: ProcessGroup, *, same_tokens: bool = False) -> Tensor:

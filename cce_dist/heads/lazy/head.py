@@ -156,7 +156,7 @@ class _LazyHead(nn.Module):
 
     def _report(self, what: str, instead: str) -> None:
         report(
-            self._cce.config,
+            self._cce.config.materialize,
             f"logits are computed after all: the output layer, called by {{place}} {what}.",
             instead,
         )

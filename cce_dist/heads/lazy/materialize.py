@@ -10,7 +10,6 @@ from types import FrameType
 
 import torch
 
-from cce_dist.config import CCEConfig
 from cce_dist.heads import hooks
 
 
@@ -18,24 +17,25 @@ class MaterializedLogitsWarning(UserWarning):
     """Logits that should have stayed uncomputed were computed."""
 
 
-def report(config: CCEConfig, what: str, instead: str) -> None:
-    """Warns that real logits are computed, or raises, by ``config.materialize``; names the place in the user's code.
+def report(materialize: str, what: str, instead: str) -> None:
+    """Warns of real logits, or of a gathered classifier, or raises, by ``materialize``; names the user's line.
 
     Args:
-        what: "logits [...] are computed after all: they ...".
+        materialize: "warn" or "raise", of the settings.
+        what: "logits [...] are computed after all: {place} ...".
         instead: a sentence on what needs no logits.
     """
     frame = _call_site()
     place = f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name},"
     text = f"{what.replace('{place}', place)} {instead}"
-    if config.materialize == "raise":
-        raise RuntimeError(f"materialize='raise' forbids that {text} With materialize='warn' they would be.")
+    if materialize == "raise":
+        raise RuntimeError(f"materialize='raise' forbids that {text} With materialize='warn' this would be a warning.")
     registry = frame.f_globals.setdefault("__warningregistry__", {})
     warnings.warn_explicit(text, MaterializedLogitsWarning, frame.f_code.co_filename, frame.f_lineno, registry=registry)
 
 
 def _call_site() -> FrameType:
-    """The innermost frame that is neither in the files of lazy logits nor in torch."""
+    """The innermost frame that is neither in the files that report nor in torch."""
     theirs = (*_OUR_FILES, str(Path(torch.__file__).parent))
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(theirs):
@@ -43,4 +43,10 @@ def _call_site() -> FrameType:
     return frame
 
 
-_OUR_FILES = (str(Path(__file__).parent), hooks.__file__, str(Path(__file__).parents[2] / "transformers.py"))
+_PACKAGE = Path(__file__).parents[2]
+_OUR_FILES = (
+    str(Path(__file__).parent),
+    hooks.__file__,
+    str(_PACKAGE / "transformers.py"),
+    str(_PACKAGE / "fsdp/in_full.py"),
+)

@@ -137,7 +137,9 @@ class Source:
         if self._real is None:
             shape = [*self.hidden_XD.shape[:-1], self.shard.vocab_size]
             report(
-                self.binding.config, f"logits {shape} are computed after all: {{place}} uses them in {why}.", _NO_LOGITS
+                self.binding.config.materialize,
+                f"logits {shape} are computed after all: {{place}} uses them in {why}.",
+                _NO_LOGITS,
             )
         with_graph = torch.is_grad_enabled() and self.has_graph
         if self._real is None or (with_graph and not self._real[1]):
