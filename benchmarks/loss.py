@@ -24,12 +24,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from inputs import SEQUENCE, Inputs, load_tokens, trained_inputs
-from methods import Method, available_methods
-from timing import Phases, interleaved_ms, launch_ms
+from methods import OWN_TREE, Method, available_methods
+from timing import Phases, interleaved_launch_ms, interleaved_ms
 from torch import Tensor
 
 import cce_dist
-from cce_dist import linear_cross_entropy
 from cce_dist.loss.settings import least_workspace_mb
 
 UNBIASED = "cce_dist unbiased"
@@ -146,13 +145,13 @@ def measure_accuracy(method: Method, inputs: Inputs, true: Reference) -> dict[st
     }
 
 
-def least_workspace_peak_mb(inputs: Inputs) -> float:
+def least_workspace_peak_mb(unbiased: Callable[..., Tensor], inputs: Inputs) -> float:
     """Peak memory of cce_dist unbiased with the least ``workspace_mb`` that it takes: one tile of probabilities."""
     hidden_ND, weight_VD = (x.detach().requires_grad_() for x in inputs[:2])
     least = least_workspace_mb(hidden_ND.shape[0], hidden_ND.element_size())
 
     def run() -> tuple[Tensor, ...]:
-        loss = linear_cross_entropy(hidden_ND, weight_VD, inputs.labels_N, workspace_mb=least)
+        loss = unbiased(hidden_ND, weight_VD, inputs.labels_N, workspace_mb=least)
         return torch.autograd.grad(loss, (hidden_ND, weight_VD))
 
     return peak_mb(run, hidden_ND.device.type)[1]
@@ -166,6 +165,7 @@ def benchmark(
     only: list[str] | None,
     device: str = "cuda",
     cache: Path | None = None,
+    old_tree: Path | None = None,
 ) -> dict[str, Any]:
     phases = Phases()
     ids = load_tokens(tokens, shape.vocab_size)
@@ -182,7 +182,7 @@ def benchmark(
     phases.done(f"training, {steps} steps")
     torch.cuda.empty_cache()
     true = reference(inputs)
-    methods, missing = available_methods()
+    methods, missing = available_methods(old_tree)
     if only:
         methods = {name: method for name, method in methods.items() if any(part in name for part in only)}
     results: dict[str, dict[str, Any]] = {name: {"failed": why} for name, why in missing.items()}
@@ -193,7 +193,7 @@ def benchmark(
         try:
             results[name] = dict(measure_accuracy(method, inputs, true))
             if name == UNBIASED:
-                results[name]["least_workspace_peak_mb"] = least_workspace_peak_mb(inputs)
+                results[name]["least_workspace_peak_mb"] = least_workspace_peak_mb(method, inputs)
         except Exception as error:  # a peer that cannot take the shape has that as its result
             results[name] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
             continue
@@ -220,8 +220,10 @@ def benchmark(
     for name, run in both.items():
         results[name] |= {"forward_ms": times[name], "both_ms": times[f"{name} both"]}
         results[name] |= {"forward_x": times[name] / times["gemm"], "both_x": times[f"{name} both"] / times["gemm"]}
-        results[name]["launch_ms"] = launch_ms(run, rounds, device)
+    for name, ms in interleaved_launch_ms(both, rounds, device).items():
+        results[name]["launch_ms"] = ms
     phases.done("times")
+    OWN_TREE.enter()
     return {**shape._asdict(), "model_loss": inputs.loss, "gemm_ms": times["gemm"], "methods": results}
 
 
@@ -276,6 +278,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="training steps for the inputs; 0: at initialisation")
     parser.add_argument("--cache", type=Path, help="folder of trained inputs, shared by the commands")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--old-tree", type=Path, help="another checkout, whose loss takes turns with this one's")
     parser.add_argument("--only", nargs="+", help="methods whose names contain one of these")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command out")
@@ -291,6 +294,7 @@ def main() -> None:
             arguments.only,
             arguments.device,
             arguments.cache,
+            arguments.old_tree,
         )
         report["shapes"][name] = result
         print_table(name, result)

@@ -7,30 +7,31 @@ Shapes: N tokens, D hidden, V vocabulary.
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from trees import Tree
 
-from cce_dist import linear_cross_entropy
-
-Method = Callable[[Tensor, Tensor, Tensor], Tensor]
+Method = Callable[..., Tensor]
+OWN_TREE = Tree()
 
 
 def _eager(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
     return F.cross_entropy((hidden_ND @ weight_VD.T).float(), labels_N)
 
 
-def available_methods() -> tuple[dict[str, Method], dict[str, str]]:
-    """The methods by name, and why each missing one is missing."""
+def available_methods(old_tree: Path | None = None) -> tuple[dict[str, Method], dict[str, str]]:
+    """The methods by name, also those of another checkout, and why each missing one is missing."""
+    trees = {"cce_dist": OWN_TREE} | ({} if old_tree is None else {"old tree's": Tree(old_tree)})
     methods: dict[str, Method] = {
-        "cce_dist unbiased": partial(linear_cross_entropy, gradient="unbiased"),
-        "cce_dist filtered": partial(linear_cross_entropy, gradient="filtered"),
-        "cce_dist exact": partial(linear_cross_entropy, gradient="exact"),
-        "torch eager": _eager,
-        "torch.compile": torch.compile(_eager),
+        f"{name} {mode}": partial(tree.linear_cross_entropy, gradient=mode)
+        for mode in ("unbiased", "filtered", "exact")
+        for name, tree in trees.items()
     }
+    methods |= {"torch eager": _eager, "torch.compile": torch.compile(_eager)}
     missing: dict[str, str] = {}
     for name, find in (
         ("F.linear_cross_entropy", _torch_fused),

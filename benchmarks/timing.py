@@ -41,16 +41,21 @@ def interleaved_ms(runs: Mapping[str, Callable[[], Any]], rounds: int, device: s
     return {name: median(values) for name, values in times.items()}
 
 
-def launch_ms(run: Callable[[], Any], rounds: int, device: str = "cuda") -> float:
-    """Median milliseconds until ``run`` returns on the host, on an idle device and without waiting for its work."""
-    times = []
-    for _ in range(rounds + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(_once_host(run))
+def interleaved_launch_ms(runs: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cuda") -> dict[str, float]:
+    """Median milliseconds until each run returns on the host, on an idle device and without waiting for its work.
+
+    They take turns; each follows a first run of its own, whose imports and caches are not what is timed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(_once_host(run))
     if device == "cuda":
         torch.cuda.synchronize()
-    return median(times[1:])
+    return {name: median(values) for name, values in times.items()}
 
 
 def _once_cuda(run: Callable[[], Any]) -> float:
