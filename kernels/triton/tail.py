@@ -51,7 +51,7 @@ def _tail_mean_kernel(
     is_nan = tl.sum((p != p).to(tl.int32), 1) > 0
     use = valid & (large == 0) & (is_nan == 0)
     p = tl.where(use[:, None], p, 0.0)
-    mass = tl.sum(tl.sum(p, 1), 0)
+    mass = tl.sum(p)  # at once: for sm_100 Triton 3.6 cannot compile two sums in a row
     V, D = operands.V, operands.D
     uniform = 1.0 / min(TILE, V - tile * TILE)
     profile = tl.sum(tl.where(use[:, None], p * slope, 0.0), 0)

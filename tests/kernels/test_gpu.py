@@ -20,6 +20,7 @@ from reference import (
     assert_no_worse,
     assert_repeats,
     cce_outcome,
+    fixed_draws,
     leaf,
     make_problem,
     plain_outcome,
@@ -70,7 +71,7 @@ class Captured:
     def __init__(self, problem: Problem, **settings: Any) -> None:
         self.hidden, self.weight = leaf(problem.hidden[0]), leaf(problem.weight)
         self.labels, self.upstream = problem.labels[0].clone(), problem.upstream[0].clone()
-        self.settings = {**problem.options, **settings, "backend": "triton"}
+        self.settings = fixed_draws({**problem.options, **settings, "backend": "triton"}, self.hidden)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, and fills what is made once
