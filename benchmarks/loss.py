@@ -217,7 +217,7 @@ def benchmark(
         }
         masked_ms = interleaved_ms(masked, rounds, device)
         results[UNBIASED]["masked_70_percent"] = masked_ms["masked"] / masked_ms["all"]
-    for name, run in both.items():
+    for name in both:
         results[name] |= {"forward_ms": times[name], "both_ms": times[f"{name} both"]}
         results[name] |= {"forward_x": times[name] / times["gemm"], "both_x": times[f"{name} both"] / times["gemm"]}
     for name, ms in interleaved_launch_ms(both, rounds, device).items():

@@ -3,7 +3,7 @@
 Shapes: n tokens of this rank, M the most tokens that any rank brings, W ranks of the token group, N = W·M, D hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,32 +19,41 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+_MUST_BE_EQUAL = {
+    "tokens": "{} differ between ranks that bring the same tokens: pass the same tokens, in one order, on all ranks "
+    "that share the vocabulary, or, where each rank has tokens of its own, their group as token_group.",
+    "frequent rows": "the ranks chose different frequent rows, because their counts of labels differ: a rank made a "
+    "call, or its backward, that others did not make. Let all ranks make the same calls, or set frequent_rows=0.",
+}
+
+
 def merge_softmax(
-    summary: Summary, group: ProcessGroup | None, same_labels: Tensor | None = None
+    summary: Summary, group: ProcessGroup | None, equal: Mapping[str, Tensor] | None = None
 ) -> tuple[Normaliser, Tensor]:
     """Combines the shards' (max, Σ exp(z − max), target logit) into the global ones: a MAX, then one packed SUM.
 
     A NaN reaches every rank through the SUM, because gloo's MAX drops it.
 
     Args:
-        same_labels: `token_fingerprint` of the labels, where all ranks of the group must bring the same tokens.
+        equal: `token_fingerprint` of what must be the same on all ranks of the group, by its name.
 
     Returns:
         The log-sum-exp, as a `Normaliser`, and the target logits [N] over the whole vocabulary.
 
     Raises:
-        ValueError: on every rank, where the labels differ; on CUDA a device-side assertion.
+        ValueError: on every rank, where that differs; on CUDA a device-side assertion.
     """
     max_N, sumexp_N, target_N, unit = summary[:4]
     if group is not None:
         own_max_N, max_N = max_N, max_N.clone()
-        if same_labels is not None:
-            pair = torch.stack((same_labels, -same_labels)).to(max_N.dtype)
-            max_N = torch.cat((max_N, pair))
+        numbers = [sign * number for number in (equal or {}).values() for sign in (1, -1)]
+        if numbers:
+            max_N = torch.cat((max_N, torch.stack(numbers).to(max_N.dtype)))
         dist.all_reduce(max_N, dist.ReduceOp.MAX, group=group)
-        if same_labels is not None:
-            max_N, pair = max_N[:-2], max_N[-2:]
-            _check_equal(pair, "labels")
+        if numbers:
+            max_N, pairs = max_N.split((own_max_N.shape[0], len(numbers)))
+            for name, pair in zip(equal or {}, pairs.split(2), strict=True):
+                _check_equal(pair, name)
         packed_2N = torch.stack((sumexp_N * torch.exp((own_max_N - max_N) * unit), target_N))
         dist.all_reduce(packed_2N, dist.ReduceOp.SUM, group=group)
         sumexp_N, target_N = packed_2N
@@ -73,14 +82,11 @@ def check_same_tokens(labels_N: Tensor, name: str, group: ProcessGroup | None) -
 def _check_equal(pair: Tensor, name: str) -> None:
     """On the largest of c and of −c over ranks."""
     equal = pair[0] == -pair[1]
-    message = (
-        f"{name} differ between ranks that bring the same tokens: pass the same tokens, in one order, on all ranks "
-        "that share the vocabulary, or, where each rank has tokens of its own, their group as token_group"
-    )
+    message = _MUST_BE_EQUAL.get(name, _MUST_BE_EQUAL["tokens"]).format(name)
     if pair.is_cuda:
-        device_check(equal, f"{message}.")
+        device_check(equal, message)
     elif not equal:
-        raise ValueError(f"{message}.")
+        raise ValueError(message)
 
 
 def gather_tokens(own: Tensor, most: int, group: ProcessGroup, fill: float | int = 0) -> Tensor:
@@ -127,6 +133,19 @@ def start_all_reduce(partial: Tensor, group: ProcessGroup) -> Callable[[], Tenso
         return partial
 
     return finish
+
+
+def start_sum_of_one(part: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
+    """`start_all_reduce`, bit for bit, of what is 0 on all ranks but one, element by element."""
+    if not part.numel():
+        return lambda: part
+    finish = start_all_reduce(_bytes(part), group)  # as bytes: see gather_tokens
+
+    def finish_sum() -> Tensor:
+        finish()
+        return part
+
+    return finish_sum
 
 
 def _bytes(x: Tensor) -> Tensor:

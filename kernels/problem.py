@@ -29,6 +29,9 @@ class Logits(NamedTuple):
         place_N: int32, the inverse of token_N: where a row of hidden_ND stands among the compacted.
         tile_key_T: int32, a name for each tile that no other shard uses.
         n_valid: int32 [1], on the device.
+        frequent_V: int32, not below 0 in frequent rows, which are computed apart (see cce_dist/loss/frequent.py): they
+            are not in tiles, nor in what backward computes. Of forward's sums a first pass in 8 bits leaves them out; a
+            full one has them. None: there are none.
     """
 
     hidden_ND: Tensor
@@ -41,7 +44,13 @@ class Logits(NamedTuple):
     n_valid: Tensor
     logit_scale: float
     softcap: float | None
+    frequent_V: Tensor | None = None
     tile: int = TILE
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the compacted ones, which may be some of those that hidden_ND holds."""
+        return self.token_N.shape[0]
 
     @property
     def num_tiles(self) -> int:

@@ -22,7 +22,7 @@ SMALLEST_DRAW = 2.0**-32
 def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary:
     """Max, Σ exp and target logit of each row, and the log-sum-exp of each (tile, row) when ``want_tiles``."""
     logits = _compacted(logits)
-    rows = logits.hidden_ND.shape[0]
+    rows = logits.num_tokens
     sumexp_N = torch.zeros(rows, dtype=logits.accumulator, device=logits.hidden_ND.device)
     max_N, target_N = torch.full_like(sumexp_N, -torch.inf), torch.zeros_like(sumexp_N)
     tile_lse_TN = sumexp_N.new_empty((logits.num_tiles, rows)) if want_tiles else None
@@ -35,7 +35,7 @@ def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary
         is_target_nv = _is_target(logits, n, v)
         target_N[n] += torch.where(is_target_nv, z_nv, 0.0).sum(1)
         if tile_lse_TN is not None:
-            tile_lse_TN[t, n] = torch.logsumexp(_by_tile(z_nv, logits.tile, -torch.inf), dim=2).T
+            tile_lse_TN[t, n] = torch.logsumexp(_by_tile(_cold(logits, z_nv, v), logits.tile, -torch.inf), dim=2).T
     return Summary(max_N, sumexp_N, target_N, 1.0, None if tile_lse_TN is None else Tiles(tile_lse_TN))
 
 
@@ -46,11 +46,12 @@ def differentiate(
     upstream: Upstream,
     filter_: Filter,
     wanted: Wanted,
+    onto_ND: Tensor | None = None,
     hidden_ready: Callable[[Tensor], None] | None = None,
 ) -> Gradients:
     """The gradient of Σ b·nll + (a − b)·lse; see `Upstream`, `Filter` and `Gradients`.
 
-    ``hidden_ready`` is not called: here dE is complete no sooner than dC.
+    ``onto_ND``: what dE is added to, in place. ``hidden_ready`` is not called: here dE is complete no sooner than dC.
     """
     logits = _compacted(logits)
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
@@ -61,6 +62,7 @@ def differentiate(
     eps_N = None if tiles is None else drawing_eps(logits, tiles, normaliser.lse_N, filter_)
     for n, v, t in _chunks(logits, wanted.workspace_bytes):
         z_nv, slope_nv = _logits(logits, n, v)
+        z_nv = _cold(logits, z_nv, v)
         softmax_nv = torch.exp((z_nv - normaliser.max_N[n, None]) - normaliser.log_sum_N[n, None])
         is_target_nv = _is_target(logits, n, v)
         p_nv = upstream.softmax_N[n, None] * softmax_nv
@@ -76,8 +78,9 @@ def differentiate(
         dbias_V[v] += p_nv.sum(0)
     if eps_N is not None and tiles is not None and hidden_ND.shape[0] and (filter_.tail or filter_.mode == "unbiased"):
         _add_tail(logits, tiles, normaliser.lse_N, eps_N, upstream, filter_, dhidden_ND, dweight_VD, dbias_V)
+    dhidden_ND.mul_(scale)
     return Gradients(
-        dhidden_ND.mul_(scale) if wanted.hidden else None,
+        (dhidden_ND if onto_ND is None else onto_ND.add_(dhidden_ND)) if wanted.hidden else None,
         None if dweight_VD is None else dweight_VD.mul_(scale).to(wanted.weight_dtype),
         dbias_V.mul_(scale) if wanted.bias else None,
     )
@@ -88,6 +91,17 @@ def scatter_rows(rows_ND: Tensor, token_N: Tensor, n_valid: Tensor, dtype: torch
     valid_N = torch.arange(rows_ND.shape[0], device=rows_ND.device) < n_valid
     rows_ND = torch.where(valid_N[:, None], rows_ND, 0).to(dtype)
     return torch.empty_like(rows_ND).index_copy_(0, token_N.long(), rows_ND)
+
+
+def write_rows(out_VD: Tensor, rows_KD: Tensor, row_K: Tensor) -> None:
+    """out[row[k]] = rows[k], but for row −1."""
+    if out_VD.shape[0] == 0:
+        return
+    slot_K = torch.where(row_K >= 0, torch.arange(row_K.shape[0], device=row_K.device), -1)
+    slot_V = torch.full((out_VD.shape[0],), -1, device=row_K.device)
+    slot_V.scatter_reduce_(0, row_K.clamp(min=0).long(), slot_K, "amax")
+    is_written_V = (slot_V >= 0).view(-1, *(1,) * (out_VD.ndim - 1))
+    out_VD.copy_(torch.where(is_written_V, rows_KD[slot_V.clamp(min=0)].to(out_VD.dtype), out_VD))
 
 
 def _compacted(logits: Logits) -> Logits:
@@ -140,7 +154,7 @@ def _add_tail(
     dbias_V: Tensor,
 ) -> None:
     """Adds R c̃ to dE, π RᵀE to dC and π R to dbias; R_ti = a_i·mass_ti·(1 − k_ti), c̃_t = Σ π_j c_j over tile t."""
-    everything = slice(0, logits.hidden_ND.shape[0])
+    everything = slice(0, logits.num_tokens)
     for tile in range(logits.num_tiles):
         t = slice(tile, tile + 1)
         v = slice(tile * logits.tile, min((tile + 1) * logits.tile, logits.weight_VD.shape[0]))
@@ -160,12 +174,14 @@ def tile_profile(logits: Logits, lse_N: Tensor, large_N: Tensor, v: slice) -> Te
     """π_j = Σ_i p_ij f'_ij / Σ_i mass_i over up to 128 sampled tail rows; uniform where those have no mass."""
     sample_n = torch.arange(SAMPLED_ROWS, device=lse_N.device) * logits.n_valid // SAMPLED_ROWS
     z_nv, slope_nv = _logits(logits, sample_n, v)
+    z_nv = _cold(logits, z_nv, v)
     softmax_nv = torch.exp(z_nv - lse_N[sample_n, None])
     use_n = ~large_N[sample_n] & ~softmax_nv.isnan().any(1)
     profile_v = torch.where(use_n[:, None], softmax_nv * slope_nv, 0.0).sum(0)
     mass = torch.where(use_n[:, None], softmax_nv, 0.0).sum()
-    uniform = torch.full_like(softmax_nv[0], 1.0 / softmax_nv.shape[1])
-    return torch.where(mass > 0, profile_v / mass, uniform)
+    cold_v = torch.ones_like(softmax_nv[0]) if logits.frequent_V is None else (logits.frequent_V[v] < 0).to(lse_N.dtype)
+    uniform_v = cold_v / cold_v.sum().clamp(min=1)
+    return torch.where(mass > 0, profile_v / mass, uniform_v)
 
 
 def _draw(filter_: Filter, token_n: Tensor, key_t: Tensor, like_tn: Tensor) -> Tensor:
@@ -195,7 +211,7 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor) -> Tensor:
 
 def _chunks(logits: Logits, workspace_bytes: int) -> Iterator[tuple[slice, slice, slice]]:
     """(rows, columns, tiles) of each chunk; about four chunk-sized temporaries are alive at a time."""
-    rows, vocab = logits.hidden_ND.shape[0], logits.weight_VD.shape[0]
+    rows, vocab = logits.num_tokens, logits.weight_VD.shape[0]
     entries = max(workspace_bytes // (4 * logits.accumulator.itemsize), 1)
     row_step = max(min(rows, entries // logits.tile), 1)
     tile_step = max(entries // (row_step * logits.tile), 1)
@@ -217,6 +233,11 @@ def _logits(logits: Logits, n: slice | Tensor, v: slice) -> tuple[Tensor, Tensor
         return x_nv, torch.ones((), dtype=dtype, device=x_nv.device).expand_as(x_nv)
     tanh_nv = torch.tanh(x_nv / logits.softcap)
     return logits.softcap * tanh_nv, 1 - tanh_nv * tanh_nv
+
+
+def _cold(logits: Logits, z_nv: Tensor, v: slice) -> Tensor:
+    """Logits with −inf in the columns of frequent rows: after the softcap, which would make a number of it."""
+    return z_nv if logits.frequent_V is None else z_nv.masked_fill(logits.frequent_V[v] >= 0, -torch.inf)
 
 
 def _is_target(logits: Logits, n: slice, v: slice) -> Tensor:

@@ -25,6 +25,8 @@ from cce_dist.collectives import (
 )
 from cce_dist.kernels import torch_backend
 from cce_dist.kernels.problem import MOST_DRAWN, TILE, Filter, Gradients, Logits, Normaliser, Tiles, Upstream, Wanted
+from cce_dist.loss import frequent as frequent_rows
+from cce_dist.loss.frequent import Frequent, count_labels
 from cce_dist.loss.settings import CallSettings, Method, check_labels, workspace_bytes
 from cce_dist.loss.tokens import Order, gather, own, valid_first
 from cce_dist.shard import VocabShard
@@ -37,6 +39,7 @@ class Call(NamedTuple):
         labels_n: int64, shifted.
         most: tokens that any rank brings; the hosts have agreed on the call by then.
         grad_enabled: of the caller; inside an autograd function it is always off.
+        counts_V: how often each row was a label, where there are to be frequent rows.
     """
 
     labels_n: Tensor
@@ -45,6 +48,7 @@ class Call(NamedTuple):
     method: Method
     most: int
     grad_enabled: bool
+    counts_V: Tensor | None
 
     @property
     def backend(self) -> ModuleType:
@@ -76,6 +80,9 @@ class Saved(NamedTuple):
         return Order(self.token_N, self.place_N, self.n_valid)
 
 
+_NOT_FREQUENT = (None,) * len(Frequent._fields)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """(nll_n, lse_n) of this rank's tokens, 0 where ignored."""
 
@@ -91,7 +98,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         workspace = workspace_bytes(settings.workspace_mb, method, labels_N.shape[0], hidden_ND.element_size())
         if labels_N.is_cuda:
             check_labels(labels_N, settings.ignore_index, shard.vocab_size)
-        same_labels = token_fingerprint(labels_N) if shard.same_tokens else None
+        equal = {"labels": token_fingerprint(labels_N)} if shard.same_tokens else {}
         valid_N = labels_N != settings.ignore_index
         order = valid_first(valid_N)
         columns_N = torch.where(valid_N, shard.local_columns(labels_N), -1)
@@ -101,14 +108,32 @@ class LinearCrossEntropy(torch.autograd.Function):
         needs_grad = call.grad_enabled and any(ctx.needs_input_grad[:3])
         logits = logits_of(hidden_ND, weight_VD, bias_V, target_N, order, call)
         with torch.autocast(hidden_nD.device.type, enabled=False):
+            frequent: Frequent | None = None
+            if call.counts_V is not None:
+                frequent = frequent_rows.find(
+                    logits, labels_N, valid_N, order, call.counts_V, method.frequent_rows, shard
+                )
+                equal["frequent rows"] = token_fingerprint(frequent.id_K)
+                exchange = frequent_rows.start_exchange(frequent, logits.weight_VD, logits.bias_V, shard)
+            others = logits if frequent is None else frequent_rows.without(logits, frequent)
             if method.first_pass == "fp8":
-                estimate = call.backend.estimate(logits)
-                estimated, _ = merge_softmax(estimate.summary, shard.vocab_group, same_labels)
-                same_labels = None
-                summary = call.backend.refine(logits, estimate, estimated, method.filter_eps)
-            else:
-                summary = call.backend.summarise(logits, needs_grad and method.gradient != "exact", workspace)
-            normaliser, target_logit_N = merge_softmax(summary, shard.vocab_group, same_labels)
+                estimate = call.backend.estimate(others)
+                estimated_summary, part = estimate.summary, None
+                if frequent is not None:
+                    frequent = exchange()
+                    part = call.backend.summarise(frequent_rows.only(logits, frequent), False, workspace)
+                    estimated_summary = frequent_rows.join(estimated_summary, part, frequent.place_M)
+                estimated, _ = merge_softmax(estimated_summary, shard.vocab_group, equal)
+                equal = {}
+                summary = call.backend.refine(others, estimate, estimated, method.filter_eps)
+                if frequent is not None and part is not None:
+                    summary = frequent_rows.join(summary, part, frequent.place_M)
+            else:  # its sums and targets are of all rows, so that they have the same bits without a gradient
+                whole = logits if frequent is None else logits._replace(frequent_V=frequent.slot_v)
+                summary = call.backend.summarise(whole, needs_grad and method.gradient != "exact", workspace)
+                if frequent is not None:
+                    frequent = exchange()
+            normaliser, target_logit_N = merge_softmax(summary, shard.vocab_group, equal)
 
         if needs_grad:
             seed = _draw_seed(settings.seed, hidden_nD.device) if method.gradient == "unbiased" else None
@@ -117,8 +142,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             ctx.unit, ctx.tiles_per_split = normaliser.unit, tiles_per_split
             ctx.set_materialize_grads(False)
             max_and_sum = normaliser.max_N, normaliser.log_sum_N
-            saved = Saved(hidden_ND, weight_VD, bias_V, target_N, *order, seed, *max_and_sum, tile_lse_TN, reference_SN)
-            ctx.save_for_backward(*saved)
+            saved = Saved(
+                hidden_ND, weight_VD, bias_V, others.target_N, *order, seed, *max_and_sum, tile_lse_TN, reference_SN
+            )
+            if frequent is not None and shard.vocab_group is None:
+                frequent = frequent._replace(rows_KD=None, bias_K=None)  # they are here anyway
+            ctx.save_for_backward(*saved, *(frequent or _NOT_FREQUENT))
+            ctx.counted = False
         nll_N, lse_N = order.restore(normaliser.nll(target_logit_N)), order.restore(normaliser.lse_N)
         return own(nll_N, num_tokens, most, shard), own(lse_N, num_tokens, most, shard)
 
@@ -126,12 +156,16 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_nll_n: Tensor | None, grad_lse_n: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        saved = Saved(*ctx.saved_tensors)
+        tensors = ctx.saved_tensors  # once: under checkpointing it recomputes
+        saved = Saved(*tensors[: len(Saved._fields)])
+        frequent = None if call.counts_V is None else Frequent(*tensors[len(Saved._fields) :])
         shard, weight_VD, bias_V = call.shard, saved.weight_VD, saved.bias_V
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         with torch.autocast(saved.hidden_ND.device.type, enabled=False):
             upstream = _upstream(grad_nll_n, grad_lse_n, saved, call, ctx.most)
             logits = logits_of(saved.hidden_ND, weight_VD, bias_V, saved.target_N, saved.order, call)
+            normaliser = Normaliser(saved.max_N, saved.log_sum_N, ctx.unit)
+            wanted = Wanted(wants_hidden, wants_weight, wants_bias, weight_VD.dtype, ctx.workspace)
             tiles = None
             if saved.tile_lse_TN is not None:
                 tiles = Tiles(saved.tile_lse_TN, saved.reference_SN, ctx.tiles_per_split)
@@ -141,20 +175,69 @@ class LinearCrossEntropy(torch.autograd.Function):
                 nonlocal finish
                 finish = _start_reduction(partial_ND, saved, call)
 
+            part, onto_ND = None, None
+            if frequent is not None and shard.vocab_group is not None:
+                part, onto_ND = _start_frequent(logits, frequent, normaliser, upstream, wanted, call)
+            others = logits if frequent is None else logits._replace(frequent_V=frequent.slot_v)
             gradients: Gradients = call.backend.differentiate(
-                logits,
+                others,
                 tiles,
-                Normaliser(saved.max_N, saved.log_sum_N, ctx.unit),
+                normaliser,
                 upstream,
                 filter_of(call, logits, saved.seed),
-                Wanted(wants_hidden, wants_weight, wants_bias, weight_VD.dtype, ctx.workspace),
+                wanted,
+                onto_ND,
                 None if shard.vocab_group is None else reduce_hidden,
             )
+            if frequent is not None:
+                if part is None:  # after the others, whose memory it takes
+                    frequent = frequent_rows.start_exchange(frequent, logits.weight_VD, logits.bias_V, shard)()
+                    only, onto_ND = frequent_rows.only(logits, frequent), gradients.hidden_ND
+                    of_frequent = call.backend.differentiate(
+                        only, None, normaliser, upstream, Filter("exact"), wanted, onto_ND
+                    )
+                else:
+                    of_frequent = part()
+                for rows_K, out_V in zip(of_frequent[1:], gradients[1:], strict=True):
+                    if rows_K is not None and out_V is not None:
+                        call.backend.write_rows(out_V, rows_K, frequent.row_K)
+                if call.counts_V is not None and not ctx.counted:
+                    count_labels(call.counts_V, frequent.label_N)
+                    ctx.counted = True
             if gradients.hidden_ND is not None and finish is None:
                 reduce_hidden(gradients.hidden_ND)
             grad_hidden_nD = None if finish is None else finish()
         grad_bias_V = None if bias_V is None or gradients.bias_V is None else gradients.bias_V.to(bias_V.dtype)
         return grad_hidden_nD, _with_padding(gradients.weight_VD, weight_VD), _with_padding(grad_bias_V, bias_V), None
+
+
+def _start_frequent(
+    logits: Logits, frequent: Frequent, normaliser: Normaliser, upstream: Upstream, wanted: Wanted, call: Call
+) -> tuple[Callable[[], Gradients], Tensor | None]:
+    """The frequent rows' gradient of this rank's share of the tokens: starts summing dC over the ranks, and puts dE
+    into the partial [N, D] to which the others' is added."""
+    shard, backend, place_M = call.shard, call.backend, frequent.place_M
+    only = frequent_rows.only(logits, frequent)
+    onto_ND = onto_MD = None
+    if wanted.hidden:
+        onto_ND = logits.hidden_ND.new_zeros(logits.hidden_ND.shape, dtype=normaliser.max_N.dtype)
+        if shard.token_group is None:  # the tokens in turn
+            ranks, rank = dist.get_world_size(shard.vocab_group), dist.get_rank(shard.vocab_group)
+            onto_MD = onto_ND[rank::ranks]
+    part: Gradients = backend.differentiate(
+        only,
+        None,
+        *frequent_rows.share(normaliser, upstream, place_M),
+        Filter("exact"),
+        wanted._replace(weight_dtype=normaliser.max_N.dtype),
+        onto_MD,
+    )
+    if onto_ND is not None and onto_MD is None and onto_ND.shape[0]:
+        assert place_M is not None and part.hidden_ND is not None
+        onto_ND.index_add_(0, place_M.clamp(max=onto_ND.shape[0] - 1), part.hidden_ND)  # 0 where not valid
+    assert shard.vocab_group is not None
+    sums = [None if x is None else start_all_reduce(x, shard.vocab_group) for x in part[1:]]
+    return lambda: Gradients(None, *(None if finish is None else finish() for finish in sums)), onto_ND
 
 
 def logits_of(

@@ -59,6 +59,7 @@ class LossSettings(BaseModel):
     filter_eps: float | None = Field(default=None, ge=0.0, lt=1.0, description='"auto", None or in [0, 1)')
     backend: Backend = Field(default="auto", description='"auto", "triton" or "torch"')
     first_pass: FirstPass = Field(default="auto", description='"auto", "full" or "fp8"')
+    frequent_rows: int | None = Field(default=None, ge=0, description="an int, 0 or more (0: none), or None")
     workspace_mb: int | None = Field(default=None, ge=1, description="an int, 1 or more, or None")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | InstanceOf[Tensor] | None = Field(
         default=None, description="a 64-bit int, a 0-d int64 tensor or None", json_schema_extra=_MAY_DIFFER
@@ -123,6 +124,7 @@ class Method(NamedTuple):
     filter_eps: float
     backend: Literal["triton", "torch"]
     first_pass: Literal["full", "fp8"]
+    frequent_rows: int
 
 
 def resolve(settings: CallSettings, hidden: Tensor, labels: Tensor, shard: VocabShard, needs_grad: bool) -> Method:
@@ -162,7 +164,9 @@ def resolve(settings: CallSettings, hidden: Tensor, labels: Tensor, shard: Vocab
     exact = gradient == "exact" or eps == 0
     asked_exact = exact and settings.gradient is not None
     first_pass = "full" if asked_exact or not needs_grad else _first_pass(settings.first_pass, hidden, backend)
-    return Method("exact" if exact else gradient, eps, backend, "full" if exact else first_pass)
+    if exact:
+        return Method("exact", eps, backend, "full", 0)
+    return Method(gradient, eps, backend, first_pass, _frequent_rows(settings, backend, shard.vocab_size, needs_grad))
 
 
 def contract(
@@ -323,6 +327,14 @@ def _first_pass(first_pass: FirstPass, hidden: Tensor, backend: str) -> Literal[
         pays = can_fp8 and hidden.is_cuda and torch.cuda.get_device_capability(hidden.device)[0] == 9
         return "fp8" if pays and not torch.are_deterministic_algorithms_enabled() else "full"
     return first_pass
+
+
+def _frequent_rows(settings: LossSettings, backend: str, vocab_size: int, needs_grad: bool) -> int:
+    """Only backward profits. Kernels that must repeat bit by bit compute all rows alike."""
+    deterministic = backend == "triton" and torch.are_deterministic_algorithms_enabled()
+    if not needs_grad or deterministic:
+        return 0
+    return min(settings.frequent_rows or 0, vocab_size)
 
 
 def _interpreted() -> bool:

@@ -17,7 +17,7 @@ from . import refine as refine_stage
 from . import summarise as summarise_stage
 from .blocks import LN_2
 from .differentiate import differentiate as differentiate_pairs
-from .exact import differentiate_exactly, product
+from .exact import add_product, differentiate_exactly, product
 from .operands import Pairs, Tail
 from .select import select, tail_rows
 from .tail import tail_means
@@ -59,12 +59,18 @@ def scatter_rows(
         return compact.scatter_rows(rows_ND, token_N, n_valid, dtype)
 
 
+def write_rows(out_VD: torch.Tensor, rows_KD: torch.Tensor, row_K: torch.Tensor) -> None:
+    """out[row[k]] = rows[k], but for row −1. ``row_K``: int32."""
+    with torch.cuda.device_of(rows_KD):
+        compact.write_rows(out_VD, rows_KD, row_K)
+
+
 def _is_empty(logits: Logits) -> bool:
-    return logits.hidden_ND.shape[0] == 0 or logits.weight_VD.shape[0] == 0
+    return logits.num_tokens == 0 or logits.weight_VD.shape[0] == 0
 
 
 def _empty_summary(logits: Logits, want_tiles: bool) -> Summary:
-    rows = logits.hidden_ND.shape[0]
+    rows = logits.num_tokens
     zeros_N = torch.zeros(rows, dtype=torch.float32, device=logits.hidden_ND.device)
     tiles = Tiles(zeros_N.new_empty((logits.num_tiles, rows)), zeros_N.new_empty((0, rows)), 1)
     none_N = torch.full_like(zeros_N, -torch.inf)
@@ -78,15 +84,17 @@ def differentiate(
     upstream: Upstream,
     filter_: Filter,
     wanted: Wanted,
+    onto_ND: torch.Tensor | None = None,
     hidden_ready: Callable[[torch.Tensor], None] | None = None,
 ) -> Gradients:
     """The gradient of Σ b·nll + (a − b)·lse; see `Upstream`, `Filter` and `Gradients`.
 
     With ``hidden_ready`` the sparse backward makes dE first, hands it over, and computes the kept pairs' probabilities
-    once more for dC: what the caller does with dE (its reduction over ranks) runs beside that.
+    once more for dC: what the caller does with dE (its reduction over ranks) runs beside that. ``onto_ND``: fp32, what
+    dE is added to, in place; its rows may be apart.
     """
     with torch.cuda.device_of(logits.hidden_ND):
-        return _differentiate(logits, tiles, normaliser, upstream, filter_, wanted, hidden_ready)
+        return _differentiate(logits, tiles, normaliser, upstream, filter_, wanted, onto_ND, hidden_ready)
 
 
 def _differentiate(
@@ -96,6 +104,7 @@ def _differentiate(
     upstream: Upstream,
     filter_: Filter,
     wanted: Wanted,
+    onto_ND: torch.Tensor | None,
     hidden_ready: Callable[[torch.Tensor], None] | None,
 ) -> Gradients:
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
@@ -107,19 +116,27 @@ def _differentiate(
     assert not wanted.bias or logits.bias_V is not None
     dbias_V = make_weight(weight_VD.shape[0], dtype=torch.float32, device=device) if wanted.bias else None
     headroom = _PROBABILITY_HEADROOM.get(dtype, 1.0)
-    pairs = dhidden_ND = None
+    pairs, dhidden_ND = None, onto_ND if wanted.hidden else None
     tail = Tail()
     if sparse and tiles is not None and not empty:
         pairs = select(logits, tiles, normaliser.max_N + normaliser.log_sum_N, filter_)
         if filter_.tail or filter_.mode == "unbiased":
-            dhidden_ND, tail = _tail(logits, pairs, upstream, headroom, wanted.hidden, dweight_VD)
+            dhidden_ND, tail = _tail(logits, pairs, upstream, headroom, wanted.hidden, dhidden_ND, dweight_VD)
     if wanted.hidden and dhidden_ND is None:
-        dhidden_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=device)
+        dhidden_ND = torch.zeros((logits.num_tokens, hidden_ND.shape[1]), dtype=torch.float32, device=device)
     if empty:
         pass
     elif pairs is None:
         differentiate_exactly(
-            logits, normaliser, upstream, dhidden_ND, dweight_VD, dbias_V, headroom, wanted.workspace_bytes
+            logits,
+            normaliser,
+            upstream,
+            dhidden_ND,
+            dweight_VD,
+            dbias_V,
+            headroom,
+            wanted.workspace_bytes,
+            hidden_begun=onto_ND is not None,
         )
     else:
         passes = [Gradients(dhidden_ND, dweight_VD, dbias_V)]
@@ -140,9 +157,10 @@ def _tail(
     upstream: Upstream,
     headroom: float,
     wants_hidden: bool,
+    onto_ND: torch.Tensor | None,
     scratch_VD: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, Tail]:
-    """Rᵀ c̃, with which dE begins; and what the weight items of `differentiate` add to dC.
+    """Rᵀ c̃, with which dE begins, or what is added to it; and what the weight items of `differentiate` add to dC.
 
     In bf16 (R E) is rounded like R; fp16 has no range for it. ``scratch_VD``: dC, to be written later.
     """
@@ -158,8 +176,15 @@ def _tail(
         tail_TD = tail_TN @ compact.compacted(logits)
     else:
         tail_TD = product(tail_TN, compact.compacted(logits)).mul_(ratio)
-    dhidden_ND = product(tail_TN.T, mean_TD) if wants_hidden else None
-    if dhidden_ND is not None and late is not None:
-        dhidden_ND *= late
+    dhidden_ND = None
+    if wants_hidden and onto_ND is not None and late is None:
+        dhidden_ND = onto_ND
+        add_product(onto_ND, tail_TN.T, mean_TD)
+    elif wants_hidden:
+        dhidden_ND = product(tail_TN.T, mean_TD)
+        if late is not None:
+            dhidden_ND *= late
+        if onto_ND is not None:
+            dhidden_ND = onto_ND.add_(dhidden_ND)
     tail_T = None if logits.bias_V is None else tail_TN.sum(1, dtype=torch.float32) * ratio
     return dhidden_ND, Tail(pi_V, tail_TD, tail_T)

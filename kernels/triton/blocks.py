@@ -87,6 +87,20 @@ def logits_of(operands, products, columns):
 
 
 @triton.jit
+def is_frequent(frequent_V, columns, V):
+    """Which columns are of frequent rows, of a list that is not None."""
+    return tl.load(frequent_V + columns, mask=columns < V, other=-1) >= 0
+
+
+@triton.jit
+def without_frequent(operands, z, columns):
+    """Logits with −inf in the columns of frequent rows: after the softcap, which would make a number of it."""
+    if operands.frequent_V is not None:
+        z = tl.where(is_frequent(operands.frequent_V, columns, operands.V)[None, :], -float("inf"), z)
+    return z
+
+
+@triton.jit
 def probabilities(operands, upstream, normaliser, z, slope, n, valid, columns, factor):
     """P = (a·softmax − b·[target])·f'·factor of tokens n and columns, zero where either is none; see `Upstream`.
 
@@ -99,7 +113,10 @@ def probabilities(operands, upstream, normaliser, z, slope, n, valid, columns, f
     target = tl.load(operands.target_N + n, mask=valid, other=-1)
     p = tl.exp2((z - max2[:, None]) - log2_sum[:, None]) * a[:, None]
     p = tl.where(target[:, None] == columns[None, :], p - b[:, None], p) * slope
-    return tl.where(valid[:, None] & (columns < operands.V)[None, :], p, 0.0)
+    inside = columns < operands.V
+    if operands.frequent_V is not None:
+        inside = inside & (is_frequent(operands.frequent_V, columns, operands.V) == 0)
+    return tl.where(valid[:, None] & inside[None, :], p, 0.0)
 
 
 def descriptor(matrix: torch.Tensor, rows: int, columns: int, tma: bool) -> Any:

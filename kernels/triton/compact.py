@@ -1,4 +1,5 @@
-"""Compaction: the valid tokens' rows to the front, for what computes on all; and dE's rows back to where they were.
+"""Rows moved: the valid tokens' to the front, for what computes on all; dE's back to where they were; and those of
+frequent rows' gradients to their places.
 
 Grid: (blocks of rows, blocks of D). Bytes: each element read and written once, where torch takes two or three passes.
 
@@ -37,10 +38,20 @@ def _scatter_rows_kernel(out_ND, rows_ND, token_N, n_valid_ptr, N, D, ROWS: tl.c
     tl.store(out_ND + token[:, None].to(tl.int64) * D + d[None, :], x.to(out_ND.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _write_rows_kernel(out_VD, rows_KD, row_K, K, D, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row = tl.load(row_K + k, mask=k < K, other=-1)
+    inside = (row >= 0)[:, None] & (d < D)[None, :]
+    x = tl.load(rows_KD + k[:, None].to(tl.int64) * D + d[None, :], mask=inside, other=0.0)
+    tl.store(out_VD + row[:, None].to(tl.int64) * stride + d[None, :], x.to(out_VD.dtype.element_ty), mask=inside)
+
+
 def compacted(logits: Logits) -> torch.Tensor:
     """The hidden states in the order of the other tensors, 0 for tokens that are not valid."""
     rows_ND = logits.hidden_ND
-    rows, columns = rows_ND.shape
+    rows, columns = logits.num_tokens, rows_ND.shape[1]
     out_ND = rows_ND.new_empty((rows, columns))
     if out_ND.numel():
         grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _BLOCK_D))
@@ -71,3 +82,15 @@ def scatter_rows(
             out_ND, rows_ND, token_N, n_valid, rows, columns, ROWS=_ROWS, BLOCK_D=_BLOCK_D, **LAUNCH
         )
     return out_ND
+
+
+def write_rows(out_VD: torch.Tensor, rows_KD: torch.Tensor, row_K: torch.Tensor) -> None:
+    """out[row[k]] = rows[k], but for row −1; of one column, or of numbers."""
+    if rows_KD.ndim == 1:
+        rows_KD, out_VD = rows_KD[:, None], out_VD[:, None]
+    rows, columns = rows_KD.shape
+    if rows and out_VD.numel():
+        grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _BLOCK_D))
+        _write_rows_kernel[grid](
+            out_VD, rows_KD, row_K, rows, columns, out_VD.stride(0), ROWS=_ROWS, BLOCK_D=_BLOCK_D, **LAUNCH
+        )

@@ -286,7 +286,7 @@ def differentiate(
     its rows are written.
     """
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
-    tokens, hidden_size = hidden_ND.shape
+    tokens, hidden_size = logits.num_tokens, hidden_ND.shape[1]
     device = hidden_ND.device
     tuning = tuning_for(hidden_ND)
     tma = tuning.tma and can_use_tma(weight_VD)

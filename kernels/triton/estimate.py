@@ -47,9 +47,15 @@ def estimate(logits: Logits) -> Estimate:
         first_split = first_row // (blocks_per_split * tuning.block_v)
         weight_vD, bias_v = weight_VD[v], None if logits.bias_V is None else logits.bias_V[v]
         memory_vD = copy_vD[: weight_vD.shape[0]]
-        weight = quantise_weight(weight_vD, bias_v, common, *form, largest_norm, memory_vD)
+        frequent_v = None if logits.frequent_V is None else logits.frequent_V[v]
+        weight = quantise_weight(weight_vD, bias_v, frequent_v, common, *form, largest_norm, memory_vD)
         launch(
-            logits._replace(hidden_ND=hidden.rows_ND, weight_VD=weight.rows_VD, bias_V=None),  # in the offsets
+            logits._replace(
+                hidden_ND=hidden.rows_ND,
+                weight_VD=weight.rows_VD,
+                bias_V=None,  # in the offsets
+                frequent_V=frequent_v,
+            ),
             InEightBits(
                 hidden.scale_N,
                 weight.scale_V,

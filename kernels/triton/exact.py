@@ -72,8 +72,9 @@ def differentiate_exactly(
     dbias_V: torch.Tensor | None,
     headroom: float,
     workspace_bytes: int,
+    hidden_begun: bool = False,
 ) -> None:
-    """Adds to ``dhidden_ND`` (fp32, without the factor scale·s) and writes ``dweight_VD`` and ``dbias_V``."""
+    """Adds to ``dhidden_ND`` (fp32; zeros, unless ``hidden_begun``) and writes ``dweight_VD`` and ``dbias_V``."""
     hidden_ND, weight_VD = compacted(logits), logits.weight_VD
     (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
     operands = operands_of(logits._replace(hidden_ND=hidden_ND))
@@ -96,6 +97,8 @@ def differentiate_exactly(
         factor = factor / beyond
         upstream = Upstream(upstream.softmax_N * beyond, upstream.target_N * beyond, upstream.scale)
         scaled_ND = hidden_ND * factor.to(torch.bfloat16)
+    if dhidden_ND is not None and hidden_begun:
+        dhidden_ND /= factor
     for first in range(0, vocab, chunk):
         columns = min(chunk, vocab - first)
         p_Nv = workspace[: rows * columns].view(rows, columns)
@@ -124,6 +127,9 @@ def differentiate_exactly(
             add_product(dhidden_ND, p_Nv, weight_VD[v])
         if dweight_VD is not None and scaled_ND is not None:
             torch.mm(p_Nv.T, scaled_ND, out=dweight_VD[v])
+        elif dweight_VD is not None and dweight_VD.dtype == torch.float32 and hidden_ND.is_cuda:
+            write_product(dweight_VD[v], p_Nv.T, hidden_ND)
+            dweight_VD[v] *= factor
         elif dweight_VD is not None:
             dweight_VD[v] = product(p_Nv.T, hidden_ND).mul_(factor)
         if dbias_V is not None:
@@ -137,6 +143,14 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def write_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """out = a b, in fp32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a.float(), b.float(), out=out)
 
 
 def add_product(sum_: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -27,6 +27,7 @@ class Operands(NamedTuple):
 
     hidden: torch.Tensor
     bias: torch.Tensor | None
+    frequent_V: torch.Tensor | None
     target_N: torch.Tensor
     token_N: torch.Tensor
     place_N: torch.Tensor
@@ -46,11 +47,12 @@ def operands_of(logits: Logits) -> Operands:
     return Operands(
         hidden_ND,
         logits.bias_V,
+        logits.frequent_V,
         logits.target_N,
         logits.token_N,
         logits.place_N,
         logits.n_valid,
-        hidden_ND.shape[0],
+        logits.num_tokens,
         vocab,
         hidden_size,
         hidden_ND.stride(0),

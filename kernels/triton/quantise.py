@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LOG2_E, softcapped
+from .blocks import LOG2_E, softcapped, without_frequent
 from .operands import LAUNCH
 
 LARGEST = tl.constexpr(448.0)
@@ -119,6 +119,7 @@ def _quantise_weight_kernel(
     largest_norm_ptr,
     weight_RD,
     bias_R,
+    frequent_R,
     common,
     R,
     D,
@@ -130,7 +131,7 @@ def _quantise_weight_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Rows less the common one; offset = unit·(h · row + bias) − B; the largest 4-norm of all rows."""
+    """Rows less the common one; offset = unit·(h · row + bias) − B, or −inf; the largest 4-norm of all rows."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     use = r < R
     # Reduced over columns once, at the end.
@@ -161,6 +162,8 @@ def _quantise_weight_kernel(
     if not HAS_SOFTCAP:
         variance = tl.load(common.column_variance) * tl.sum(spread, 1) / factor / factor
         offset -= tl.minimum(variance, _MOST_TAKEN_OUT)
+    if frequent_R is not None:
+        offset = tl.where(tl.load(frequent_R + r, mask=use, other=-1) >= 0, -float("inf"), offset)
     tl.store(out.scale_V + r, correction / factor, mask=use)
     tl.store(out.offset_V + r, offset, mask=use)
     norm = tl.where(use, tl.sqrt(tl.sqrt(tl.sum(fourths, 1))) / factor, 0.0)
@@ -315,7 +318,8 @@ class InEightBits(NamedTuple):
 
 @triton.jit
 def logits_in_8_bits(operands, in_8_bits, products, columns, row_scale_n, offset_n, variance_n):
-    """Base-2 logits of a block of 8-bit products, without the known bias of their exponentials; −inf past the last."""
+    """Base-2 logits of a block of 8-bit products, without the known bias of their exponentials; −inf past the last
+    column and in those of frequent rows, whose offsets are that."""
     inside = columns < operands.V
     column_scale = tl.load(in_8_bits.column_scale_V + columns, mask=inside, other=0.0)
     column_offset = tl.load(in_8_bits.offset_V + columns, mask=inside, other=-float("inf"))
@@ -324,7 +328,7 @@ def logits_in_8_bits(operands, in_8_bits, products, columns, row_scale_n, offset
         z, slope = softcapped(z, operands.softcap)
         # The mean of exp(f(x + η)) is exp(f)·(1 + (f'² + f'')·σ²/2), and f'' = −2·f·f'/softcap².
         z -= slope * (slope - z * (2 / (LOG2_E * operands.softcap * operands.softcap))) * variance_n[:, None]
-        z = tl.where(inside[None, :], z, -float("inf"))
+        z = without_frequent(operands, tl.where(inside[None, :], z, -float("inf")), columns)
     return z
 
 
@@ -351,6 +355,7 @@ def moments(x_RD: torch.Tensor, token_R: torch.Tensor | None = None, n_valid: to
 def quantise_weight(
     weight_VD: torch.Tensor,
     bias_V: torch.Tensor | None,
+    frequent_V: torch.Tensor | None,
     common: Common,
     logit_scale: float,
     has_softcap: bool,
@@ -366,6 +371,7 @@ def quantise_weight(
         largest_norm,
         weight_VD,
         bias_V,
+        frequent_V,
         common,
         rows,
         columns,
@@ -391,9 +397,9 @@ def quantise_hidden(
     has_softcap: bool,
 ) -> QuantisedHidden:
     """hidden − common row, compacted."""
-    rows, columns = hidden_ND.shape
+    rows, columns = token_N.shape[0], hidden_ND.shape[1]
     device = hidden_ND.device
-    rows_ND = torch.empty(hidden_ND.shape, dtype=storage_dtype(hidden_ND), device=device)
+    rows_ND = torch.empty((rows, columns), dtype=storage_dtype(hidden_ND), device=device)
     scale_N, offset_N, variance_N, deviation_N, hopeless_N = torch.empty((5, rows), dtype=torch.float32, device=device)
     hidden = QuantisedHidden(
         rows_ND, scale_N, offset_N, variance_N, deviation_N, hopeless_N, column_variance=scale_N.new_empty(1)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ..problem import Estimate, Filter, Logits, Normaliser, Summary
-from .blocks import LN_2, can_use_tma, descriptor, finite, logits_of, precision, products_of_rows
+from .blocks import LN_2, can_use_tma, descriptor, finite, logits_of, precision, products_of_rows, without_frequent
 from .operands import LAUNCH, operands_of
 from .select import kept_tokens, pair_mass, select
 from .tuning import tuning_for
@@ -54,6 +54,7 @@ def _large_pairs_kernel(
             operands, weight, token, valid, tile, PAIR_ROWS, TILE, PAIR_D, TMA, PRECISION, STAGES
         )
         z, _slope = logits_of(operands, products, columns)
+        z = without_frequent(operands, z, columns)
         max_n = finite(tl.max(z, 1))
         exact_n = max_n + tl.log2(tl.sum(tl.exp2(z - max_n[:, None]), 1))
         n = tl.load(operands.place_N + token, mask=valid, other=0)

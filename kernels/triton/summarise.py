@@ -26,6 +26,7 @@ from .blocks import (
     can_use_tma,
     descriptor,
     finite,
+    is_frequent,
     load_block,
     load_rows,
     logits_of,
@@ -61,16 +62,34 @@ def _block_logits(operands, in_8_bits, products, block, row_scale_n, offset_n, v
 
 @triton.jit
 def _absorb_block(
-    z, max_n, sum_n, reference_n, tile_lse_TN, operands, block, n, n_valid, TILE: tl.constexpr, BLOCK_V: tl.constexpr
+    z,
+    max_n,
+    sum_n,
+    reference_n,
+    tile_lse_TN,
+    operands,
+    frequent_V,
+    block,
+    n,
+    n_valid,
+    TILE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
-    """Adds a block of logits to the running (max, Σ exp), and stores the log-sum-exp of each of its tiles."""
+    """Adds a block of logits to the running (max, Σ exp), and stores the log-sum-exp of each of its tiles, without
+    those of ``frequent_V``."""
     z = tl.reshape(z, [z.shape[0], BLOCK_V // TILE, TILE])
     tile_max_nt = tl.max(z, 2)
     shift_nt = finite(tile_max_nt)
     # NaN logits do not survive the max but do reach this sum, and so the loss.
-    tile_sum_nt = tl.sum(tl.exp2(z - shift_nt[:, :, None]), 2)
+    e = tl.exp2(z - shift_nt[:, :, None])
+    tile_sum_nt = tl.sum(e, 2)
     if tile_lse_TN is not None:
-        tile_lse_nt = shift_nt + tl.log2(tile_sum_nt)
+        stored_nt = tile_sum_nt
+        if frequent_V is not None:
+            columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
+            frequent = tl.reshape(is_frequent(frequent_V, columns, operands.V), [1, BLOCK_V // TILE, TILE])
+            stored_nt = tl.sum(tl.where(frequent, 0.0, e), 2)
+        tile_lse_nt = shift_nt + tl.log2(stored_nt)
         reference_n = tl.where(reference_n == -float("inf"), tl.max(tile_lse_nt, 1), reference_n)
         relative_nt = (tile_lse_nt - finite(reference_n)[:, None]).to(tile_lse_TN.dtype.element_ty)
         tile = block * (BLOCK_V // TILE) + tl.arange(0, BLOCK_V // TILE)
@@ -103,6 +122,10 @@ def _summarise_kernel(
     FLAT: tl.constexpr,
 ):
     N, V, D = operands.N, operands.V, operands.D
+    if in_8_bits is None:
+        apart = operands.frequent_V
+    else:
+        apart = None  # −inf in the logits
     n_valid = tl.load(operands.n_valid)
     row_blocks = tl.cdiv(n_valid, BLOCK_N)
     num_blocks = tl.cdiv(V, BLOCK_V)
@@ -138,7 +161,7 @@ def _summarise_kernel(
                 if d + BLOCK_D >= D:
                     z = _block_logits(operands, in_8_bits, products, block, row_scale_n, offset_n, variance_n, BLOCK_V)
                     max_n, sum_n, reference_n = _absorb_block(
-                        z, max_n, sum_n, reference_n, tile_lse_TN, operands, block, n, n_valid, TILE, BLOCK_V
+                        z, max_n, sum_n, reference_n, tile_lse_TN, operands, apart, block, n, n_valid, TILE, BLOCK_V
                     )
                     products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         else:
@@ -150,7 +173,7 @@ def _summarise_kernel(
                     products = tl.dot(e, c.T, products, input_precision=PRECISION)
                 z = _block_logits(operands, in_8_bits, products, block, row_scale_n, offset_n, variance_n, BLOCK_V)
                 max_n, sum_n, reference_n = _absorb_block(
-                    z, max_n, sum_n, reference_n, tile_lse_TN, operands, block, n, n_valid, TILE, BLOCK_V
+                    z, max_n, sum_n, reference_n, tile_lse_TN, operands, apart, block, n, n_valid, TILE, BLOCK_V
                 )
         tl.store(partials.max_SN + split * N + n, max_n, mask=n < n_valid)
         tl.store(partials.sumexp_SN + split * N + n, sum_n, mask=n < n_valid)
@@ -215,13 +238,13 @@ def empty_partials(logits: Logits, splits: int, want_tiles: bool) -> tuple[Parti
     hidden_ND = logits.hidden_ND
     # Apart, since backward keeps the references alone.
     max_SN, sumexp_SN, reference_SN = (
-        hidden_ND.new_empty((splits, hidden_ND.shape[0]), dtype=torch.float32) for _ in range(3)
+        hidden_ND.new_empty((splits, logits.num_tokens), dtype=torch.float32) for _ in range(3)
     )
     partials = Partials(max_SN, sumexp_SN, reference_SN)
     if not want_tiles:
         return partials, None
     lse_dtype = torch.float32 if hidden_ND.dtype == torch.float32 else torch.float16
-    return partials, hidden_ND.new_empty((logits.num_tiles, hidden_ND.shape[0]), dtype=lse_dtype)
+    return partials, hidden_ND.new_empty((logits.num_tiles, logits.num_tokens), dtype=lse_dtype)
 
 
 def launch(

@@ -15,7 +15,16 @@ import triton
 import triton.language as tl
 
 from ..problem import Logits
-from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, products_of_rows
+from .blocks import (
+    can_use_tma,
+    descriptor,
+    is_frequent,
+    load_block,
+    logits_of,
+    precision,
+    products_of_rows,
+    without_frequent,
+)
 from .operands import LAUNCH, Pairs, operands_of
 from .select import pair_mass
 from .tuning import tuning_for
@@ -46,6 +55,7 @@ def _tail_mean_kernel(
     products = products_of_rows(operands, weight, token, valid, tile, SAMPLES, TILE, BLOCK_D, TMA, PRECISION, STAGES)
     columns = tile * TILE + tl.arange(0, TILE)
     z, slope = logits_of(operands, products, columns)
+    z = without_frequent(operands, z, columns)
     _, large = pair_mass(operands, pairs, sample, valid, tile, TILE)
     p = tl.exp2(z - tl.load(pairs.lse2_N + sample, mask=valid, other=0.0)[:, None])
     is_nan = tl.sum((p != p).to(tl.int32), 1) > 0
@@ -53,10 +63,13 @@ def _tail_mean_kernel(
     p = tl.where(use[:, None], p, 0.0)
     mass = tl.sum(p)  # at once: for sm_100 Triton 3.6 cannot compile two sums in a row
     V, D = operands.V, operands.D
-    uniform = 1.0 / min(TILE, V - tile * TILE)
+    inside = columns < V
+    if operands.frequent_V is not None:
+        inside = inside & (is_frequent(operands.frequent_V, columns, V) == 0)
+    uniform = 1.0 / tl.maximum(tl.sum(inside.to(tl.int32), 0), 1)
     profile = tl.sum(tl.where(use[:, None], p * slope, 0.0), 0)
     pi = tl.where(mass > 0, profile / tl.where(mass > 0, mass, 1.0), uniform)
-    pi = tl.where(columns < V, pi, 0.0)
+    pi = tl.where(inside, pi, 0.0)
     tl.store(pi_V + columns, pi, mask=columns < V)
     factor = tl.load(factor_ptr).to(tl.float32)
     steps = tl.cdiv(D, BLOCK_D)
