@@ -26,7 +26,6 @@ from .blocks import (
     can_use_tma,
     descriptor,
     finite,
-    is_frequent,
     load_block,
     load_rows,
     logits_of,
@@ -86,9 +85,10 @@ def _absorb_block(
     if tile_lse_TN is not None:
         stored_nt = tile_sum_nt
         if frequent_V is not None:
-            columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-            frequent = tl.reshape(is_frequent(frequent_V, columns, operands.V), [1, BLOCK_V // TILE, TILE])
-            stored_nt = tl.sum(tl.where(frequent, 0.0, e), 2)
+            # In the layout of z: a reshaped mask takes registers that are not there.
+            columns = block * BLOCK_V + tl.arange(0, BLOCK_V // TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+            frequent = tl.load(frequent_V + columns, mask=columns < operands.V, other=-1) >= 0
+            stored_nt = tl.sum(tl.where(frequent[None, :, :], 0.0, e), 2)
         tile_lse_nt = shift_nt + tl.log2(stored_nt)
         reference_n = tl.where(reference_n == -float("inf"), tl.max(tile_lse_nt, 1), reference_n)
         relative_nt = (tile_lse_nt - finite(reference_n)[:, None]).to(tile_lse_TN.dtype.element_ty)

@@ -71,6 +71,7 @@ logits = Logits(
     ints(1),
     1.0,
     30.0 if BIAS else None,
+    ints(V) if BIAS else None,
 )
 with tuning.forced(table):
     summary = summarise.summarise(logits, True)
@@ -81,7 +82,7 @@ with tuning.forced(table):
         e = quantise.quantise_hidden(hidden, *moments, ints(N), ints(1), *form)
         copy = weight.to(torch.float8_e4m3fn)
         common = quantise.Common(floats(D), floats(D), floats(1))
-        c = quantise.quantise_weight(weight, logits.bias_V, common, *form, floats(1), copy)
+        c = quantise.quantise_weight(weight, logits.bias_V, logits.frequent_V, common, *form, floats(1), copy)
         numbers = e.scale_N, c.scale_V, e.offset_N, c.offset_V, e.variance_N, e.hopeless_N, floats(1)
         summarise.launch(
             logits._replace(hidden_ND=e.rows_ND, weight_VD=c.rows_VD, bias_V=None),
@@ -107,6 +108,7 @@ with tuning.forced(table):
     exact.differentiate_exactly(logits, normaliser, upstream, None, None, floats(V), 1.0, 1 << 20)
     compact.compacted(logits)
     compact.scatter_rows(floats(N, D), ints(N), ints(1), DTYPE)
+    compact.write_rows(weight, floats(N, D), ints(N))
 
 
 def usage(kernel):
