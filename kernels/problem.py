@@ -94,6 +94,19 @@ class Summary(NamedTuple):
     tiles: Tiles | None = None
 
 
+class Share(NamedTuple):
+    """Some of the compacted tokens: m is token first + turn + turns·m of all, the first valid_M of them.
+
+    Attributes:
+        first, valid_M: int32 [1], on the device.
+    """
+
+    first: Tensor
+    valid_M: Tensor
+    turn: int
+    turns: int
+
+
 class Estimate(NamedTuple):
     """A summary from a first pass in 8 bits, and the nats [N] by which `refine` must lower eps, since its tiles' masses
     may be off by more than what is tolerated; infinite where nothing was estimated."""

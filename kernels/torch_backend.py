@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .problem import Filter, Gradients, Logits, Normaliser, Summary, Tiles, Upstream, Wanted
+from .problem import Filter, Gradients, Logits, Normaliser, Share, Summary, Tiles, Upstream, Wanted
 
 SAMPLED_ROWS = 128
 SMALLEST_DRAW = 2.0**-32
@@ -37,6 +37,29 @@ def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary
         if tile_lse_TN is not None:
             tile_lse_TN[t, n] = torch.logsumexp(_by_tile(_cold(logits, z_nv, v), logits.tile, -torch.inf), dim=2).T
     return Summary(max_N, sumexp_N, target_N, 1.0, None if tile_lse_TN is None else Tiles(tile_lse_TN))
+
+
+def join(others: Summary, part: Summary, share: Share | None, targets: bool = True) -> Summary:
+    """The summary of two sets of rows, ``part`` of them for a share of the tokens (None: all of them).
+
+    ``targets``: the target logits of ``part`` are added.
+    """
+    more_3N = torch.stack(part[:3])
+    if share is not None:
+        place_N = torch.arange(others.max_N.shape[0], device=others.max_N.device) - share.first - share.turn
+        index_N = place_N.div(share.turns, rounding_mode="floor")
+        use_N = (place_N >= 0) & (place_N % share.turns == 0) & (index_N < share.valid_M)
+        none_31 = more_3N.new_tensor((-torch.inf, 0.0, 0.0))[:, None]
+        if more_3N.shape[1]:
+            more_3N = more_3N[:, index_N.clamp(0, more_3N.shape[1] - 1)]
+        more_3N = torch.where(use_N, more_3N, none_31) if more_3N.shape[1] else none_31.expand(3, use_N.shape[0])
+    max_N = torch.maximum(others.max_N, more_3N[0])
+    shift_N = torch.where(max_N == -torch.inf, 0.0, max_N)
+    sumexp_N = others.sumexp_N * torch.exp((others.max_N - shift_N) * others.unit)
+    sumexp_N += more_3N[1] * torch.exp((more_3N[0] - shift_N) * others.unit)
+    return others._replace(
+        max_N=max_N, sumexp_N=sumexp_N, target_N=others.target_N + more_3N[2] if targets else others.target_N
+    )
 
 
 def differentiate(

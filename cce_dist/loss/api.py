@@ -179,12 +179,12 @@ def linear_cross_entropy(
         hidden, labels = redistributed(hidden), redistributed(labels)
     if labels_n is None:
         labels_n = _flat_labels(labels, own_settings, shard)
-    counts_V = counts_of(weight, shard, hidden.device) if method.frequent_rows else None
+    counts = counts_of(weight, shard, hidden.device) if method.frequent_rows else None
     nll_n, lse_n = LinearCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight_VD,
         bias_V,
-        Call(labels_n, shard, own_settings, method, most, torch.is_grad_enabled(), counts_V),
+        Call(labels_n, shard, own_settings, method, most, torch.is_grad_enabled(), counts),
     )
     loss = _reduce(nll_n, labels_n, labels, shard, own_settings)
     return (loss, unflatten(lse_n, labels, own_settings.shift)) if return_lse else loss

@@ -26,7 +26,7 @@ from cce_dist.collectives import (
 from cce_dist.kernels import torch_backend
 from cce_dist.kernels.problem import MOST_DRAWN, TILE, Filter, Gradients, Logits, Normaliser, Tiles, Upstream, Wanted
 from cce_dist.loss import frequent as frequent_rows
-from cce_dist.loss.frequent import Frequent, count_labels
+from cce_dist.loss.frequent import Frequent, LabelCounts
 from cce_dist.loss.settings import CallSettings, Method, check_labels, workspace_bytes
 from cce_dist.loss.tokens import Order, gather, own, valid_first
 from cce_dist.shard import VocabShard
@@ -39,7 +39,7 @@ class Call(NamedTuple):
         labels_n: int64, shifted.
         most: tokens that any rank brings; the hosts have agreed on the call by then.
         grad_enabled: of the caller; inside an autograd function it is always off.
-        counts_V: how often each row was a label, where there are to be frequent rows.
+        counts: of the labels, where there are to be frequent rows.
     """
 
     labels_n: Tensor
@@ -48,7 +48,7 @@ class Call(NamedTuple):
     method: Method
     most: int
     grad_enabled: bool
-    counts_V: Tensor | None
+    counts: LabelCounts | None
 
     @property
     def backend(self) -> ModuleType:
@@ -109,25 +109,25 @@ class LinearCrossEntropy(torch.autograd.Function):
         logits = logits_of(hidden_ND, weight_VD, bias_V, target_N, order, call)
         with torch.autocast(hidden_nD.device.type, enabled=False):
             frequent: Frequent | None = None
-            if call.counts_V is not None:
-                frequent = frequent_rows.find(
-                    logits, labels_N, valid_N, order, call.counts_V, method.frequent_rows, shard
+            others = logits
+            if call.counts is not None:
+                frequent, target_N, equal["frequent rows"] = frequent_rows.find(
+                    target_N, labels_N, valid_N, order, call.counts, method.frequent_rows, shard
                 )
-                equal["frequent rows"] = token_fingerprint(frequent.id_K)
                 exchange = frequent_rows.start_exchange(frequent, logits.weight_VD, logits.bias_V, shard)
-            others = logits if frequent is None else frequent_rows.without(logits, frequent)
+                others = logits._replace(target_N=target_N, frequent_V=frequent.slot_v)
             if method.first_pass == "fp8":
                 estimate = call.backend.estimate(others)
                 estimated_summary, part = estimate.summary, None
                 if frequent is not None:
                     frequent = exchange()
                     part = call.backend.summarise(frequent_rows.only(logits, frequent), False, workspace)
-                    estimated_summary = frequent_rows.join(estimated_summary, part, frequent.place_M)
+                    estimated_summary = call.backend.join(estimated_summary, part, frequent.share(shard))
                 estimated, _ = merge_softmax(estimated_summary, shard.vocab_group, equal)
                 equal = {}
                 summary = call.backend.refine(others, estimate, estimated, method.filter_eps)
                 if frequent is not None and part is not None:
-                    summary = frequent_rows.join(summary, part, frequent.place_M)
+                    summary = call.backend.join(summary, part, frequent.share(shard))
             else:  # its sums and targets are of all rows, so that they have the same bits without a gradient
                 whole = logits if frequent is None else logits._replace(frequent_V=frequent.slot_v)
                 summary = call.backend.summarise(whole, needs_grad and method.gradient != "exact", workspace)
@@ -142,9 +142,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             ctx.unit, ctx.tiles_per_split = normaliser.unit, tiles_per_split
             ctx.set_materialize_grads(False)
             max_and_sum = normaliser.max_N, normaliser.log_sum_N
-            saved = Saved(
-                hidden_ND, weight_VD, bias_V, others.target_N, *order, seed, *max_and_sum, tile_lse_TN, reference_SN
-            )
+            saved = Saved(hidden_ND, weight_VD, bias_V, target_N, *order, seed, *max_and_sum, tile_lse_TN, reference_SN)
             if frequent is not None and shard.vocab_group is None:
                 frequent = frequent._replace(rows_KD=None, bias_K=None)  # they are here anyway
             ctx.save_for_backward(*saved, *(frequent or _NOT_FREQUENT))
@@ -158,7 +156,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         call: Call = ctx.call
         tensors = ctx.saved_tensors  # once: under checkpointing it recomputes
         saved = Saved(*tensors[: len(Saved._fields)])
-        frequent = None if call.counts_V is None else Frequent(*tensors[len(Saved._fields) :])
+        frequent = None if call.counts is None else Frequent(*tensors[len(Saved._fields) :])
         shard, weight_VD, bias_V = call.shard, saved.weight_VD, saved.bias_V
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         with torch.autocast(saved.hidden_ND.device.type, enabled=False):
@@ -201,8 +199,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 for rows_K, out_V in zip(of_frequent[1:], gradients[1:], strict=True):
                     if rows_K is not None and out_V is not None:
                         call.backend.write_rows(out_V, rows_K, frequent.row_K)
-                if call.counts_V is not None and not ctx.counted:
-                    count_labels(call.counts_V, frequent.label_N)
+                if call.counts is not None and not ctx.counted:
+                    call.counts.count(frequent.label_N)
                     ctx.counted = True
             if gradients.hidden_ND is not None and finish is None:
                 reduce_hidden(gradients.hidden_ND)
@@ -217,6 +215,7 @@ def _start_frequent(
     """The frequent rows' gradient of this rank's share of the tokens: starts summing dC over the ranks, and puts dE
     into the partial [N, D] to which the others' is added."""
     shard, backend, place_M = call.shard, call.backend, frequent.place_M
+    assert place_M is not None
     only = frequent_rows.only(logits, frequent)
     onto_ND = onto_MD = None
     if wanted.hidden:
@@ -227,14 +226,14 @@ def _start_frequent(
     part: Gradients = backend.differentiate(
         only,
         None,
-        *frequent_rows.share(normaliser, upstream, place_M),
+        *frequent_rows.picked(normaliser, upstream, place_M),
         Filter("exact"),
         wanted._replace(weight_dtype=normaliser.max_N.dtype),
         onto_MD,
     )
     if onto_ND is not None and onto_MD is None and onto_ND.shape[0]:
-        assert place_M is not None and part.hidden_ND is not None
-        onto_ND.index_add_(0, place_M.clamp(max=onto_ND.shape[0] - 1), part.hidden_ND)  # 0 where not valid
+        assert part.hidden_ND is not None
+        onto_ND.index_add_(0, place_M, part.hidden_ND)  # 0 of those that are not valid
     assert shard.vocab_group is not None
     sums = [None if x is None else start_all_reduce(x, shard.vocab_group) for x in part[1:]]
     return lambda: Gradients(None, *(None if finish is None else finish() for finish in sums)), onto_ND

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..problem import Estimate, Filter, Gradients, Logits, Normaliser, Summary, Tiles, Upstream, Wanted
+from ..problem import Estimate, Filter, Gradients, Logits, Normaliser, Share, Summary, Tiles, Upstream, Wanted
 from . import compact
 from . import estimate as estimate_stage
 from . import refine as refine_stage
@@ -57,6 +57,15 @@ def scatter_rows(
     """out[token[n]] = rows[n] in ``dtype`` for the first n_valid rows, 0 for the others."""
     with torch.cuda.device_of(rows_ND):
         return compact.scatter_rows(rows_ND, token_N, n_valid, dtype)
+
+
+def join(others: Summary, part: Summary, share: Share | None, targets: bool = True) -> Summary:
+    """The summary of two sets of rows, ``part`` of them for a share of the tokens (None: all of them).
+
+    ``targets``: the target logits of ``part`` are added.
+    """
+    with torch.cuda.device_of(others.max_N):
+        return summarise_stage.join(others, part, share, targets)
 
 
 def write_rows(out_VD: torch.Tensor, rows_KD: torch.Tensor, row_K: torch.Tensor) -> None:

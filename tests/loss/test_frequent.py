@@ -35,7 +35,7 @@ from cce_dist.kernels.problem import TILE, Filter, Logits
 from cce_dist.kernels.triton import backend as triton_backend
 from cce_dist.kernels.triton import select
 from cce_dist.loss import autograd, frequent
-from cce_dist.loss.frequent import MOST_COUNTED, count_labels, counts_of, most_frequent
+from cce_dist.loss.frequent import MOST_COUNTED, LabelCounts, counts_of, most_frequent
 from cce_dist.shard import VocabShard
 
 KEEP_ALL: dict[str, Any] = {"gradient": "filtered", "filter_eps": 1e-30}
@@ -221,25 +221,29 @@ def test_tiles_of_frequent_rows_alone_keep_no_pair() -> None:
 
 
 def test_the_most_frequent_rows_are_chosen_and_of_equal_counts_the_smaller_ids() -> None:
-    counts_V = torch.tensor([0, 5, 2, 0, 2, 0, 7, 0], dtype=torch.int32)
-    label_N = torch.tensor([4, -1, 7, 7])
-    assert most_frequent(counts_V, label_N, 3).tolist() == [1, 4, 6]
-    assert most_frequent(counts_V, label_N, 4).tolist() == [1, 2, 4, 6]
-    assert most_frequent(counts_V, label_N, 6).tolist() == [0, 1, 2, 4, 6, 7]
-    assert counts_V.tolist() == [0, 5, 2, 0, 2, 0, 7, 0]
+    counts_V = torch.tensor([0, 5, 2, 0, 3, 2, 7, 2], dtype=torch.int32)
+    assert most_frequent(counts_V, 3).tolist() == [1, 4, 6]
+    assert most_frequent(counts_V, 4).tolist() == [1, 2, 4, 6]
+    assert most_frequent(counts_V, 6).tolist() == [1, 2, 4, 5, 6, 7]
+    assert most_frequent(counts_V, 7).tolist() == [0, 1, 2, 4, 5, 6, 7]
+    large_V = torch.zeros(1 << 18, dtype=torch.int32)
+    large_V[1 << 17 :] = MOST_COUNTED
+    assert most_frequent(large_V, 2).tolist() == [1 << 17, (1 << 17) + 1]
 
 
 def test_counts_are_halved_before_they_overflow_and_follow_the_data() -> None:
-    counts_V = torch.zeros(4, dtype=torch.int32)
-    counts_V[0] = MOST_COUNTED - 1
-    count_labels(counts_V, torch.tensor([1, 1, -1]))
-    assert counts_V.tolist() == [MOST_COUNTED // 2 - 1, 1, 0, 0]
+    counts, none = LabelCounts(torch.zeros(5, dtype=torch.int32)), torch.tensor([4])
+    counts.counts_V[0] = MOST_COUNTED
+    for _ in range(16):
+        counts.count(torch.tensor([1, 4]))
+    assert counts.counts_V.tolist() == [MOST_COUNTED // 2, 8, 0, 0, 8]
     for _ in range(30):  # of another text
-        counts_V[2] += MOST_COUNTED // 2
-        count_labels(counts_V, torch.tensor([2]))
-    assert most_frequent(counts_V, torch.tensor([3]), 1).tolist() == [2]
-    assert counts_V[0] < MOST_COUNTED // 2**20
-    assert int(counts_V.sum()) <= MOST_COUNTED
+        counts.counts_V[2] += MOST_COUNTED // 2
+        for _ in range(16):
+            counts.count(none)
+    assert most_frequent(counts.counts_V[:-1], 1).tolist() == [2]
+    assert counts.counts_V[0] < MOST_COUNTED // 2**20
+    assert int(counts.counts_V[:-1].sum()) <= MOST_COUNTED
 
 
 class Model:
@@ -257,7 +261,7 @@ class Model:
     @property
     def counts(self) -> Tensor:
         shard = VocabShard.whole(self.weight.shape[0])
-        return counts_of(self.weight, shard, self.weight.device)
+        return counts_of(self.weight, shard, self.weight.device).counts_V[:-1]
 
     def expected(self, calls: int) -> list[int]:
         return (calls * torch.bincount(self.labels, minlength=self.weight.shape[0])).tolist()
@@ -304,29 +308,34 @@ def test_counts_go_with_their_classifier() -> None:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_two_forwards_and_then_two_backwards_in_either_order(first: int) -> None:
-    """Each backward is of the rows that its own forward chose, whatever was counted since."""
-    model, alone = Model(), []
-    batches = [torch.randint(300, (20,)) for _ in range(2)]
-    for labels in batches:
-        fresh = Model()
-        fresh.weight, fresh.hidden = nn.Parameter(model.weight.detach().clone()), leaf(model.hidden.detach())
-        alone.append(torch.autograd.grad(fresh.loss(labels), (fresh.hidden, fresh.weight)))
-    losses = [model.loss(labels) for labels in batches]
-    for index in (first, 1 - first):
-        for got, expected in zip(
-            torch.autograd.grad(losses[index], (model.hidden, model.weight)), alone[index], strict=True
-        ):
+    """Each backward is of the rows that its own forward chose, whatever was counted or chosen since."""
+    model, batches = Model(), [torch.randint(300, (20,)) for _ in range(2)]
+
+    def gradients(order: tuple[int, ...]) -> dict[int, tuple[Tensor, ...]]:
+        own, losses = Model(), []
+        own.weight, own.hidden = nn.Parameter(model.weight.detach().clone()), model.hidden
+        for labels in batches:
+            losses.append(own.loss(labels))
+            counts_of(own.weight, VocabShard.whole(300), own.weight.device).chosen.clear()
+        return {index: torch.autograd.grad(losses[index], (own.hidden, own.weight)) for index in order}
+
+    both = gradients((first, 1 - first))
+    for index in (0, 1):
+        for got, expected in zip(both[index], gradients((index,))[index], strict=True):
             assert_repeats(got, expected)
 
 
-def test_a_batch_of_other_text_changes_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, chosen = Model(), []
+def test_rows_are_chosen_anew_after_more_and_more_calls_and_follow_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, chosen = Model(), list[Tensor]()
     stock = frequent.most_frequent
     monkeypatch.setattr(frequent, "most_frequent", lambda *call: chosen.append(stock(*call)) or chosen[-1])
     one, two = torch.arange(20) % 9, 100 + torch.arange(20) % 9
-    for labels in (one, one, two, two, two, two):
-        model.loss(labels).backward()
-    assert chosen[0].tolist() == chosen[1].tolist() == list(range(9))
+    calls: list[int] = []
+    for call in range(50):
+        model.loss(one if call < 8 else two).backward()
+        calls += [call] * (len(chosen) - len(calls))
+    assert calls == [0, 1, 2, 4, 8, 16, 32, 48]
+    assert chosen[0].tolist() == chosen[3].tolist() == list(range(9))
     assert chosen[-1].tolist() == list(range(100, 109))
 
 
@@ -347,7 +356,7 @@ def _altered_counts() -> str:
     settings: dict[str, Any] = {"gradient": "unbiased", "frequent_rows": 5, "shard": shard}
     linear_cross_entropy(hidden, weight, torch.arange(6), **settings).backward()
     if dist.get_rank() == 1:
-        counts_of(weight, shard, weight.device)[200] += 30
+        counts_of(weight, shard, weight.device).counts_V[200] += 30
     try:
         linear_cross_entropy(hidden, weight, torch.arange(6), **settings)
     except ValueError as error:
@@ -370,7 +379,7 @@ def _skipped_micro_step() -> bool:
         loss = linear_cross_entropy(hidden, weight, labels, gradient="unbiased", frequent_rows=5, shard=shard)
         if step != 2:
             loss.backward()
-    return int(counts_of(weight, shard, weight.device).sum()) == 3 * 12
+    return int(counts_of(weight, shard, weight.device).counts_V.sum()) == 3 * 12
 
 
 @pytest.mark.parametrize("layout", ["replicated", "sharded"])
