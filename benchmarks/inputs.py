@@ -15,24 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cce_dist import linear_cross_entropy
+from cce_dist import VocabShard, linear_cross_entropy
+from cce_dist.loss.frequent import counts_of
 
 SEQUENCE = 512
 
 
 class Inputs(NamedTuple):
-    """hidden_ND and weight_VD in the benchmark's dtype, labels_N, and the model's loss on them."""
+    """hidden_ND and weight_VD in the benchmark's dtype, labels_N, the model's loss on them, and how often each row was
+    a label in training, int32 [V] (None: never)."""
 
     hidden_ND: Tensor
     weight_VD: Tensor
     labels_N: Tensor
     loss: float
+    counts_V: Tensor | None = None
 
 
-def load_tokens(path: Path, vocab_size: int) -> np.ndarray:
+def load_tokens(path: Path, vocab_size: int, dense: bool = False) -> np.ndarray:
     """Token ids below ``vocab_size`` from a .npy array, or an .npz with ``ids``, or with their low and high bits.
 
-    A file of a larger vocabulary is mapped onto this one by spreading its distinct ids evenly, in their order.
+    A file of a larger vocabulary is mapped onto this one by spreading its distinct ids evenly, in their order, so that
+    rows which never occur stand between those that do; ``dense``: they are the first ones, without any between.
     """
     stored = np.load(path)
     if isinstance(stored, np.ndarray):
@@ -42,12 +46,12 @@ def load_tokens(path: Path, vocab_size: int) -> np.ndarray:
     else:
         ids = stored["lo"].astype(np.int64) + (stored["hi"].astype(np.int64) << 16)
         ids = ids[ids < 262144]
-    if ids.max() < vocab_size:
+    if ids.max() < vocab_size and not dense:
         return ids
     distinct, rank = np.unique(ids, return_inverse=True)
     if len(distinct) > vocab_size:
         raise ValueError(f"{path} holds {len(distinct)} distinct ids, more than the vocabulary of {vocab_size}.")
-    return rank * vocab_size // len(distinct)
+    return rank if dense else rank * vocab_size // len(distinct)
 
 
 class _Model(nn.Module):
@@ -89,10 +93,10 @@ def trained_inputs(
     """
     path = None if cache is None else cache / f"inputs-{vocab_size}-{hidden_size}-{steps}-{dtype}.pt"
     if path is not None and path.exists():
-        hidden_ND, weight_VD, labels_N, losses = torch.load(path, map_location=device, weights_only=True)
+        hidden_ND, weight_VD, labels_N, losses, counts_V = torch.load(path, map_location=device, weights_only=True)
         if labels_N.shape[0] >= num_tokens:
             loss = losses[: -(-num_tokens // 1024)].mean().item()
-            return Inputs(hidden_ND[:num_tokens].clone(), weight_VD, labels_N[:num_tokens].clone(), loss)
+            return Inputs(hidden_ND[:num_tokens].clone(), weight_VD, labels_N[:num_tokens].clone(), loss, counts_V)
     torch.manual_seed(0)
     with torch.device(device):
         model = _Model(vocab_size, hidden_size)
@@ -125,8 +129,19 @@ def trained_inputs(
         model.head.weight.detach().to(dtype).contiguous(),
         ids[1:].clone(),
         torch.stack(losses),
+        torch.bincount(stream[1 : steps * per_step + 1], minlength=vocab_size).to(device, torch.int32),
     )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(stored, path)
-    return Inputs(*stored[:3], stored[3].mean().item())
+    return Inputs(*stored[:3], stored[3].mean().item(), stored[4])
+
+
+def set_counts(weight_VD: Tensor, inputs: Inputs) -> None:
+    """Makes training's labels those that the classifier has counted: before each run, so that none counts its own.
+
+    Rows are chosen in one of 16 calls, and where none was chosen yet.
+    """
+    if inputs.counts_V is not None:
+        counts = counts_of(weight_VD, VocabShard.whole(weight_VD.shape[0]), weight_VD.device)
+        counts.counts_V[:-1].copy_(inputs.counts_V)

@@ -3,7 +3,7 @@
     python benchmarks/loss.py --tokens tokens.npz --shapes gemma llama3 --out benchmarks/results
 
 Per method: milliseconds of forward and of forward+backward (median of CUDA-event timings, the methods taking turns;
-each run is launched behind about 10 ms of torch.cuda._sleep, so that its launches are not what is timed), the same as
+each run is launched behind about 30 ms of torch.cuda._sleep, so that its launches are not what is timed), the same as
 multiples of one cuBLAS bf16 product hidden · weightᵀ, host milliseconds to launch forward+backward on an idle GPU, peak
 bytes beyond the returned gradients (of cce_dist unbiased also with the least workspace_mb), and the relative errors of
 loss, dE, dC and of dC on rows that no label hits, against fp32 logits (TF32 off). The result is a JSON file named after
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from inputs import SEQUENCE, Inputs, load_tokens, trained_inputs
+from inputs import SEQUENCE, Inputs, load_tokens, set_counts, trained_inputs
 from methods import OWN_TREE, Method, available_methods
 from timing import Phases, interleaved_launch_ms, interleaved_ms
 from torch import Tensor
@@ -31,7 +31,8 @@ from torch import Tensor
 import cce_dist
 from cce_dist.loss.settings import least_workspace_mb
 
-UNBIASED = "cce_dist unbiased"
+OWN = "cce_dist"
+UNBIASED = f"{OWN} unbiased"
 
 
 class Shape(NamedTuple):
@@ -157,6 +158,16 @@ def least_workspace_peak_mb(unbiased: Callable[..., Tensor], inputs: Inputs) -> 
     return peak_mb(run, hidden_ND.device.type)[1]
 
 
+def _counted(method: Method, inputs: Inputs) -> Method:
+    """The method of a classifier whose labels were counted in training."""
+
+    def call(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, **settings: Any) -> Tensor:
+        set_counts(weight_VD, inputs)
+        return method(hidden_ND, weight_VD, labels_N, **settings)
+
+    return call
+
+
 def benchmark(
     shape: Shape,
     tokens: Path,
@@ -166,9 +177,10 @@ def benchmark(
     device: str = "cuda",
     cache: Path | None = None,
     old_tree: Path | None = None,
+    dense: bool = False,
 ) -> dict[str, Any]:
     phases = Phases()
-    ids = load_tokens(tokens, shape.vocab_size)
+    ids = load_tokens(tokens, shape.vocab_size, dense)
     inputs = trained_inputs(
         ids,
         shape.num_tokens,
@@ -183,6 +195,8 @@ def benchmark(
     torch.cuda.empty_cache()
     true = reference(inputs)
     methods, missing = available_methods(old_tree)
+    for name in [name for name in methods if name.startswith(OWN)]:
+        methods[name] = _counted(methods[name], inputs)
     if only:
         methods = {name: method for name, method in methods.items() if any(part in name for part in only)}
     results: dict[str, dict[str, Any]] = {name: {"failed": why} for name, why in missing.items()}
@@ -279,6 +293,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder of trained inputs, shared by the commands")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--old-tree", type=Path, help="another checkout, whose loss takes turns with this one's")
+    parser.add_argument("--dense", action="store_true", help="the ids that occur are the first of the vocabulary")
     parser.add_argument("--only", nargs="+", help="methods whose names contain one of these")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command out")
@@ -295,12 +310,14 @@ def main() -> None:
             arguments.device,
             arguments.cache,
             arguments.old_tree,
+            arguments.dense,
         )
         report["shapes"][name] = result
         print_table(name, result)
         torch.cuda.empty_cache()
         if arguments.out:
-            path = result_path(arguments.out, "loss", arguments.steps, "-".join(arguments.shapes))
+            spread = ["dense"] if arguments.dense else []
+            path = result_path(arguments.out, "loss", arguments.steps, "-".join([*arguments.shapes, *spread]))
             path.write_text(json.dumps(report, indent=2) + "\n")
 
 

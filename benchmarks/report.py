@@ -61,9 +61,10 @@ SCALING_HEADER = """\
 |---|---|---|---|---|---|---|"""
 
 SHARDS_HEADER = """\
-| W | forward, slowest shard | max/mean | backward, slowest shard | max/mean | both max/mean \
+| W | first pass, slowest shard | max/mean | refinement | max/mean | backward | max/mean | sum | of GEMM / W \
 | pairs max/mean: contiguous | tiles in turn | greedy | greedy, other tokens |
-|---|---|---|---|---|---|---|---|---|---|"""
+|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+PHASES = ("first_pass", "refine", "backward")
 
 
 def scaling_table(result: dict[str, Any]) -> str:
@@ -76,9 +77,10 @@ def scaling_table(result: dict[str, Any]) -> str:
         lines.append(f"| {row['num_tokens']} | {row['vocab_size']} | {pairs} | {' | '.join(multiples)} |")
     lines += ["", SHARDS_HEADER] if "shards" in result else []
     for row in result.get("shards", []):
-        stages = (f"{row[f'{x}_max_ms']:.2f} ms | {row[f'{x}_imbalance']:.2f}" for x in ("forward", "backward"))
+        stages = (f"{row[f'{x}_max_ms']:.2f} ms | {row[f'{x}_imbalance']:.2f}" for x in PHASES)
+        both = f"{row['both_max_ms']:.2f} ms | {row['of_gemm']:.2f}"
         ways = (f"{way['imbalance']:.2f}" for way in row["expected_pairs"].values())
-        lines.append(f"| {row['world']} | {' | '.join(stages)} | {row['both_imbalance']:.2f} | {' | '.join(ways)} |")
+        lines.append(f"| {row['world']} | {' | '.join(stages)} | {both} | {' | '.join(ways)} |")
     return "\n".join(lines)
 
 
@@ -100,7 +102,7 @@ def plot_scaling(result: dict[str, Any], path: Path) -> None:
         rows = result[name]
         if name == "shards":
             worlds = [row["world"] for row in rows]
-            for stage, color in (("forward", "C0"), ("backward", "C1")):
+            for stage, color in zip(PHASES, ("C0", "C1", "C2"), strict=True):
                 ax.plot(worlds, [row[f"{stage}_max_ms"] for row in rows], "o-", color=color, label=f"{stage}, slowest")
                 mean = [sum(row[f"{stage}_ms"]) / row["world"] for row in rows]
                 ax.plot(worlds, mean, "s--", color=color, label=f"{stage}, mean")

@@ -7,7 +7,8 @@ Three series, all in the default mode (unbiased), each row with the milliseconds
   vocabulary  V from 32k to 256k at 8k tokens: a model trained anew for each V with as many steps, on ids mapped to V
               (distinct ids spread evenly in their order; where there are more than V, the rarest become one id).
   shards      W = 1, 2, 4, 8 contiguous shards at 8k tokens, each run alone with the log-sum-exp of all shards: ms of
-              every shard's forward and backward, the largest, and largest / mean, the imbalance.
+              every shard's first pass, refinement and backward, its share of the frequent rows' work included, the
+              largest of each, and their sum, of which what collectives take is no part; largest / mean, the imbalance.
 Pairs are counted from exact softmax masses in plain torch: large ones (kept whatever is drawn), and the expected number
 of kept ones. For the shards also a simulation, from those counts alone, of classifier rows permuted in tiles of 256:
 dealt to the shards in turn, or greedily by load with as many tiles for each shard; "held out" deals by the loads of the
@@ -23,15 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from inputs import Inputs, load_tokens, trained_inputs
+from inputs import Inputs, load_tokens, set_counts, trained_inputs
 from loss import dtype_on, environment, result_path
-from shards import count_pairs, differentiate, merge, merged_estimates, shard_of, summarise
+from shards import count_pairs, differentiate, first_pass, merge, refine, shard_of
 from timing import Phases, interleaved_ms
+from torch import Tensor
 
 from cce_dist import linear_cross_entropy
-from cce_dist.kernels.problem import TILE
 
 SERIES = ("tokens", "vocabulary", "shards")
+PHASES = ("first_pass", "refine", "backward")
 
 
 def tokens_for(path: Path, vocab_size: int) -> np.ndarray:
@@ -51,20 +53,25 @@ def tokens_for(path: Path, vocab_size: int) -> np.ndarray:
 def measure_whole(inputs: Inputs, rounds: int) -> dict[str, Any]:
     """Pairs and times of the whole loss on one device."""
     hidden_ND, weight_VD = (x.detach().requires_grad_() for x in inputs[:2])
-    tokens, eps = hidden_ND.shape[0], shard_of(inputs).method.filter_eps
-    pairs = count_pairs(inputs, eps)
+    shard = shard_of(inputs)
+    tokens, eps = hidden_ND.shape[0], shard.method.filter_eps
+    pairs = count_pairs(inputs, eps, frequent_K=shard.frequent_K)
+
+    def loss() -> Tensor:
+        set_counts(weight_VD, inputs)
+        return linear_cross_entropy(hidden_ND, weight_VD, inputs.labels_N)
+
     runs = {
         "gemm": lambda: hidden_ND.detach() @ weight_VD.detach().T,
-        "forward": lambda: linear_cross_entropy(hidden_ND, weight_VD, inputs.labels_N),
-        "both": lambda: torch.autograd.grad(
-            linear_cross_entropy(hidden_ND, weight_VD, inputs.labels_N), (hidden_ND, weight_VD)
-        ),
+        "forward": loss,
+        "both": lambda: torch.autograd.grad(loss(), (hidden_ND, weight_VD)),
     }
     times = interleaved_ms(runs, rounds, hidden_ND.device.type)
     return {
         "num_tokens": tokens,
         "vocab_size": weight_VD.shape[0],
         "filter_eps": eps,
+        "frequent_rows": shard.method.frequent_rows,
         "large_pairs": pairs.large_T.sum().item(),
         "expected_pairs": pairs.expected_T.sum().item(),
         "expected_pairs_per_token": pairs.expected_T.sum().item() / tokens,
@@ -74,23 +81,33 @@ def measure_whole(inputs: Inputs, rounds: int) -> dict[str, Any]:
 
 
 def measure_shards(inputs: Inputs, world: int, rounds: int) -> dict[str, Any]:
-    """Times of each of ``world`` shards alone."""
+    """Times of each of ``world`` shards alone, phase by phase; where ranks wait for each other, the slowest counts."""
     shards = [shard_of(inputs, rank, world) for rank in range(world)]
-    estimates = merged_estimates(shards)
-    summaries = [summarise(shard, estimates) for shard in shards]
+    firsts = [first_pass(shard) for shard in shards]
+    estimates = merge([first.summary for first in firsts])
+    summaries = [refine(shard, first, estimates) for shard, first in zip(shards, firsts, strict=True)]
     normaliser = merge(summaries)
     seed = torch.zeros(1, dtype=torch.int64, device=normaliser.max_N.device)
-    runs: dict[str, Any] = {}
-    for rank, (shard, summary) in enumerate(zip(shards, summaries, strict=True)):
-        runs[f"forward {rank}"] = lambda shard=shard: summarise(shard, estimates)
+    hidden_ND, weight_VD = inputs.hidden_ND.detach(), inputs.weight_VD.detach()
+    runs: dict[str, Any] = {"gemm": lambda: hidden_ND @ weight_VD.T}
+    for rank, (shard, first, summary) in enumerate(zip(shards, firsts, summaries, strict=True)):
+        runs[f"first_pass {rank}"] = lambda shard=shard: first_pass(shard)
+        runs[f"refine {rank}"] = lambda shard=shard, first=first: refine(shard, first, estimates)
         runs[f"backward {rank}"] = lambda shard=shard, summary=summary: differentiate(shard, summary, normaliser, seed)
-    times = interleaved_ms(runs, rounds, inputs.hidden_ND.device.type)
-    result: dict[str, Any] = {"world": world}
-    for stage in ("forward", "backward"):
+    times = interleaved_ms(runs, rounds, hidden_ND.device.type)
+    result: dict[str, Any] = {"world": world, "gemm_ms": times["gemm"], "filter_eps": shards[0].method.filter_eps}
+    result["frequent_rows"] = shards[0].method.frequent_rows
+    for stage in PHASES:
         ms = [times[f"{stage} {rank}"] for rank in range(world)]
         result |= {f"{stage}_ms": ms, f"{stage}_max_ms": max(ms), f"{stage}_imbalance": imbalance(ms)}
-    both = [sum(pair) for pair in zip(result["forward_ms"], result["backward_ms"], strict=True)]
-    return {**result, "both_max_ms": max(both), "both_imbalance": imbalance(both)}
+    slowest = sum(result[f"{stage}_max_ms"] for stage in PHASES)
+    mean = sum(sum(result[f"{stage}_ms"]) for stage in PHASES) / world
+    return {
+        **result,
+        "both_max_ms": slowest,
+        "both_imbalance": slowest / mean,
+        "of_gemm": slowest * world / times["gemm"],
+    }
 
 
 def imbalance(loads: list[float]) -> float:
@@ -151,10 +168,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command out")
     arguments = parser.parse_args()
     largest = max(arguments.vocabularies)
-    if largest % (TILE * max(arguments.worlds)):
-        parser.error(
-            f"the largest vocabulary must be a multiple of {TILE * max(arguments.worlds)}: whole tiles a shard"
-        )
+    if largest % max(arguments.worlds):
+        parser.error(f"the largest vocabulary must be a multiple of {max(arguments.worlds)}, the most shards")
     phases = Phases()
 
     def train(vocab_size: int, num_tokens: int) -> Inputs:
@@ -194,9 +209,11 @@ def main() -> None:
         write("tokens")
     del all_inputs
     if "shards" in arguments.series:
-        half, eps = arguments.num_tokens // 2, shard_of(inputs).method.filter_eps
+        whole = shard_of(inputs)
+        half, eps = arguments.num_tokens // 2, whole.method.filter_eps
         halves = [
-            count_pairs(inputs, eps, rows).expected_T.cpu().numpy() for rows in (slice(None, half), slice(half, None))
+            count_pairs(inputs, eps, rows, whole.frequent_K).expected_T.cpu().numpy()
+            for rows in (slice(None, half), slice(half, None))
         ]
         report["shards"] = []
         for world in arguments.worlds:
@@ -228,10 +245,11 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def print_shards(row: dict[str, Any]) -> None:
-    for stage in ("forward", "backward"):
+    for stage in PHASES:
         shown = " ".join(f"{ms:.2f}" for ms in row[f"{stage}_ms"])
         print(f"W = {row['world']}, {stage} ms: {shown}; max/mean {row[f'{stage}_imbalance']:.2f}")
-    print(f"W = {row['world']}, both: max {row['both_max_ms']:.2f} ms, max/mean {row['both_imbalance']:.2f}")
+    both = f"both: {row['both_max_ms']:.2f} ms = {row['of_gemm']:.2f} times GEMM / W"
+    print(f"W = {row['world']}, {both}, max/mean {row['both_imbalance']:.2f}")
     shown = ", ".join(f"{name} {way['imbalance']:.2f}" for name, way in row["expected_pairs"].items())
     print(f"W = {row['world']}, max/mean of expected pairs: {shown}", flush=True)
 

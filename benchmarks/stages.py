@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inputs import load_tokens, trained_inputs
+from inputs import Inputs, load_tokens, set_counts, trained_inputs
 from loss import SHAPES, dtype_on, environment, result_path, shape_name, shape_of
 from timing import Phases, interleaved_ms
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from cce_dist import linear_cross_entropy
@@ -101,6 +102,12 @@ def print_table(shape: str, mode: str, result: dict[str, Any]) -> None:
         print(f"  other: {', '.join(name[:60] for name in unknown)}")
 
 
+def both(hidden_ND: Tensor, weight_VD: Tensor, inputs: Inputs, mode: str) -> tuple[Tensor, ...]:
+    set_counts(weight_VD, inputs)
+    loss = linear_cross_entropy(hidden_ND, weight_VD, inputs.labels_N, gradient=mode)
+    return torch.autograd.grad(loss, (hidden_ND, weight_VD))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=Path, required=True, help=".npy or .npz of token ids")
@@ -124,9 +131,7 @@ def main() -> None:
         phases.done(f"{name}: training, {arguments.steps} steps")
         hidden_ND, weight_VD = (x.detach().requires_grad_() for x in inputs[:2])
         steps = {
-            mode: lambda mode=mode, inputs=inputs, factors=(hidden_ND, weight_VD): torch.autograd.grad(
-                linear_cross_entropy(*factors, inputs.labels_N, gradient=mode), factors
-            )
+            mode: lambda mode=mode, inputs=inputs, factors=(hidden_ND, weight_VD): both(*factors, inputs, mode)
             for mode in arguments.modes
         }
         times = interleaved_ms(steps, arguments.rounds, device)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-QUEUE_MS = 10.0
+QUEUE_MS = 30.0
 WARM_UP = 2
 
 
@@ -28,7 +28,7 @@ def _sleep_cycles() -> int:
 def interleaved_ms(runs: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cuda") -> dict[str, float]:
     """Median milliseconds of each run; one of each per round, after two rounds of warm-up.
 
-    Every run is launched while the GPU is busy for another 10 ms, so that what is timed is its work on the GPU and not
+    Every run is launched while the GPU is busy for another 30 ms, so that what is timed is its work on the GPU and not
     its launches (a run that waits for the device, or takes the host longer than that, still shows it). On a CPU it is
     wall-clock time.
     """

@@ -69,8 +69,8 @@ def differentiate(
     upstream: Upstream,
     filter_: Filter,
     wanted: Wanted,
-    onto_ND: Tensor | None = None,
     hidden_ready: Callable[[Tensor], None] | None = None,
+    onto_ND: Tensor | None = None,
 ) -> Gradients:
     """The gradient of Σ b·nll + (a − b)·lse; see `Upstream`, `Filter` and `Gradients`.
 

@@ -25,6 +25,7 @@ def test_the_defaults_are_those_of_the_loss() -> None:
         "filter_eps": None,
         "backend": "auto",
         "first_pass": "auto",
+        "frequent_rows": None,
         "workspace_mb": None,
         "seed": None,
         "max_tokens": None,

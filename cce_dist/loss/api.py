@@ -119,6 +119,10 @@ def linear_cross_entropy(
         first_pass: "fp8": forward finds the parts of the softmax that matter from 8-bit copies of hidden and weight,
             then computes those in full: half the time, and an error of the loss below that of bf16 logits. "full": all
             in hidden's precision. "auto": fp8 where it was measured to pay (16-bit training on Hopper, with a filter).
+        frequent_rows: so many rows of the classifier, those that most labels named so far, are computed densely, shared
+            out over the ranks by tokens; the filter has the others. Each rank gets these rows, and no others; they
+            are chosen by counts that are not in checkpoints. None: 4096 with Triton's kernels on CUDA and 32768 rows
+            or more; 0: none. Only with a filter.
         workspace_mb: memory that backward may use for recomputed probabilities, at least 256 bytes a token (fp32: 512).
         max_tokens: the most tokens that any rank of the token group brings; None: the ranks exchange it per call.
         agreement: "every_call": the hosts exchange a few numbers in each call, so that what any of them knows of a

@@ -184,15 +184,15 @@ class LinearCrossEntropy(torch.autograd.Function):
                 upstream,
                 filter_of(call, logits, saved.seed),
                 wanted,
-                onto_ND,
                 None if shard.vocab_group is None else reduce_hidden,
+                onto_ND,
             )
             if frequent is not None:
                 if part is None:  # after the others, whose memory it takes
                     frequent = frequent_rows.start_exchange(frequent, logits.weight_VD, logits.bias_V, shard)()
                     only, onto_ND = frequent_rows.only(logits, frequent), gradients.hidden_ND
                     of_frequent = call.backend.differentiate(
-                        only, None, normaliser, upstream, Filter("exact"), wanted, onto_ND
+                        only, None, normaliser, upstream, Filter("exact"), wanted, onto_ND=onto_ND
                     )
                 else:
                     of_frequent = part()
@@ -229,7 +229,7 @@ def _start_frequent(
         *frequent_rows.picked(normaliser, upstream, place_M),
         Filter("exact"),
         wanted._replace(weight_dtype=normaliser.max_N.dtype),
-        onto_MD,
+        onto_ND=onto_MD,
     )
     if onto_ND is not None and onto_MD is None and onto_ND.shape[0]:
         assert part.hidden_ND is not None

@@ -93,8 +93,8 @@ def differentiate(
     upstream: Upstream,
     filter_: Filter,
     wanted: Wanted,
-    onto_ND: torch.Tensor | None = None,
     hidden_ready: Callable[[torch.Tensor], None] | None = None,
+    onto_ND: torch.Tensor | None = None,
 ) -> Gradients:
     """The gradient of Σ b·nll + (a − b)·lse; see `Upstream`, `Filter` and `Gradients`.
 
@@ -103,7 +103,7 @@ def differentiate(
     dE is added to, in place; its rows may be apart.
     """
     with torch.cuda.device_of(logits.hidden_ND):
-        return _differentiate(logits, tiles, normaliser, upstream, filter_, wanted, onto_ND, hidden_ready)
+        return _differentiate(logits, tiles, normaliser, upstream, filter_, wanted, hidden_ready, onto_ND)
 
 
 def _differentiate(
@@ -113,8 +113,8 @@ def _differentiate(
     upstream: Upstream,
     filter_: Filter,
     wanted: Wanted,
-    onto_ND: torch.Tensor | None,
     hidden_ready: Callable[[torch.Tensor], None] | None,
+    onto_ND: torch.Tensor | None,
 ) -> Gradients:
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     device, dtype = hidden_ND.device, hidden_ND.dtype

@@ -4,7 +4,7 @@ Programs take items from a queue (see schedule.py) with one atomic counter:
   - PAIR recomputes P of one pair block ([PAIR_ROWS, TILE]: a product over D) and stores it in 16 bits in the ring,
     with its tokens,
   - HIDDEN adds CHUNK_D columns of P C_tile to dE (fp32 atomics: rows of a tile lie anywhere),
-  - WEIGHT computes BLOCK_D columns of a tile's dC, a product over its kept rows, and writes them once.
+  - WEIGHT computes some blocks of BLOCK_D columns of a tile's dC, products over its kept rows, and writes them once.
 Where one chunk holds all of D, a PAIR item adds to dE itself, from registers.
 Grid: on Hopper two programs of one warpgroup a multiprocessor, 128 x 128 accumulators each, so that one's additions,
 exponentials and waits run beside the other's products.
@@ -167,6 +167,7 @@ def _differentiate_kernel(
     HIDDEN_D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WEIGHT_BLOCKS: tl.constexpr,
 ):
     block_items = queue.chunks * queue.hidden_items
     tile_items = queue.chunks * queue.weight_items
@@ -225,13 +226,14 @@ def _differentiate_kernel(
         else:
             _wait(ready_W + wave, tl.load(queue.blocks_W + wave))
             if kind == WEIGHT:
-                if out.weight_VD is not None:  # noqa: SIM102 (known when compiling)
-                    if chunk * CHUNK_D + sub * BLOCK_D < operands.D:  # the last chunk may be cut off
+                if out.weight_VD is not None:
+                    first_d = chunk * CHUNK_D + sub * WEIGHT_BLOCKS * BLOCK_D
+                    for d in range(first_d, min(first_d + WEIGHT_BLOCKS * BLOCK_D, operands.D), BLOCK_D):
                         _weight_item(
                             out,
                             tile,
                             columns,
-                            chunk * CHUNK_D + sub * BLOCK_D,
+                            d,
                             count,
                             ring,
                             ring_row,
@@ -289,12 +291,15 @@ def differentiate(
     tokens, hidden_size = logits.num_tokens, hidden_ND.shape[1]
     device = hidden_ND.device
     tuning = tuning_for(hidden_ND)
+    if logits.frequent_V is not None:
+        tuning = tuning.for_few_pairs()
     tma = tuning.tma and can_use_tma(weight_VD)
     wants_weight = out.weight_VD is not None or out.bias_V is not None
     if wants_weight and out.weight_VD is None:  # dC is written along with dbias
         out = out._replace(weight_VD=torch.empty_like(weight_VD))
     chunk_d = max(tuning.chunk_d, tuning.weight_block_d)
     chunks = triton.cdiv(hidden_size, chunk_d)
+    weight_blocks = min(tuning.weight_blocks, chunk_d // tuning.weight_block_d)
     add_at_once = out.hidden_ND is not None and chunks == 1
     block_elements = tuning.pair_rows * logits.tile
     ring_blocks = max(
@@ -308,7 +313,7 @@ def differentiate(
         ring_blocks,
         chunks,
         int(out.hidden_ND is not None and not add_at_once),
-        chunk_d // tuning.weight_block_d if wants_weight else 0,
+        chunk_d // (weight_blocks * tuning.weight_block_d) if wants_weight else 0,
     )
     ring_rows = queue.waves_at_once * queue.capacity * tuning.pair_rows
     ring = Ring(
@@ -341,6 +346,7 @@ def differentiate(
         HIDDEN_D=tuning.hidden_block_d,
         BLOCK_D=tuning.weight_block_d,
         BLOCK_K=tuning.weight_block_k,
+        WEIGHT_BLOCKS=weight_blocks,
         num_warps=tuning.pair_warps,
         **LAUNCH,
     )

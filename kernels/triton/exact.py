@@ -88,16 +88,20 @@ def differentiate_exactly(
     chunks = triton.cdiv(vocab, chunk)
     chunk = triton.cdiv(triton.cdiv(vocab, chunks), logits.tile) * logits.tile
     workspace = torch.empty(rows * min(chunk, vocab), dtype=hidden_ND.dtype, device=hidden_ND.device)
-    # In bf16 a factor that is a power of two is exact in the hidden states, and spares a pass over dC.
+    # In bf16 a factor that is a power of two is exact in the hidden states, and spares a pass over dC (of fewer rows
+    # than there are tokens that pass is the smaller one).
     # What is beyond 2^60 in it goes into the probabilities, so that hidden states do not overflow.
     scaled_ND = None
-    bf16 = dweight_VD is not None and dweight_VD.dtype == hidden_ND.dtype == torch.bfloat16
-    if bf16 and logits.logit_scale == 1.0:
+    exact_factor = hidden_ND.dtype == torch.bfloat16 and logits.logit_scale == 1.0
+    writes_bf16 = dweight_VD is not None and dweight_VD.dtype == torch.bfloat16
+    if exact_factor and writes_bf16 and vocab > rows:
         beyond = (factor / 2.0**60).clamp(min=1.0)
         factor = factor / beyond
         upstream = Upstream(upstream.softmax_N * beyond, upstream.target_N * beyond, upstream.scale)
         scaled_ND = hidden_ND * factor.to(torch.bfloat16)
-    if dhidden_ND is not None and hidden_begun:
+    # What dE is added to gets no factor: the rows of few classifier rows do, else dE does without it for a while.
+    scaled_VD = weight_VD * factor.to(torch.bfloat16) if hidden_begun and exact_factor and vocab <= rows else None
+    if dhidden_ND is not None and hidden_begun and scaled_VD is None:
         dhidden_ND /= factor
     for first in range(0, vocab, chunk):
         columns = min(chunk, vocab - first)
@@ -124,9 +128,12 @@ def differentiate_exactly(
         )
         v = slice(first, first + columns)
         if dhidden_ND is not None:
-            add_product(dhidden_ND, p_Nv, weight_VD[v])
+            add_product(dhidden_ND, p_Nv, weight_VD[v] if scaled_VD is None else scaled_VD[v])
         if dweight_VD is not None and scaled_ND is not None:
             torch.mm(p_Nv.T, scaled_ND, out=dweight_VD[v])
+        elif dweight_VD is not None and exact_factor and writes_bf16:
+            torch.mm(p_Nv.T, hidden_ND, out=dweight_VD[v])
+            dweight_VD[v] *= factor
         elif dweight_VD is not None and dweight_VD.dtype == torch.float32 and hidden_ND.is_cuda:
             write_product(dweight_VD[v], p_Nv.T, hidden_ND)
             dweight_VD[v] *= factor
@@ -134,7 +141,7 @@ def differentiate_exactly(
             dweight_VD[v] = product(p_Nv.T, hidden_ND).mul_(factor)
         if dbias_V is not None:
             dbias_V[v] = p_Nv.sum(0, dtype=torch.float32) * factor
-    if dhidden_ND is not None:
+    if dhidden_ND is not None and scaled_VD is None:
         dhidden_ND *= factor
 
 

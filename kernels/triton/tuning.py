@@ -37,6 +37,9 @@ class Tuning(NamedTuple):
         chunk_d: columns of D that dE and dC are computed for at a time, a multiple of the next two.
         hidden_block_d: columns of dE that are added at a time.
         weight_block_d, weight_block_k: columns of dC that are accumulated at a time, and rows per step.
+        weight_blocks: such blocks of columns that one item of the queue computes; they divide chunk_d.
+        few_pair_rows, few_weight_blocks: pair_rows and weight_blocks where frequent rows are computed apart, so that
+            tiles keep few tokens.
     """
 
     block_n: int = 64
@@ -57,11 +60,18 @@ class Tuning(NamedTuple):
     hidden_block_d: int = 32
     weight_block_d: int = 64
     weight_block_k: int = 32
+    weight_blocks: int = 1
+    few_pair_rows: int = 64
+    few_weight_blocks: int = 1
 
     def for_8_bits(self) -> "Tuning":
         """The same for a summary of 8-bit copies: as many bytes along D."""
         flat = self._replace(flat_below=2 * self.flat_below)
         return flat._replace(block_d=2 * self.block_d) if self.tma else flat
+
+    def for_few_pairs(self) -> "Tuning":
+        """The same for a backward without frequent rows."""
+        return self._replace(pair_rows=self.few_pair_rows, weight_blocks=self.few_weight_blocks)
 
 
 class Row(NamedTuple):

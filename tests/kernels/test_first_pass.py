@@ -68,7 +68,7 @@ def in_8_bits(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Te
     largest_norm = torch.zeros(1, device=DEVICE)
     means = of_hidden.mean_D, of_weight.mean_D
     common = Common(*means[::-1], hidden.column_variance)
-    weight = quantise_weight(weight_VD, bias_V, common, 1.0, False, largest_norm, memory_VD)
+    weight = quantise_weight(weight_VD, bias_V, None, common, 1.0, False, largest_norm, memory_VD)
     rests = (x.float() - mean_D for x, mean_D in zip((hidden_ND, weight_VD), means, strict=True))
     return Rounded(hidden, weight, *means, *rests, largest_norm)
 

@@ -19,7 +19,7 @@ def _file(folder: Path, content: Any) -> Path:
 
 def test_the_packaged_table_serves_the_interpreter_and_hopper_in_16_bits() -> None:
     assert tuning.tuning_for(torch.empty(4, 16)) == Tuning(
-        block_n=32, block_d=32, splits=3, flat_below=64, pair_rows=32, chunk_d=64
+        block_n=32, block_d=32, splits=3, flat_below=64, pair_rows=32, chunk_d=64, few_pair_rows=32
     )
     hopper = tuning.choose(("an unknown GPU", "sm_90"), 2, 4096)
     assert hopper.tma and (hopper.block_n, hopper.block_d, hopper.stages) == (128, 64, 4)
