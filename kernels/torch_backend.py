@@ -109,6 +109,29 @@ def differentiate(
     )
 
 
+def add_rows(
+    logits: Logits,
+    row_K: Tensor,
+    normaliser: Normaliser,
+    upstream: Upstream,
+    out: Gradients,
+    workspace_bytes: int,
+) -> None:
+    """Adds the gradient of some rows, exactly: dE to ``out``, their dC and dbias in place of what stands there.
+
+    ``logits.target_N`` are places in ``row_K`` (int32), or −1.
+    """
+    bias_K = None if logits.bias_V is None else logits.bias_V[row_K]
+    part = logits._replace(weight_VD=logits.weight_VD[row_K], bias_V=bias_K, frequent_V=None)
+    dtype = logits.weight_VD.dtype if out.weight_VD is None else out.weight_VD.dtype
+    hidden, weight, bias = (x is not None for x in out)
+    wanted = Wanted(hidden, weight, bias, dtype, workspace_bytes)
+    got = differentiate(part, None, normaliser, upstream, Filter("exact"), wanted, onto_ND=out.hidden_ND)
+    for rows_K, out_V in zip(got[1:], out[1:], strict=True):
+        if rows_K is not None and out_V is not None:
+            write_rows(out_V, rows_K, row_K)
+
+
 def scatter_rows(rows_ND: Tensor, token_N: Tensor, n_valid: Tensor, dtype: torch.dtype) -> Tensor:
     """out[token[n]] = rows[n] in ``dtype`` for the first n_valid rows, 0 for the others."""
     valid_N = torch.arange(rows_ND.shape[0], device=rows_ND.device) < n_valid

@@ -17,7 +17,7 @@ from . import refine as refine_stage
 from . import summarise as summarise_stage
 from .blocks import LN_2
 from .differentiate import differentiate as differentiate_pairs
-from .exact import add_product, differentiate_exactly, product
+from .exact import add_product, differentiate_exactly, differentiate_rows, product
 from .operands import Pairs, Tail
 from .select import select, tail_rows
 from .tail import tail_means
@@ -158,6 +158,24 @@ def _differentiate(
             if hidden_ready is not None and out.hidden_ND is not None:
                 hidden_ready(out.hidden_ND)
     return Gradients(dhidden_ND, dweight_VD, dbias_V)
+
+
+def add_rows(
+    logits: Logits,
+    row_K: torch.Tensor,
+    normaliser: Normaliser,
+    upstream: Upstream,
+    out: Gradients,
+    workspace_bytes: int,
+) -> None:
+    """Adds the gradient of some rows, exactly: dE to ``out``, their dC and dbias in place of what stands there.
+
+    ``logits.target_N`` are places in ``row_K`` (int32), or −1.
+    """
+    with torch.cuda.device_of(logits.hidden_ND):
+        if not _is_empty(logits):
+            headroom = _PROBABILITY_HEADROOM.get(logits.hidden_ND.dtype, 1.0)
+            differentiate_rows(logits, row_K, normaliser, upstream, out, headroom, workspace_bytes)
 
 
 def _tail(

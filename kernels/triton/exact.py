@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..problem import Logits, Normaliser, Upstream
+from ..problem import Gradients, Logits, Normaliser, Upstream
 from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, probabilities
-from .compact import compacted
+from .compact import compacted, write_rows
 from .operands import LAUNCH, operands_of
 from .tuning import tuning_for
 
@@ -63,6 +63,47 @@ def _probability_kernel(
     tl.store(pointers, p.to(p_Nv.dtype.element_ty), mask=inside)
 
 
+def _at_most_2_60(factor: torch.Tensor, upstream: Upstream) -> tuple[torch.Tensor, Upstream]:
+    """What is beyond it in the factor goes into the upstream gradients."""
+    beyond = (factor / 2.0**60).clamp(min=1.0)
+    return factor / beyond, Upstream(upstream.softmax_N * beyond, upstream.target_N * beyond, upstream.scale)
+
+
+def _probabilities(
+    p_Nv: torch.Tensor,
+    logits: Logits,
+    hidden_ND: torch.Tensor,
+    upstream: Upstream,
+    normaliser: Normaliser,
+    first: int,
+    headroom: float,
+) -> None:
+    """Fills p_Nv with P of the columns from ``first`` on; ``hidden_ND``: compacted."""
+    (rows, columns), weight_VD = p_Nv.shape, logits.weight_VD
+    tuning = tuning_for(hidden_ND)
+    tma = tuning.tma and can_use_tma(hidden_ND, weight_VD)
+    _probability_kernel[(triton.cdiv(rows, tuning.block_n) * triton.cdiv(columns, tuning.block_v),)](
+        p_Nv,
+        operands_of(logits._replace(hidden_ND=hidden_ND)),
+        descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
+        descriptor(weight_VD, tuning.block_v, tuning.block_d, tma),
+        upstream,
+        normaliser,
+        first,
+        columns,
+        headroom,
+        ROW_GROUP=tuning.row_group,
+        BLOCK_N=tuning.block_n,
+        BLOCK_V=tuning.block_v,
+        BLOCK_D=tuning.block_d,
+        TMA=tma,
+        PRECISION=precision(logits),
+        STAGES=tuning.stages,
+        num_warps=tuning.warps,
+        **LAUNCH,
+    )
+
+
 def differentiate_exactly(
     logits: Logits,
     normaliser: Normaliser,
@@ -77,9 +118,6 @@ def differentiate_exactly(
     """Adds to ``dhidden_ND`` (fp32; zeros, unless ``hidden_begun``) and writes ``dweight_VD`` and ``dbias_V``."""
     hidden_ND, weight_VD = compacted(logits), logits.weight_VD
     (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
-    operands = operands_of(logits._replace(hidden_ND=hidden_ND))
-    tuning = tuning_for(hidden_ND)
-    tma = tuning.tma and can_use_tma(hidden_ND, weight_VD)
     factor = upstream.scale * (logits.logit_scale / headroom)
     # P of a chunk, and where dC is not bf16 the chunk of dC in fp32, fit the workspace.
     row_bytes = max(rows * hidden_ND.element_size(), 4 * hidden_size)
@@ -95,40 +133,17 @@ def differentiate_exactly(
     exact_factor = hidden_ND.dtype == torch.bfloat16 and logits.logit_scale == 1.0
     writes_bf16 = dweight_VD is not None and dweight_VD.dtype == torch.bfloat16
     if exact_factor and writes_bf16 and vocab > rows:
-        beyond = (factor / 2.0**60).clamp(min=1.0)
-        factor = factor / beyond
-        upstream = Upstream(upstream.softmax_N * beyond, upstream.target_N * beyond, upstream.scale)
+        factor, upstream = _at_most_2_60(factor, upstream)
         scaled_ND = hidden_ND * factor.to(torch.bfloat16)
-    # What dE is added to gets no factor: the rows of few classifier rows do, else dE does without it for a while.
-    scaled_VD = weight_VD * factor.to(torch.bfloat16) if hidden_begun and exact_factor and vocab <= rows else None
-    if dhidden_ND is not None and hidden_begun and scaled_VD is None:
+    if dhidden_ND is not None and hidden_begun:
         dhidden_ND /= factor
     for first in range(0, vocab, chunk):
         columns = min(chunk, vocab - first)
         p_Nv = workspace[: rows * columns].view(rows, columns)
-        _probability_kernel[(triton.cdiv(rows, tuning.block_n) * triton.cdiv(columns, tuning.block_v),)](
-            p_Nv,
-            operands,
-            descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
-            descriptor(weight_VD, tuning.block_v, tuning.block_d, tma),
-            upstream,
-            normaliser,
-            first,
-            columns,
-            headroom,
-            ROW_GROUP=tuning.row_group,
-            BLOCK_N=tuning.block_n,
-            BLOCK_V=tuning.block_v,
-            BLOCK_D=tuning.block_d,
-            TMA=tma,
-            PRECISION=precision(logits),
-            STAGES=tuning.stages,
-            num_warps=tuning.warps,
-            **LAUNCH,
-        )
+        _probabilities(p_Nv, logits, hidden_ND, upstream, normaliser, first, headroom)
         v = slice(first, first + columns)
         if dhidden_ND is not None:
-            add_product(dhidden_ND, p_Nv, weight_VD[v] if scaled_VD is None else scaled_VD[v])
+            add_product(dhidden_ND, p_Nv, weight_VD[v])
         if dweight_VD is not None and scaled_ND is not None:
             torch.mm(p_Nv.T, scaled_ND, out=dweight_VD[v])
         elif dweight_VD is not None and exact_factor and writes_bf16:
@@ -141,7 +156,47 @@ def differentiate_exactly(
             dweight_VD[v] = product(p_Nv.T, hidden_ND).mul_(factor)
         if dbias_V is not None:
             dbias_V[v] = p_Nv.sum(0, dtype=torch.float32) * factor
-    if dhidden_ND is not None and scaled_VD is None:
+    if dhidden_ND is not None:
+        dhidden_ND *= factor
+
+
+def differentiate_rows(
+    logits: Logits,
+    row_K: torch.Tensor,
+    normaliser: Normaliser,
+    upstream: Upstream,
+    out: Gradients,
+    headroom: float,
+    workspace_bytes: int,
+) -> None:
+    """The same of some rows of the classifier: adds to dE, and writes these rows of dC and dbias.
+
+    ``logits.target_N`` are places in ``row_K``. Of rows, P and dC there is never more than a chunk.
+    """
+    hidden_ND, dhidden_ND = compacted(logits), out.hidden_ND
+    rows, dtype = hidden_ND.shape[0], hidden_ND.dtype
+    factor = upstream.scale * (logits.logit_scale / headroom)
+    exact_factor = dtype == torch.bfloat16 and logits.logit_scale == 1.0  # see differentiate_exactly
+    if exact_factor:
+        factor, upstream = _at_most_2_60(factor, upstream)
+    if dhidden_ND is not None and not exact_factor:
+        dhidden_ND /= factor
+    chunk = max(workspace_bytes // max(rows * hidden_ND.element_size(), 1) // logits.tile, 1) * logits.tile
+    for row_k, first in zip(row_K.split(chunk), range(0, row_K.shape[0], chunk), strict=True):
+        weight_kD = logits.weight_VD[row_k]
+        bias_k = None if logits.bias_V is None else logits.bias_V[row_k]
+        part = logits._replace(weight_VD=weight_kD, bias_V=bias_k, target_N=logits.target_N - first, frequent_V=None)
+        p_Nk = torch.empty((rows, row_k.shape[0]), dtype=dtype, device=hidden_ND.device)
+        _probabilities(p_Nk, part, hidden_ND, upstream, normaliser, 0, headroom)
+        if out.weight_VD is not None:
+            exact = exact_factor and out.weight_VD.dtype == dtype
+            dweight_kD = torch.mm(p_Nk.T, hidden_ND) if exact else product(p_Nk.T, hidden_ND)
+            write_rows(out.weight_VD, dweight_kD.mul_(factor), row_k)
+        if out.bias_V is not None:
+            write_rows(out.bias_V, p_Nk.sum(0, dtype=torch.float32).mul_(factor), row_k)
+        if dhidden_ND is not None:
+            add_product(dhidden_ND, p_Nk, weight_kD.mul_(factor) if exact_factor else weight_kD)
+    if dhidden_ND is not None and not exact_factor:
         dhidden_ND *= factor
 
 
