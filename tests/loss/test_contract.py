@@ -39,6 +39,7 @@ from cce_dist.kernels.problem import TILE
 MODES: dict[str, dict[str, Any]] = {
     "exact": {"gradient": "exact"},
     "unbiased": {"gradient": "unbiased", "seed": 1},
+    "frequent rows": {"gradient": "unbiased", "seed": 1, "frequent_rows": 50},
     "filtered": {"gradient": "filtered"},
     "drop": {"gradient": "filtered", "tail": False},
 }
@@ -58,7 +59,7 @@ MODES_AND_BACKENDS = [
         mode,
         backend,
         id=f"{name}-{backend}",
-        marks=[pytest.mark.full] if backend == "triton" and name in ("filtered", "drop") else [],
+        marks=[pytest.mark.full] if backend == "triton" and name in ("filtered", "drop", "frequent rows") else [],
     )
     for backend in BACKENDS
     for name, mode in MODES.items()
@@ -246,7 +247,7 @@ def test_a_second_backward_gives_the_same_gradient(mode: dict[str, Any], backend
 @every_mode_and_backend
 def test_two_losses_in_one_backward_add_up(mode: dict[str, Any], backend: str) -> None:
     problem, other = peaked(), peaked(seed=1, lse_gradient=True)
-    other = replace(other, weight=problem.weight)
+    other = replace(other, weight=problem.weight, labels=problem.labels)  # which choose the frequent rows
     alone = [cce_outcome(p, backend=backend, **mode) for p in (problem, other)]
     weight = leaf(problem.weight)
     hidden = [leaf(problem.hidden[0]), leaf(other.hidden[0])]
