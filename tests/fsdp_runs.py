@@ -121,12 +121,16 @@ class Case:
     sequence: str = ""
     """With tp: "gathered" or "own", by who gathers a sequence that the body splits; "": all ranks have all of it."""
     cp: int = 1
+    frequent: int = 0
+    """With a filter that leaves nothing out, so many rows are computed apart."""
     past_head: bool = False
     """The first loss of a backward is of logits made of the head's weight, past its call."""
 
     @property
     def config(self) -> CCEConfig:
         changes: dict[str, Any] = {"vocab_parallel_size": self.vocab_parallel}
+        if self.frequent:
+            changes |= {"gradient": "filtered", "filter_eps": 1e-30, "frequent_rows": self.frequent}
         if self.past_head:
             changes["materialize"] = "warn"
         return EXACT.model_copy(update=changes)

@@ -37,6 +37,7 @@ from deepspeed_runs import (
 import cce_dist.deepspeed as cce_deepspeed
 from cce_dist.deepspeed.slices import RowsFromSlices
 
+FREQUENT = {**EXACT, "gradient": "filtered", "filter_eps": 1e-30, "frequent_rows": 20}  # nothing is left out
 ZERO3 = Path(__file__).parents[1] / "configs" / "deepspeed" / "zero3.json"
 
 
@@ -49,6 +50,9 @@ ZERO3 = Path(__file__).parents[1] / "configs" / "deepspeed" / "zero3.json"
         pytest.param(2, Case(vocab_size=101, two_losses=True), id="two loss calls, uneven vocabulary"),
         pytest.param(2, Case(vocab_size=101, tied=True, two_losses=True), id="two loss calls, uneven, tied"),
         pytest.param(4, Case(vocab_size=101), id="uneven vocabulary, 4 ranks"),
+        pytest.param(
+            4, Case(vocab_size=101, tied=True, two_losses=True, section=FREQUENT), id="frequent rows, 4 ranks, uneven"
+        ),
         pytest.param(4, Case(vocab_size=101, tied=True, section={**EXACT, "vocab_parallel_size": 2}), id="2 x 2 ranks"),
     ],
 )
@@ -71,6 +75,11 @@ OFFLOAD: dict[str, Any] = {
             4, Case(biased=True, section={**EXACT, "vocab_parallel_size": 2}), id="classifier with a bias, 2 x 2"
         ),
         pytest.param(4, Case(vocab_size=101, section={**EXACT, "vocab_parallel_size": 1}), id="4 copies of the rows"),
+        pytest.param(
+            4, Case(biased=True, section={**FREQUENT, "vocab_parallel_size": 2}), id="frequent rows, bias, 2 x 2"
+        ),
+        pytest.param(2, Case(checkpoints=True, section=FREQUENT), id="frequent rows, reentrant checkpoints"),
+        pytest.param(2, Case(stage=2, section=FREQUENT), id="frequent rows, stage 2"),
         pytest.param(
             4, Case(two_losses=True, section={**EXACT, "vocab_parallel_size": 2}), id="2 x 2 ranks, two losses"
         ),

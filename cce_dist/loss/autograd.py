@@ -80,7 +80,7 @@ class Saved(NamedTuple):
         return Order(self.token_N, self.place_N, self.n_valid)
 
 
-_FREQUENT_WORKSPACE = 24 << 20  # bytes; with more there are fewer, larger products, which are no faster
+_FREQUENT_WORKSPACE = 32 << 20  # bytes; with more there are fewer, larger products, which are no faster
 _NOT_FREQUENT = (None,) * len(Frequent._fields)
 
 

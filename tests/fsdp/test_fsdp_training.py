@@ -67,6 +67,8 @@ FAST = [
     (4, Case(vocab=5, tied=True, mesh=(2, 2), entry="adopt")),
     (2, Case(entry="between", divide_factor=1.0)),
     (2, Case(entry="adopt, norm and head", losses_per_backward=2)),
+    (4, Case(tp=2, frequent=20, micro_batches=2)),
+    (4, Case(mesh=(2, 2), entry="adopt", frequent=60, losses_per_backward=2)),
     (2, Case(past_head=True)),
     (4, Case(past_head=True, tied=True, entry="adopt", mesh=(2, 2), losses_per_backward=2)),
     (4, Case(past_head=True, tp=2, losses_per_backward=2)),
@@ -76,6 +78,11 @@ FULL = [
     (4, Case(past_head=True, vocab_parallel=2, vocab=5, losses_per_backward=2)),
     (2, Case(past_head=True, entry="adopt, own group", offload=True)),
     (4, Case(past_head=True, tp=2, sequence="own")),
+    (4, Case(vocab=5, frequent=3)),
+    (4, Case(vocab_parallel=2, frequent=20, micro_batches=2, sync_every_micro_batch=False)),
+    (4, Case(cp=2, frequent=200)),
+    (4, Case(tp=2, sequence="own", vocab_parallel=2, frequent=30)),
+    (2, Case(entry="adopt, own group", offload=True, frequent=30)),
     (2, Case(tp=2)),  # one shard
     (4, Case(tp=4, vocab=5)),
     (4, Case(tp=2, mesh=(2, 1), entry="before")),  # replicas of one shard

@@ -28,8 +28,9 @@ from reference import (
 )
 from torch import Tensor
 
-from cce_dist import linear_cross_entropy
+from cce_dist import VocabShard, linear_cross_entropy
 from cce_dist.kernels.problem import TILE
+from cce_dist.loss.frequent import counts_of
 
 pytestmark = pytest.mark.gpu
 
@@ -110,6 +111,23 @@ def test_a_captured_step_replayed_on_new_data_equals_an_eager_one(mode: dict[str
         assert_repeats(got.dhidden[0], expected.dhidden[0])
         assert_repeats(got.dweight[0], expected.dweight[0])
         assert bool(got.dweight[0].any()) == (ignored < 1)
+
+
+@every_dtype
+def test_a_captured_step_chooses_and_counts_frequent_rows_of_new_data(dtype: torch.dtype) -> None:
+    """Nothing is left out, so that the gradient is that of full logits whatever is chosen."""
+    captured = Captured(peaked(dtype), gradient="filtered", filter_eps=1e-30, frequent_rows=100)
+    counts = counts_of(captured.weight, VocabShard.whole(captured.weight.shape[0]), captured.weight.device)
+    calls = counts.counts_V.clone()
+    for seed, ignored in ((1, 0.2), (2, 0.9), (3, 0.0), (4, 1.1)):
+        problem = peaked(dtype, seed=seed, ignored=ignored)
+        got, truth = captured.replay(problem), plain_outcome(problem, torch.float64)
+        bound = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+        assert relative_error(got.dhidden[0], truth.dhidden[0]) < bound
+        assert relative_error(got.dweight[0], truth.dweight[0]) < bound
+        labels = problem.labels[0].flatten()
+        calls[:-1] += torch.bincount(labels[labels >= 0], minlength=calls.shape[0] - 1).to(calls.dtype)
+        assert counts.counts_V[:-1].tolist() == calls[:-1].tolist()
 
 
 @every_dtype
@@ -226,7 +244,7 @@ def test_a_label_out_of_range_is_an_assertion_of_the_device_with_the_message(lab
     """In a process of its own: after it a process can use the GPU no more."""
     program = f"""
 import torch
-from cce_dist import linear_cross_entropy
+from cce_dist import VocabShard, linear_cross_entropy
 labels = torch.zeros(9, dtype=torch.int64, device="cuda")
 labels[3] = {label}
 hidden, weight = torch.zeros(9, 16, device="cuda"), torch.zeros(300, 16, device="cuda")
