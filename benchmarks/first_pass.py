@@ -134,7 +134,7 @@ def measure_case(backends: dict[str, ModuleType], case: Case, labels_N: Tensor, 
     """Errors by backend, of bf16 logits and of the full pass; the share of pairs that a backend computes in full."""
     _, hidden_ND, weight_VD = case
     inputs = Inputs(hidden_ND.to(dtype), weight_VD.to(dtype), labels_N, 0.0)
-    logits, settings = shard_of(inputs, backend="triton")[:2]
+    logits, settings = shard_of(inputs, backend="triton", frequent_rows=0)[:2]
     exact_N, rounded_N = true_lse(inputs.hidden_ND, inputs.weight_VD)
     full_N = merge([triton_backend.summarise(logits, False, 1 << 20)]).lse_N
     result: dict[str, Any] = {
@@ -145,16 +145,16 @@ def measure_case(backends: dict[str, ModuleType], case: Case, labels_N: Tensor, 
     for name, backend in backends.items():
         estimate = backend.estimate(logits)
         before_TN = estimate.summary.tiles.lse_TN.clone()
-        summary = backend.refine(logits, estimate, merge([estimate.summary]), settings.filter_eps)
+        summary = backend.refine(logits, estimate, merge([estimate.summary]), settings.refine_eps)
         result["errors"][name] = errors(merge([summary]).lse_N, exact_N)
         result["refined"][name] = (before_TN != summary.tiles.lse_TN).float().mean().item()
     return result
 
 
 def measure_times(backends: dict[str, ModuleType], inputs: Inputs, rounds: int, device: str) -> dict[str, Any]:
-    logits, settings = shard_of(inputs, backend="triton")[:2]
+    logits, settings = shard_of(inputs, backend="triton", frequent_rows=0)[:2]
     runs: dict[str, Callable[[], Any]] = {
-        f"first pass, {name}": lambda backend=backend: first_pass(backend, logits, settings.filter_eps)
+        f"first pass, {name}": lambda backend=backend: first_pass(backend, logits, settings.refine_eps)
         for name, backend in backends.items()
     }
     runs["first pass, full"] = lambda: triton_backend.summarise(logits, True, 1 << 20)

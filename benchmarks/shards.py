@@ -138,7 +138,7 @@ def refine(shard: Shard, first: First, estimates: Normaliser) -> Summary:
     """The rest of a forward, with what its backward needs; ``estimates``: the first passes of all shards, merged."""
     if first.estimate is None:
         return first.summary
-    summary = triton_backend.refine(shard.logits, first.estimate, estimates, shard.method.filter_eps)
+    summary = triton_backend.refine(shard.logits, first.estimate, estimates, shard.method.refine_eps)
     return summary if first.part is None else triton_backend.join(summary, first.part, shard.share)
 
 

@@ -126,7 +126,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     estimated_summary = call.backend.join(estimated_summary, part, frequent.share(shard))
                 estimated, _ = merge_softmax(estimated_summary, shard.vocab_group, equal)
                 equal = {}
-                summary = call.backend.refine(others, estimate, estimated, method.filter_eps)
+                summary = call.backend.refine(others, estimate, estimated, method.refine_eps)
                 if frequent is not None and part is not None:
                     summary = call.backend.join(summary, part, frequent.share(shard))
             else:  # its sums and targets are of all rows, so that they have the same bits without a gradient

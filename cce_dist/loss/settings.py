@@ -30,6 +30,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _EXACT_WORKSPACE_MB = 256
 _SPARSE_WORKSPACE_MB = 64
 _MANY_FREQUENT, _LARGE_VOCABULARY = 4096, 32768
+_LARGEST_ESTIMATED = 2.0**-9.3
 _MAY_DIFFER: dict[str, Any] = {"may_differ": True}
 """Marks a field that ranks may set differently."""
 
@@ -126,6 +127,12 @@ class Method(NamedTuple):
     backend: Literal["triton", "torch"]
     first_pass: Literal["full", "fp8"]
     frequent_rows: int
+
+    @property
+    def refine_eps(self) -> float:
+        """Softmax mass above which the 8-bit pass is refined: the loss is no less exact where the filter leaves out
+        more."""
+        return min(self.filter_eps, _LARGEST_ESTIMATED)
 
 
 def resolve(settings: CallSettings, hidden: Tensor, labels: Tensor, shard: VocabShard, needs_grad: bool) -> Method:

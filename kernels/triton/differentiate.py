@@ -228,24 +228,44 @@ def _differentiate_kernel(
             if kind == WEIGHT:
                 if out.weight_VD is not None:
                     first_d = chunk * CHUNK_D + sub * WEIGHT_BLOCKS * BLOCK_D
-                    for d in range(first_d, min(first_d + WEIGHT_BLOCKS * BLOCK_D, operands.D), BLOCK_D):
-                        _weight_item(
-                            out,
-                            tile,
-                            columns,
-                            d,
-                            count,
-                            ring,
-                            ring_row,
-                            operands,
-                            tail,
-                            factor,
-                            TILE,
-                            PRECISION,
-                            PAIR_STAGES,
-                            BLOCK_D,
-                            BLOCK_K,
-                        )
+                    if WEIGHT_BLOCKS == 1:  # as a loop of one it takes more registers
+                        if first_d < operands.D:  # the last chunk may be cut off
+                            _weight_item(
+                                out,
+                                tile,
+                                columns,
+                                first_d,
+                                count,
+                                ring,
+                                ring_row,
+                                operands,
+                                tail,
+                                factor,
+                                TILE,
+                                PRECISION,
+                                PAIR_STAGES,
+                                BLOCK_D,
+                                BLOCK_K,
+                            )
+                    else:
+                        for d in range(first_d, min(first_d + WEIGHT_BLOCKS * BLOCK_D, operands.D), BLOCK_D):
+                            _weight_item(
+                                out,
+                                tile,
+                                columns,
+                                d,
+                                count,
+                                ring,
+                                ring_row,
+                                operands,
+                                tail,
+                                factor,
+                                TILE,
+                                PRECISION,
+                                PAIR_STAGES,
+                                BLOCK_D,
+                                BLOCK_K,
+                            )
             elif not ADD_AT_ONCE and out.hidden_ND is not None:
                 token = tl.load(ring.token + ring_row + listed)
                 n = tl.load(operands.place_N + token, mask=valid, other=0)

@@ -55,7 +55,7 @@ def compile_only(self, *arguments, grid, warmup, **options):
 jit.JITFunction.run = compile_only
 from cce_dist.kernels.triton import compact, differentiate, exact, quantise, refine, select, summarise, tail, tuning
 from cce_dist.kernels.triton.operands import Tail
-from cce_dist.kernels.problem import TILE, Estimate, Filter, Gradients, Logits, Normaliser, Upstream
+from cce_dist.kernels.problem import TILE, Estimate, Filter, Gradients, Logits, Normaliser, Share, Upstream
 
 V = 16 * TILE
 table = tuning.choose((f"sm_{arch}" if kind == "cuda" else arch,), DTYPE.itemsize, D)
@@ -92,6 +92,8 @@ with tuning.forced(table):
             1,
             table.for_8_bits(),
         )
+    summarise.join(summary, summary, None, True)
+    summarise.join(summary, summary, Share(ints(1), ints(1), 0, 2), False)
     normaliser = Normaliser(floats(N), floats(N), 0.69)
     refine.refine(logits, Estimate(summary, floats(N)), normaliser, 0.01)
     filter_ = Filter("unbiased", 0.01, most_drawn=4.0, seed=torch.zeros(1, dtype=torch.int64))

@@ -27,6 +27,7 @@ from cce_dist.kernels.triton.quantise import (
     quantise_weight,
     storage_dtype,
 )
+from cce_dist.loss import settings
 
 EPS = 2.0**-5
 FP8: dict[str, Any] = {"backend": "triton", "first_pass": "fp8"}
@@ -250,7 +251,10 @@ def peaked(**options: Any) -> Problem:
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 8.0}, {"logit_scale": -0.7}, {"bias": True, "shift": 1}])
-def test_loss_and_gradients_are_near_those_of_the_full_pass(options: dict[str, Any]) -> None:
+def test_loss_and_gradients_are_near_those_of_the_full_pass(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "_LARGEST_ESTIMATED", 1.0)  # of six tiles hardly any is small enough
     problem = peaked(**options)
     truth = plain_outcome(problem, torch.float64)
     for mode in ({"gradient": "unbiased", "seed": 3}, {"gradient": "filtered"}):
@@ -261,6 +265,19 @@ def test_loss_and_gradients_are_near_those_of_the_full_pass(options: dict[str, A
         for name in ("dhidden", "dweight"):
             exact, near, plain = (getattr(x, name)[0] for x in (truth, fp8, full))
             assert relative_error(near, exact) < 1.3 * relative_error(plain, exact) + 1e-2
+
+
+def test_a_filter_that_leaves_out_much_costs_the_loss_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = peaked()
+    truth = plain_outcome(problem, torch.float64)
+
+    def lse_error(eps: float) -> float:
+        got = cce_outcome(problem, **FP8, gradient="filtered", filter_eps=eps)
+        return relative_error(got.lse[0], truth.lse[0])
+
+    assert lse_error(0.25) < 1.5 * lse_error(2.0**-9.3)
+    monkeypatch.setattr(settings, "_LARGEST_ESTIMATED", 1.0)
+    assert lse_error(0.25) > 3 * lse_error(2.0**-9.3)
 
 
 @pytest.mark.parametrize("gradient", ["unbiased", "filtered"])

@@ -25,7 +25,7 @@ from reference import (
     plain_outcome,
     relative_error,
 )
-from sharded import Layout, Runs, assert_ranks_no_worse, make_rank_problem, make_shard, part_of
+from sharded import Layout, Runs, assert_ranks_no_worse, device_of, make_rank_problem, make_shard, part_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -122,6 +122,7 @@ def test_ranks_agree_in_8_bits(ranks: RankPool) -> None:
 
 
 def _lse_in_8_bits(problem: Problem) -> Tensor:
+    problem = problem.to(device_of({"backend": "triton"}))
     part = part_of(dist.get_rank(), "sharded")
     shard = make_shard(problem, "sharded")
     _, lse = linear_cross_entropy(
@@ -136,7 +137,7 @@ def _lse_in_8_bits(problem: Problem) -> Tensor:
         gradient="filtered",
         filter_eps=2.0**-14,
     )
-    return lse.detach()
+    return lse.detach().cpu()
 
 
 @every_backend
