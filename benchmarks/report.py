@@ -2,6 +2,7 @@
 
 python benchmarks/report.py benchmarks/results/loss-*.json --plot benchmarks/results/loss.png
 python benchmarks/report.py benchmarks/results/scaling-*.json --plot benchmarks/results/scaling.png
+python benchmarks/report.py benchmarks/results/shards-*-262144x2304.json
 python benchmarks/report.py benchmarks/results/stages-*.json
 """
 
@@ -29,7 +30,7 @@ def table(shapes: dict[str, dict[str, Any]]) -> str:
     lines = [HEADER]
     for shape, result in shapes.items():
         for name, row in result["methods"].items():
-            if "failed" not in row:
+            if "failed" not in row and not name.startswith("old tree's"):
                 times = f"{row['forward_x']:.2f}x | {row['both_x']:.2f}x | {row['peak_mb']:.0f}"
                 errors = " | ".join(f"{row[f'{x}_error']:.1e}" for x in ("hidden", "weight", "unlabelled_weight"))
                 lines.append(f"| {shape} | {name} | {times} | {errors} |")
@@ -39,7 +40,11 @@ def table(shapes: dict[str, dict[str, Any]]) -> str:
 def plot(shapes: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(shapes), figsize=(5 * len(shapes), 4.5), squeeze=False, sharey=True)
     for ax, (shape, result) in zip(axes[0], shapes.items(), strict=True):
-        rows = {name: row for name, row in result["methods"].items() if "failed" not in row}
+        rows = {
+            name: row
+            for name, row in result["methods"].items()
+            if "failed" not in row and not name.startswith("old tree's")
+        }
         for name, row in rows.items():
             ours = name.startswith("cce_dist")
             ax.plot(row["both_x"], row["hidden_error"], "o" if ours else "s", color="C0" if ours else "C7")
@@ -69,13 +74,14 @@ PHASES = ("first_pass", "refine", "backward")
 
 def scaling_table(result: dict[str, Any]) -> str:
     """The two series of `scaling.py` over tokens and vocabulary, and the one over shards."""
-    lines = [SCALING_HEADER]
+    lines = [SCALING_HEADER] if {"tokens", "vocabulary"} & set(result) else []
     for row in result.get("tokens", []) + result.get("vocabulary", []):
         large = row["large_pairs"] / row["num_tokens"]
         multiples = (f"{row[f'{name}_ms'] / row['gemm_ms']:.2f}x" for name in ("forward", "both"))
         pairs = f"{row['expected_pairs_per_token']:.2f} | {large:.2f} | {row['gemm_ms']:.2f} ms"
         lines.append(f"| {row['num_tokens']} | {row['vocab_size']} | {pairs} | {' | '.join(multiples)} |")
-    lines += ["", SHARDS_HEADER] if "shards" in result else []
+    if "shards" in result:
+        lines += ["", SHARDS_HEADER] if lines else [SHARDS_HEADER]
     for row in result.get("shards", []):
         stages = (f"{row[f'{x}_max_ms']:.2f} ms | {row[f'{x}_imbalance']:.2f}" for x in PHASES)
         both = f"{row['both_max_ms']:.2f} ms | {row['of_gemm']:.2f}"

@@ -27,7 +27,7 @@ from cce_dist.kernels import torch_backend
 from cce_dist.kernels.problem import MOST_DRAWN, TILE, Filter, Gradients, Logits, Normaliser, Tiles, Upstream, Wanted
 from cce_dist.loss import frequent as frequent_rows
 from cce_dist.loss.frequent import Frequent, LabelCounts
-from cce_dist.loss.settings import CallSettings, Method, check_labels, workspace_bytes
+from cce_dist.loss.settings import FREQUENT_WORKSPACE, CallSettings, Method, check_labels, workspace_bytes
 from cce_dist.loss.tokens import Order, gather, own, valid_first
 from cce_dist.shard import VocabShard
 
@@ -80,7 +80,6 @@ class Saved(NamedTuple):
         return Order(self.token_N, self.place_N, self.n_valid)
 
 
-_FREQUENT_WORKSPACE = 32 << 20  # bytes; with more there are fewer, larger products, which are no faster
 _NOT_FREQUENT = (None,) * len(Frequent._fields)
 
 
@@ -191,7 +190,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if frequent is not None:
                 if part is None:  # after the others, whose memory it takes
                     of_all = logits._replace(target_N=frequent.slot_M)
-                    workspace = min(ctx.workspace, _FREQUENT_WORKSPACE)
+                    workspace = min(ctx.workspace, FREQUENT_WORKSPACE)
                     call.backend.add_rows(of_all, frequent.row_K, normaliser, upstream, gradients, workspace)
                 else:
                     for rows_K, out_V in zip(part()[1:], gradients[1:], strict=True):

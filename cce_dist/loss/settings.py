@@ -29,7 +29,10 @@ Reduction = Literal["mean", "sum", "none"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _EXACT_WORKSPACE_MB = 256
 _SPARSE_WORKSPACE_MB = 64
-_MANY_FREQUENT, _LARGE_VOCABULARY = 4096, 32768
+MANY_FREQUENT, LARGE_VOCABULARY = 4096, 32768
+"""How many frequent rows ``frequent_rows=None`` stands for, of how many rows or more."""
+FREQUENT_WORKSPACE = 32 << 20
+"""Bytes for their probabilities in a single process; with more, products are fewer and larger, and no faster."""
 _LARGEST_ESTIMATED = 2.0**-9.3
 _MAY_DIFFER: dict[str, Any] = {"may_differ": True}
 """Marks a field that ranks may set differently."""
@@ -304,7 +307,7 @@ def _eps(gradient: Gradient, vocab_size: int, frequent_rows: int) -> float:
     bf16 logits (torch.compile); with "filtered", one of dE just below 1e-2. Without the frequent rows less mass is in
     the tiles, and as much of it may be left out as makes the same errors."""
     is_large = vocab_size >= 100_000
-    if frequent_rows >= _MANY_FREQUENT:
+    if frequent_rows >= MANY_FREQUENT:
         if gradient == "filtered":
             return 2.0**-7.4 if is_large else 2.0**-9.9
         return 2.0**-8.3 if is_large else 2.0**-8.2
@@ -350,7 +353,7 @@ def _frequent_rows(settings: LossSettings, backend: str, hidden: Tensor, vocab_s
         return 0
     chosen = settings.frequent_rows
     if chosen is None:
-        chosen = _MANY_FREQUENT if backend == "triton" and hidden.is_cuda and vocab_size >= _LARGE_VOCABULARY else 0
+        chosen = MANY_FREQUENT if backend == "triton" and hidden.is_cuda and vocab_size >= LARGE_VOCABULARY else 0
     return min(chosen, vocab_size)
 
 

@@ -182,20 +182,23 @@ def differentiate_rows(
     if dhidden_ND is not None and not exact_factor:
         dhidden_ND /= factor
     chunk = max(workspace_bytes // max(rows * hidden_ND.element_size(), 1) // logits.tile, 1) * logits.tile
+    memory = torch.empty(rows * min(chunk, row_K.shape[0]), dtype=dtype, device=hidden_ND.device)
     for row_k, first in zip(row_K.split(chunk), range(0, row_K.shape[0], chunk), strict=True):
         weight_kD = logits.weight_VD[row_k]
         bias_k = None if logits.bias_V is None else logits.bias_V[row_k]
         part = logits._replace(weight_VD=weight_kD, bias_V=bias_k, target_N=logits.target_N - first, frequent_V=None)
-        p_Nk = torch.empty((rows, row_k.shape[0]), dtype=dtype, device=hidden_ND.device)
+        p_Nk = memory[: rows * row_k.shape[0]].view(rows, -1)
         _probabilities(p_Nk, part, hidden_ND, upstream, normaliser, 0, headroom)
         if out.weight_VD is not None:
             exact = exact_factor and out.weight_VD.dtype == dtype
             dweight_kD = torch.mm(p_Nk.T, hidden_ND) if exact else product(p_Nk.T, hidden_ND)
             write_rows(out.weight_VD, dweight_kD.mul_(factor), row_k)
+            del dweight_kD
         if out.bias_V is not None:
             write_rows(out.bias_V, p_Nk.sum(0, dtype=torch.float32).mul_(factor), row_k)
         if dhidden_ND is not None:
             add_product(dhidden_ND, p_Nk, weight_kD.mul_(factor) if exact_factor else weight_kD)
+        del weight_kD, part  # before the next chunk's
     if dhidden_ND is not None and not exact_factor:
         dhidden_ND *= factor
 

@@ -6,10 +6,10 @@ In: tokens and rows that a rank works on. Out: `Bytes` and the terms of the loss
 from typing import NamedTuple
 
 from cce_dist.kernels.problem import TILE
-from cce_dist.loss.settings import default_workspace_mb
+from cce_dist.loss.settings import FREQUENT_WORKSPACE, LARGE_VOCABULARY, MANY_FREQUENT, default_workspace_mb
 from cce_dist.tools.plan.job import ELEMENT
 
-_PAIR_ROWS, _CHUNK_D, _AT_ONCE_D = 128, 512, 1024
+_PAIR_ROWS, _FEW_PAIR_ROWS, _CHUNK_D, _AT_ONCE_D = 128, 64, 512, 1024
 """The sparse backward's work items, as on Hopper (kernels/triton/tuning.json): an 8-byte entry of its queue each."""
 OPTIMIZER = 12
 """Bytes of AdamW's state a weight: fp32 weight and two moments."""
@@ -47,17 +47,26 @@ def loss_bytes(
     Returns:
         The hidden states of all ranks that it saves and the fp32 dE; the summaries of the tiles that it saves; what the
         rest of backward takes at its peak: the workspace, and the tail's (R E) and the queue of pairs, or two copies of
-        the hidden states; or the copy of dE at the end (in 16 bits, or in fp32 where ``ranks`` reduce-scatter it).
+        the hidden states; or the copy of dE at the end (in 16 bits, or in fp32 where ``ranks`` reduce-scatter it); or
+        what the frequent rows take, in chunks in one process, with all of them and their fp32 gradient on several.
     """
     exact = gradient == "exact"
     elements = tokens * hidden
     tiles = -(-rows // TILE)
     workspace = workspace_mb if workspace_mb is not None else default_workspace_mb(tokens, ELEMENT, exact)
     chunks = 0 if hidden <= _AT_ONCE_D else -(-hidden // _CHUNK_D)
-    queue = 8 * tiles * -(-tokens // _PAIR_ROWS) * (1 + chunks)
+    frequent = 0 if exact or rows * ranks < LARGE_VOCABULARY else MANY_FREQUENT
+    queue = 8 * tiles * -(-tokens // (_FEW_PAIR_ROWS if frequent else _PAIR_ROWS)) * (1 + chunks)
     beside = 2 * ELEMENT * elements if exact else ELEMENT * tiles * hidden + queue
     at_work = (workspace << 20) + beside
     at_end = (ELEMENT if ranks == 1 else 4) * elements
+    of_frequent = 0
+    if frequent and ranks == 1:
+        rows_at_once = min(FREQUENT_WORKSPACE // (ELEMENT * tokens), frequent)
+        # Two chunks of probabilities, as when benchmarks/results was measured; the code has dropped one since.
+        of_frequent = ELEMENT * (elements + rows_at_once * (2 * tokens + 2 * hidden))
+    elif frequent:
+        at_work += (ELEMENT + 4) * frequent * hidden
     summaries = 0 if exact else ELEMENT * tiles * tokens
     gathered = 0 if ranks == 1 else ELEMENT * elements
-    return float(gathered + 4 * elements), float(summaries), float(max(at_work, at_end))
+    return float(gathered + 4 * elements), float(summaries), float(max(at_work, of_frequent, at_end))

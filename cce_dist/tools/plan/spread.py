@@ -6,6 +6,7 @@ In: a job and a calibration. Out: `Setting`s, the plain one first, and the recom
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from cce_dist.loss.settings import LARGE_VOCABULARY, MANY_FREQUENT
 from cce_dist.tools.plan.calibration import STOCK, Calibration, compute_ms
 from cce_dist.tools.plan.job import ELEMENT, GPUS, Job, group_sizes
 from cce_dist.tools.plan.links import exchange_ms, replicas_ms
@@ -85,6 +86,10 @@ def vocabulary_parallel(job: Job, calibration: Calibration, group: int) -> Setti
     passes = 1e3 * (all_states - own) * _BYTES_OF_PASSES / GPUS[job.gpu].bandwidth
     forward = exchange_ms(job, ELEMENT * all_states + 8 * tokens, group) + 2 * exchange_ms(job, 12 * tokens, group)
     backward = exchange_ms(job, 8 * tokens, group) + exchange_ms(job, 4 * all_states, group)
+    if job.gradient != "exact" and job.vocab >= LARGE_VOCABULARY and group > 1:
+        frequent = MANY_FREQUENT * job.hidden
+        forward += 2 * exchange_ms(job, ELEMENT * frequent, group)
+        backward += 2 * exchange_ms(job, 4 * frequent, group)
     return Setting(
         f"cce_dist {group}",
         Bytes(
