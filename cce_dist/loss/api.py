@@ -18,6 +18,8 @@ Collectives of a call, with N tokens in all, n of each of W ranks, D hidden; fp3
 | FSDP x TP      | as own tokens: gathered over the token group,     | as own tokens, over the token group; then dE:  |
 |                | MAX and SUM over all                              | all-reduce [n, D] over those with equal tokens |
 
+With frequent rows ([K, D], `frequent`) on several ranks there are also, forward: SUM [K, D] in weight's dtype, beside
+the 8-bit pass, and 2 numbers in the MAX, which compare the choice; backward: SUM [K, D], beside the other rows.
 The 8-bit pass adds a MAX and a SUM of the same sizes before the refinement; a mean over ranks, a SUM of two fp64
 numbers in forward and of one in backward. Before all of them the hosts exchange seven integers.
 
