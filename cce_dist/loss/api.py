@@ -35,7 +35,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from cce_dist.collectives import group_mean
 from cce_dist.loss.autograd import Call, LinearCrossEntropy
-from cce_dist.loss.frequent import counts_of
+from cce_dist.loss.frequent import counted_with, counts_of
 from cce_dist.loss.settings import (
     CallSettings,
     Method,
@@ -163,6 +163,8 @@ def linear_cross_entropy(
             **contract(hidden, weight_VD, bias_V, shard, own_settings, method),
             "tokens are in a DTensor's parts": in_parts,
         }
+        if method.frequent_rows:
+            equal["what labels are counted with"] = counted_with(weight, shard)
         if shard.token_group is None:
             workspace_bytes(own_settings.workspace_mb, method, tokens, hidden.element_size())
         if not isinstance(labels, DTensor):

@@ -18,7 +18,7 @@ of the vocabulary, v local rows.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -64,18 +64,28 @@ class LabelCounts:
         """Adds one for each label."""
         _add(self.counts_V, label_N)
         self.calls += 1
-        if self.calls % _CHOOSE_EVERY == 0 or _is_capturing(label_N.device):
+        if self._is_captured(label_N.device) or self.calls % _CHOOSE_EVERY == 0:
             self.counts_V >>= (self.counts_V[:-1].sum() > MOST_COUNTED).to(self.counts_V.dtype)
 
     def choose(self, number: int, label_N: Tensor, shard: VocabShard) -> Choice:
         """The rows with the largest counts, this call's labels included; of equal ones those of the smaller ids."""
-        if _is_capturing(label_N.device):  # each replay chooses, in memory of its own
+        if self._is_captured(label_N.device):  # each replay chooses, in memory of its own
             return _choice(self.counts_V, number, label_N, shard)
         choice, calls = self.chosen.get(number, (None, 0))
         if choice is None or self.calls >= calls + min(max(calls, 1), _CHOOSE_EVERY):
             choice = _choice(self.counts_V, number, label_N, shard)
             self.chosen[number] = choice, self.calls
         return choice
+
+    def _is_captured(self, device: torch.device) -> bool:
+        """Whether a CUDA graph is being captured; its replays write to the counts, which are kept for them."""
+        if not _is_capturing(device):
+            return False
+        _CAPTURED.add(self)
+        return True
+
+
+_CAPTURED: set[LabelCounts] = set()
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -106,32 +116,34 @@ def _choice(counts_V: Tensor, number: int, label_N: Tensor, shard: VocabShard) -
 _counts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+def counted_with(weight: Tensor, shard: VocabShard) -> Literal["the parameter", "the shard", "nothing"]:
+    """What a classifier's counts of labels go with; the same on all ranks."""
+    if isinstance(weight, nn.Parameter) or (shard.vocab_group is None and weight.is_leaf):
+        return "the parameter"
+    return "nothing" if shard.vocab_group is None else "the shard"
+
+
 def counts_of(weight: Tensor, shard: VocabShard, device: torch.device) -> LabelCounts:
     """The same in each call of a classifier.
 
-    A classifier is known by its parameter; rows that an owner cuts or gathers anew in each call, by their shard.
+    A classifier is known by its parameter; rows that an owner cuts or gathers anew in each call, by their shard; what
+    one process computes from something, by nothing: its labels are those of one call.
 
     Raises:
         RuntimeError: they would be made inside of a CUDA graph, and be zero again at each replay.
     """
-    if isinstance(weight, nn.Parameter) or (shard.vocab_group is None and weight.is_leaf):
-        owner: Any = weight
-    else:
-        owner = shard
-    known = _counts.setdefault(owner, WeakIdKeyDictionary())
-    # Rows computed from something, in a single process: they are gone after this call, and their shard is any's.
-    forgotten = owner is shard and shard.vocab_group is None
-    if forgotten or shard not in known or known[shard].counts_V.device != device:
+    owner = counted_with(weight, shard)
+    if owner == "nothing":
+        return LabelCounts(torch.zeros(shard.vocab_size + 1, dtype=torch.int32, device=device))
+    known = _counts.setdefault(weight if owner == "the parameter" else shard, WeakIdKeyDictionary())
+    if shard not in known or known[shard].counts_V.device != device:
         if _is_capturing(device):
             raise RuntimeError(
                 "the labels of a classifier are counted for the first time inside of a CUDA graph capture, where the "
-                "counts would be zero again at each replay: call the loss and its backward once before capturing, or "
-                "set frequent_rows=0."
+                "counts would be zero again at each replay: call the loss and its backward, with the same weight and "
+                "shard, once before capturing, or set frequent_rows=0."
             )
-        counts = LabelCounts(torch.zeros(shard.vocab_size + 1, dtype=torch.int32, device=device))
-        if forgotten:
-            return counts
-        known[shard] = counts
+        known[shard] = LabelCounts(torch.zeros(shard.vocab_size + 1, dtype=torch.int32, device=device))
     found: LabelCounts = known[shard]
     return found
 
@@ -213,13 +225,12 @@ def start_exchange(
     frequent: Frequent, weight_vD: Tensor, bias_v: Tensor | None, shard: VocabShard
 ) -> Callable[[], Frequent]:
     """Starts bringing the rows of all ranks together; when called, ``frequent`` with them."""
-    finish = [
-        None if rows_v is None else _start_exchange(rows_v, frequent.row_K, shard) for rows_v in (weight_vD, bias_v)
-    ]
-    rows, bias = finish
+    rows, bias = _start_exchange(weight_vD, frequent.row_K, shard), None
+    if bias_v is not None:  # of one dtype on all ranks, as the weight is by now
+        dtype = torch.promote_types(weight_vD.dtype, torch.float32)
+        bias = _start_exchange(bias_v.to(dtype), frequent.row_K, shard)
 
     def finish_all() -> Frequent:
-        assert rows is not None
         return frequent._replace(rows_KD=rows(), bias_K=None if bias is None else bias())
 
     return finish_all

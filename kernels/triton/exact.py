@@ -63,6 +63,11 @@ def _probability_kernel(
     tl.store(pointers, p.to(p_Nv.dtype.element_ty), mask=inside)
 
 
+def _not_zero(factor: torch.Tensor) -> torch.Tensor:
+    """1 for 0, which a logit_scale of 0 makes: then nothing is added, and what was is 0 too."""
+    return torch.where(factor == 0, 1.0, factor)
+
+
 def _at_most_2_60(factor: torch.Tensor, upstream: Upstream) -> tuple[torch.Tensor, Upstream]:
     """What is beyond it in the factor goes into the upstream gradients."""
     beyond = (factor / 2.0**60).clamp(min=1.0)
@@ -136,7 +141,7 @@ def differentiate_exactly(
         factor, upstream = _at_most_2_60(factor, upstream)
         scaled_ND = hidden_ND * factor.to(torch.bfloat16)
     if dhidden_ND is not None and hidden_begun:
-        dhidden_ND /= factor
+        dhidden_ND /= _not_zero(factor)
     for first in range(0, vocab, chunk):
         columns = min(chunk, vocab - first)
         p_Nv = workspace[: rows * columns].view(rows, columns)
@@ -180,7 +185,7 @@ def differentiate_rows(
     if exact_factor:
         factor, upstream = _at_most_2_60(factor, upstream)
     if dhidden_ND is not None and not exact_factor:
-        dhidden_ND /= factor
+        dhidden_ND /= _not_zero(factor)
     chunk = max(workspace_bytes // max(rows * hidden_ND.element_size(), 1) // logits.tile, 1) * logits.tile
     memory = torch.empty(rows * min(chunk, row_K.shape[0]), dtype=dtype, device=hidden_ND.device)
     for row_k, first in zip(row_K.split(chunk), range(0, row_K.shape[0], chunk), strict=True):

@@ -4,6 +4,7 @@ What is filtered is nothing (an eps of 1e-30) where results are compared with fu
 """
 
 import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -55,8 +56,8 @@ def parts(world: int, layout: Layout) -> tuple[tuple[int, ...], ...]:
 @pytest.mark.parametrize("number", [1, 100, 256, 5000])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bias": True, "softcap": 5.0, "logit_scale": 0.7, "lse_gradient": True}],
-    ids=["plain", "every option"],
+    [{}, {"bias": True, "softcap": 5.0, "logit_scale": 0.7, "lse_gradient": True}, {"logit_scale": 0.0}],
+    ids=["plain", "every option", "no scale"],
 )
 def test_any_number_of_rows_gives_the_gradient_of_full_logits(
     options: dict[str, Any], number: int, backend: str
@@ -307,6 +308,33 @@ def test_counts_go_with_their_classifier() -> None:
     assert len(frequent._counts) == before - 1
 
 
+def test_a_classifier_that_is_computed_counts_nothing_and_may_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    model.loss().backward()
+    monkeypatch.setattr(frequent, "_is_capturing", lambda device: True)
+    computed = model.weight * 1.0
+    loss = linear_cross_entropy(model.hidden, computed, model.labels, gradient="unbiased", frequent_rows=9)
+    loss.backward()
+    assert model.counts.tolist() == model.expected(1)
+    with pytest.raises(RuntimeError, match="with the same weight and shard, once before capturing"):
+        Model().loss()
+
+
+def test_counts_that_a_cuda_graph_writes_to_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    model.loss().backward()
+    counts = weakref.ref(counts_of(model.weight, VocabShard.whole(300), model.weight.device))
+    monkeypatch.setattr(frequent, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(frequent, "_CAPTURED", set())
+    model.loss().backward()
+    del model
+    gc.collect()
+    assert counts() is not None
+    frequent._CAPTURED.clear()
+    gc.collect()
+    assert counts() is None
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_two_forwards_and_then_two_backwards_in_either_order(first: int) -> None:
     """Each backward is of the rows that its own forward chose, whatever was counted or chosen since."""
@@ -360,6 +388,46 @@ def _altered_counts() -> str:
         counts_of(weight, shard, weight.device).counts_V[200] += 30
     try:
         linear_cross_entropy(hidden, weight, torch.arange(6), **settings)
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_bias_of_other_dtypes_on_other_ranks_is_the_same_bias(ranks: RankPool) -> None:
+    assert all(ranks.run(2, _bias_of_two_dtypes))
+
+
+def _bias_of_two_dtypes() -> bool:
+    world = dist.group.WORLD
+    shard = VocabShard.even(300, world)
+    torch.manual_seed(0)
+    weight, bias, hidden = torch.randn(300, 8), torch.randn(300).bfloat16().float(), torch.randn(6, 8)
+    own = slice(shard.start, shard.stop)
+    dtype = torch.float32 if dist.get_rank() else torch.bfloat16
+    parts = leaf(weight[own]), leaf(bias[own].to(dtype))
+    loss = linear_cross_entropy(
+        hidden, parts[0], torch.arange(6), bias=parts[1], shard=shard, frequent_rows=5, **KEEP_ALL
+    )
+    loss.backward()
+    whole = leaf(weight), leaf(bias)
+    torch.nn.functional.cross_entropy(hidden @ whole[0].T + whole[1], torch.arange(6)).backward()
+    assert whole[0].grad is not None
+    assert parts[0].grad is not None
+    return relative_error(parts[0].grad, whole[0].grad[own]) < 1e-5
+
+
+def test_ranks_that_count_with_other_things_are_told_so(ranks: RankPool) -> None:
+    for text in ranks.run(2, _parameter_on_one_rank):
+        assert "what labels are counted with must be equal on all ranks" in text
+        assert "rank 0: the parameter, rank 1: the shard" in text
+
+
+def _parameter_on_one_rank() -> str:
+    shard = VocabShard.even(300, dist.group.WORLD)
+    weight: Tensor = torch.randn(shard.num_rows, 8)
+    weight = leaf(weight) if dist.get_rank() else nn.Parameter(weight)
+    try:
+        linear_cross_entropy(torch.randn(6, 8), weight, torch.arange(6), shard=shard, frequent_rows=5, **KEEP_ALL)
     except ValueError as error:
         return str(error)
     return "nothing was raised"
