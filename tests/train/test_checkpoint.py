@@ -335,6 +335,16 @@ class _Evil:
         return Path.touch, (self._file,)
 
 
+class _Attribute:
+    """Unpickled, it is an attribute of something."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._of = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self._of
+
+
 def _seal_anew(folder: Path) -> None:
     """The manifest as someone would write it who knows how."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
@@ -364,7 +374,7 @@ class TestForgery:
             file.write_bytes(pickle.dumps(_Evil(tmp_path / "ran")))
         _seal_anew(folder)
         for error in ranks.run(2, _error_of_each_rank, [*words, "steps=2", "checkpoint.resume=true"], timeout=120):
-            named = "getattr" if engine == "deepspeed" else "pathlib.Path.touch"  # the first that pickle met
+            named = "pathlib.Path" if engine == "deepspeed" else "pathlib.Path.touch"  # the first that pickle met
             assert f"{file} names {named}, which is no part of a checkpoint: to read it may run code" in error
         assert not (tmp_path / "ran").exists()
 
@@ -377,6 +387,22 @@ class TestForgery:
         ):
             dcp.load({"rate": 0.0, "weight": torch.zeros(2)}, storage_reader=restricted.Reader(tmp_path / "forged"))
         assert not (tmp_path / "ran").exists()
+
+    def test_a_member_of_an_enumeration_is_read_as_old_pythons_write_it_and_no_other_attribute(
+        self, tmp_path: Path
+    ) -> None:
+        """Python up to 3.11.3 pickles it as getattr(its class, its name)."""
+        stage = restricted.deepspeed_classes()[2]
+        for number, (owner, name) in enumerate([(stage, "weights"), (torch.Tensor, "backward"), (stage, "mro")]):
+            file = tmp_path / f"{number}.pt"
+            torch.save({"stage": _Attribute(owner, name)}, file)
+            if number == 0:
+                restricted.check_deepspeed([file])
+                with restricted.data_only(restricted.deepspeed_classes()):
+                    assert torch.load(file)["stage"] is stage.weights
+            else:
+                with pytest.raises(pickle.UnpicklingError):
+                    restricted.check_deepspeed([file])
 
     def test_numbers_and_tensors_are_read(self, tmp_path: Path) -> None:
         dcp.save({"rate": 0.5, "weight": torch.ones(2, dtype=torch.bfloat16)}, checkpoint_id=tmp_path / "good")
