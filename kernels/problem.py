@@ -164,7 +164,7 @@ class Upstream(NamedTuple):
     Attributes:
         softmax_N: a_i / scale, the upstream of nll plus that of lse; 0 in rows that are not valid.
         target_N: b_i / scale, the upstream of nll.
-        scale: 0-d power of two on the device, max(|a|, |b|) rounded up, so that the rest is at most 1 in 16 bits.
+        scale: 0-d power of two on the device, the next above max(|a|, |b|), so that the rest is at most 1 in 16 bits.
     """
 
     softmax_N: Tensor

@@ -101,7 +101,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         equal = {"labels": token_fingerprint(labels_N)} if shard.same_tokens else {}
         valid_N = labels_N != settings.ignore_index
         order = valid_first(valid_N)
-        columns_N = torch.where(valid_N, shard.local_columns(labels_N), -1)
+        columns_N = torch.where(valid_N, labels_N if shard.is_whole else shard.local_columns(labels_N), -1)
         target_N = columns_N[order.token_N].to(torch.int32)
         hidden_ND = hidden_ND if hidden_ND.stride(1) == 1 else hidden_ND.contiguous()
 
@@ -293,9 +293,9 @@ def _upstream(grad_nll_n: Tensor | None, grad_lse_n: Tensor | None, saved: Saved
     if grads_N2.shape[0] == 0:
         return Upstream(softmax_N, target_N, softmax_N.new_ones(()))
     both_2N = torch.stack((softmax_N, target_N))
-    largest = torch.where(both_2N.isfinite(), both_2N.abs(), 0).amax()
+    largest = both_2N.nan_to_num(0.0, 0.0, 0.0).abs().amax()
     highest = math.frexp(torch.finfo(dtype).max)[1] - 1  # the next power of two is infinite
-    scale = torch.where(largest == 0, 1.0, torch.exp2(torch.ceil(torch.log2(largest)).clamp(max=highest)))
+    scale = torch.exp2(largest.frexp().exponent.clamp(max=highest).to(dtype))  # 1 for 0
     return Upstream(softmax_N / scale, target_N / scale, scale)
 
 

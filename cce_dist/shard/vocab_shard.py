@@ -191,6 +191,11 @@ class VocabShard:
             )
         return self.runs[0] if self.runs else (0, 0)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether local columns are labels: all rows are here, padding after them."""
+        return len(self.runs) == 1 and self.runs[0][0] == 0 and self.runs[0][1] >= self.vocab_size
+
     def local_columns(self, labels_N: Tensor) -> Tensor:
         """Maps global labels [N] to local columns, int32; −1 where this shard does not hold the row."""
         columns_N = torch.full_like(labels_N, -1)
