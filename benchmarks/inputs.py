@@ -137,11 +137,11 @@ def trained_inputs(
     return Inputs(*stored[:3], stored[3].mean().item(), stored[4])
 
 
-def set_counts(weight_VD: Tensor, inputs: Inputs) -> None:
+def set_counts(weight_VD: Tensor, inputs: Inputs, shard: VocabShard | None = None) -> None:
     """Makes training's labels those that the classifier has counted: before each run, so that none counts its own.
 
     Rows are chosen in one of 16 calls, and where none was chosen yet.
     """
     if inputs.counts_V is not None:
-        counts = counts_of(weight_VD, VocabShard.whole(weight_VD.shape[0]), weight_VD.device)
+        counts = counts_of(weight_VD, shard or VocabShard.whole(weight_VD.shape[0]), weight_VD.device)
         counts.counts_V[:-1].copy_(inputs.counts_V)

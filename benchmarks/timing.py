@@ -35,7 +35,7 @@ def interleaved_ms(runs: Mapping[str, Callable[[], Any]], rounds: int, device: s
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + WARM_UP):
         for name, run in runs.items():
-            elapsed_ms = _once_cuda(run) if device == "cuda" else _once_host(run)
+            elapsed_ms = once_ms(run, device)
             if turn >= WARM_UP:
                 times[name].append(elapsed_ms)
     return {name: median(values) for name, values in times.items()}
@@ -56,6 +56,11 @@ def interleaved_launch_ms(runs: Mapping[str, Callable[[], Any]], rounds: int, de
     if device == "cuda":
         torch.cuda.synchronize()
     return {name: median(values) for name, values in times.items()}
+
+
+def once_ms(run: Callable[[], Any], device: str) -> float:
+    """Milliseconds of one run: of its work on the GPU, or by the clock on a CPU."""
+    return _once_cuda(run) if device == "cuda" else _once_host(run)
 
 
 def _once_cuda(run: Callable[[], Any]) -> float:

@@ -1,6 +1,7 @@
 """The benchmark commands, as far as they can be tried without a GPU: their own arithmetic on tiny inputs."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,25 @@ def test_shards_run_alone_give_the_gradient_of_the_whole_loss(
         expected_VD[parts[0].frequent_K] = 0
     assert (dhidden_ND - hidden_ND.grad).norm() < bound * hidden_ND.grad.norm()
     assert (dweight_VD - expected_VD).norm() < bound * expected_VD.norm()
+
+
+@pytest.mark.full
+def test_the_ranks_of_a_run_are_timed_beside_one(tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 300, 40_000))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["--shapes", "512x300x16", "--steps", "1", "--rounds", "1", "--device", "cpu"]
+    paths = ["--tokens", str(tmp_path / "tokens.npy"), "--out", str(tmp_path)]
+    subprocess.run([*command, str(ROOT / "benchmarks/ranks.py"), *options, *paths], check=True, timeout=200)
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("ranks-*.json"))
+    shape = result["shapes"]["512x300x16"]
+    assert (result["ranks"], list(shape["layouts"])) == (2, ["one", "same tokens", "own tokens"])
+    for layout, methods in shape["layouts"].items():
+        assert len(methods) == (3 if layout == "same tokens" else 2)
+        for name, row in methods.items():
+            assert row["hidden_error"] < (1e-5 if name == "logits kept" else 0.05)
+            assert row["weight_error"] < (1e-5 if name == "logits kept" else 0.05)
+            assert 0 < row["forward_ms"] < row["both_ms"]
+    assert set(shape["efficiency"]) == {"same tokens", "own tokens"}
 
 
 def test_kept_pairs_are_counted_from_exact_masses(benchmarks: Any, inputs: Any) -> None:
