@@ -30,7 +30,7 @@ from cce_dist.kernels.problem import (
     Wanted,
 )
 from cce_dist.kernels.triton import backend as triton_backend
-from cce_dist.loss.frequent import most_frequent
+from cce_dist.loss.frequent import LabelCounts
 from cce_dist.loss.settings import Method, check_settings, resolve, workspace_bytes
 from cce_dist.shard.rows import even_parts
 
@@ -86,22 +86,20 @@ def shard_of(
     method = resolve(settings, hidden_ND, labels_N, shard, needs_grad=True)
     workspace = workspace_bytes(None, method, tokens, hidden_ND.element_size())
     whole = Shard(logits, method, workspace, MOST_DRAWN * (stop - start) / vocab)
-    return whole if method.frequent_rows == 0 else _with_frequent_rows(whole, inputs, (start, stop), rank, world)
+    return whole if method.frequent_rows == 0 else _with_frequent_rows(whole, inputs, shard, rank, world)
 
 
-def _with_frequent_rows(whole: Shard, inputs: Inputs, run: tuple[int, int], rank: int, world: int) -> Shard:
+def _with_frequent_rows(whole: Shard, inputs: Inputs, shard: VocabShard, rank: int, world: int) -> Shard:
     weight_VD, labels_N = inputs.weight_VD.detach(), inputs.labels_N
-    vocab, device = weight_VD.shape[0], labels_N.device
-    counts_V = torch.bincount(labels_N, minlength=vocab)
+    counts = LabelCounts(torch.zeros(shard.vocab_size + 1, dtype=torch.int32, device=labels_N.device))
     if inputs.counts_V is not None:
-        counts_V += inputs.counts_V
-    id_K = most_frequent(counts_V, whole.method.frequent_rows)
-    slot_V = torch.full((vocab,), -1, dtype=torch.int32, device=device)
-    slot_V[id_K] = torch.arange(id_K.shape[0], dtype=torch.int32, device=device)
-    slot_N, token_M = slot_V[labels_N], whole.logits.token_N[rank::world].contiguous()
-    number = torch.full((1,), token_M.shape[0], dtype=torch.int32, device=device)
+        counts.counts_V[:-1].copy_(inputs.counts_V)
+    choice = counts.choose(whole.method.frequent_rows, labels_N, shard)
+    id_K = (choice.slot_V >= 0).nonzero()[:, 0]
+    slot_N, token_M = choice.slot_V[labels_N], whole.logits.token_N[rank::world].contiguous()
+    number = torch.full((1,), token_M.shape[0], dtype=torch.int32, device=labels_N.device)
     logits = whole.logits._replace(
-        target_N=torch.where(slot_N >= 0, -1, whole.logits.target_N), frequent_V=slot_V[run[0] : run[1]]
+        target_N=torch.where(slot_N >= 0, -1, whole.logits.target_N), frequent_V=choice.slot_v
     )
     frequent = whole.logits._replace(
         weight_VD=weight_VD[id_K], target_N=slot_N[rank::world].contiguous(), token_N=token_M, n_valid=number

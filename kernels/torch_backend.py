@@ -39,11 +39,8 @@ def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary
     return Summary(max_N, sumexp_N, target_N, 1.0, None if tile_lse_TN is None else Tiles(tile_lse_TN))
 
 
-def join(others: Summary, part: Summary, share: Share | None, targets: bool = True) -> Summary:
-    """The summary of two sets of rows, ``part`` of them for a share of the tokens (None: all of them).
-
-    ``targets``: the target logits of ``part`` are added.
-    """
+def join(others: Summary, part: Summary, share: Share | None) -> Summary:
+    """The summary of two sets of rows, ``part`` of them for a share of the tokens (None: all of them)."""
     more_3N = torch.stack(part[:3])
     if share is not None:
         place_N = torch.arange(others.max_N.shape[0], device=others.max_N.device) - share.first - share.turn
@@ -57,9 +54,7 @@ def join(others: Summary, part: Summary, share: Share | None, targets: bool = Tr
     shift_N = torch.where(max_N == -torch.inf, 0.0, max_N)
     sumexp_N = others.sumexp_N * torch.exp((others.max_N - shift_N) * others.unit)
     sumexp_N += more_3N[1] * torch.exp((more_3N[0] - shift_N) * others.unit)
-    return others._replace(
-        max_N=max_N, sumexp_N=sumexp_N, target_N=others.target_N + more_3N[2] if targets else others.target_N
-    )
+    return others._replace(max_N=max_N, sumexp_N=sumexp_N, target_N=others.target_N + more_3N[2])
 
 
 def differentiate(

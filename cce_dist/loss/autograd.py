@@ -131,7 +131,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             else:  # its sums and targets are of all rows, so that they have the same bits without a gradient
                 whole = logits if frequent is None else logits._replace(frequent_V=frequent.slot_v)
                 summary = call.backend.summarise(whole, needs_grad and method.gradient != "exact", workspace)
-                if frequent is not None:
+                if frequent is not None and shard.vocab_group is not None:
                     frequent = exchange()
             normaliser, target_logit_N = merge_softmax(summary, shard.vocab_group, equal)
 
@@ -211,15 +211,15 @@ def _start_frequent(
 ) -> tuple[Callable[[], Gradients], Tensor | None]:
     """The frequent rows' gradient of this rank's share of the tokens: starts summing dC over the ranks, and puts dE
     into the partial [N, D] to which the others' is added."""
-    shard, backend, place_M = call.shard, call.backend, frequent.place_M
-    assert place_M is not None
+    shard, backend = call.shard, call.backend
+    place_M, share = frequent.place_M, frequent.share(call.shard)
+    assert place_M is not None and share is not None
     only = frequent_rows.only(logits, frequent)
     onto_ND = onto_MD = None
     if wanted.hidden:
         onto_ND = logits.hidden_ND.new_zeros(logits.hidden_ND.shape, dtype=normaliser.max_N.dtype)
         if shard.token_group is None:  # the tokens in turn
-            ranks, rank = dist.get_world_size(shard.vocab_group), dist.get_rank(shard.vocab_group)
-            onto_MD = onto_ND[rank::ranks]
+            onto_MD = onto_ND[share.turn :: share.turns]
     part: Gradients = backend.differentiate(
         only,
         None,

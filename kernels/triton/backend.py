@@ -59,13 +59,10 @@ def scatter_rows(
         return compact.scatter_rows(rows_ND, token_N, n_valid, dtype)
 
 
-def join(others: Summary, part: Summary, share: Share | None, targets: bool = True) -> Summary:
-    """The summary of two sets of rows, ``part`` of them for a share of the tokens (None: all of them).
-
-    ``targets``: the target logits of ``part`` are added.
-    """
+def join(others: Summary, part: Summary, share: Share | None) -> Summary:
+    """The summary of two sets of rows, ``part`` of them for a share of the tokens (None: all of them)."""
     with torch.cuda.device_of(others.max_N):
-        return summarise_stage.join(others, part, share, targets)
+        return summarise_stage.join(others, part, share)
 
 
 def write_rows(out_VD: torch.Tensor, rows_KD: torch.Tensor, row_K: torch.Tensor) -> None:

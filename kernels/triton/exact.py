@@ -154,7 +154,7 @@ def differentiate_exactly(
         elif dweight_VD is not None and exact_factor and writes_bf16:
             torch.mm(p_Nv.T, hidden_ND, out=dweight_VD[v])
             dweight_VD[v] *= factor
-        elif dweight_VD is not None and dweight_VD.dtype == torch.float32 and hidden_ND.is_cuda:
+        elif dweight_VD is not None and dweight_VD.dtype == torch.float32:
             write_product(dweight_VD[v], p_Nv.T, hidden_ND)
             dweight_VD[v] *= factor
         elif dweight_VD is not None:

@@ -223,21 +223,20 @@ def _finish_kernel(
 
 
 @triton.jit
-def _join_kernel(out_3N, others_max, others_sum, others_target, part, share, N, TOKENS: tl.constexpr):
+def _join_kernel(out_3N, others, part, share, N, TOKENS: tl.constexpr):
     """Grid: one program a block of TOKENS. Bytes: 36·N."""
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     m, use = n, n < N
-    if share.first is not None:
+    if share is not None:
         m = n - tl.load(share.first) - share.turn
         use = use & (m >= 0) & (m % share.turns == 0) & (m // share.turns < tl.load(share.valid_M))
         m = m // share.turns
-    own_max = tl.load(others_max + n, mask=n < N, other=0.0)
-    own_sum = tl.load(others_sum + n, mask=n < N, other=0.0)
-    target = tl.load(others_target + n, mask=n < N, other=0.0)
+    own_max = tl.load(others.max_N + n, mask=n < N, other=0.0)
+    own_sum = tl.load(others.sumexp_N + n, mask=n < N, other=0.0)
+    target = tl.load(others.target_N + n, mask=n < N, other=0.0)
     part_max = tl.load(part.max_N + m, mask=use, other=-float("inf"))
     part_sum = tl.load(part.sumexp_N + m, mask=use, other=0.0)
-    if part.target_N is not None:
-        target += tl.load(part.target_N + m, mask=use, other=0.0)
+    target += tl.load(part.target_N + m, mask=use, other=0.0)
     new_max = tl.maximum(own_max, part_max)
     shift = finite(new_max)
     total = own_sum * tl.exp2(own_max - shift) + part_sum * tl.exp2(part_max - shift)
@@ -246,31 +245,22 @@ def _join_kernel(out_3N, others_max, others_sum, others_target, part, share, N, 
     tl.store(out_3N + 2 * N + n, target, mask=n < N)
 
 
-class _Part(NamedTuple):
+class _Sums(NamedTuple):
     max_N: torch.Tensor
     sumexp_N: torch.Tensor
-    target_N: torch.Tensor | None
+    target_N: torch.Tensor
 
 
-class _Turn(NamedTuple):
-    first: torch.Tensor | None
-    valid_M: torch.Tensor | None
-    turn: int
-    turns: int
-
-
-def join(others: Summary, part: Summary, share: Share | None, targets: bool) -> Summary:
+def join(others: Summary, part: Summary, share: Share | None) -> Summary:
     """See `backend.join`."""
     tokens = others.max_N.shape[0]
     out_3N = others.max_N.new_empty((3, tokens))
     if tokens:
         _join_kernel[(triton.cdiv(tokens, _JOINED),)](
             out_3N,
-            others.max_N,
-            others.sumexp_N,
-            others.target_N,
-            _Part(part.max_N, part.sumexp_N, part.target_N if targets else None),
-            _Turn(None, None, 0, 1) if share is None else _Turn(*share),
+            _Sums(*others[:3]),
+            _Sums(*part[:3]),
+            share,
             tokens,
             TOKENS=_JOINED,
             **LAUNCH,

@@ -92,8 +92,8 @@ with tuning.forced(table):
             1,
             table.for_8_bits(),
         )
-    summarise.join(summary, summary, None, True)
-    summarise.join(summary, summary, Share(ints(1), ints(1), 0, 2), False)
+    summarise.join(summary, summary, None)
+    summarise.join(summary, summary, Share(ints(1), ints(1), 0, 2))
     normaliser = Normaliser(floats(N), floats(N), 0.69)
     refine.refine(logits, Estimate(summary, floats(N)), normaliser, 0.01)
     filter_ = Filter("unbiased", 0.01, most_drawn=4.0, seed=torch.zeros(1, dtype=torch.int64))
