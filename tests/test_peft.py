@@ -257,8 +257,11 @@ def test_a_copy_of_the_output_layer_trains_under_fsdp2_and_deepspeed(
         assert losses == pytest.approx([step[rank] for step in plain], rel=1e-5)
 
 
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+
+
 class _Shapes(TorchDispatchMode):
-    """Notes the shape of every floating-point tensor that an operation makes."""
+    """Notes the shape of every floating-point tensor that a product makes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -266,7 +269,7 @@ class _Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.is_floating_point() and function is torch.ops.aten.mm.default:
+        if isinstance(result, Tensor) and result.is_floating_point() and function in PRODUCTS:
             self.seen.add(tuple(result.shape))
         return result
 
