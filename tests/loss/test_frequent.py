@@ -111,7 +111,10 @@ def test_any_runs_that_tile_the_vocabulary(ranks: RankPool, runs: Runs, layout: 
 @pytest.mark.parametrize("layout", ["replicated", "sharded"])
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_ranks_agree_with_full_logits_in_triton(ranks: RankPool, dtype: torch.dtype, layout: Layout) -> None:
-    problem = make_rank_problem(parts(2, layout), 300, 16, dtype=dtype, bias=True, lse_gradient=True)
+    # Where one token has most of the gradient, the error is that of one logit, computed twice: a matter of luck, which
+    # differs from one CPU to the next.
+    tokens = ((40,),) if layout == "replicated" else ((40,), (17,))
+    problem = make_rank_problem(tokens, 300, 16, dtype=dtype, bias=True, lse_gradient=True, spread=1.0)
     assert_ranks_no_worse(ranks, 2, problem, layout, frequent_rows=130, backend="triton", **KEEP_ALL)
 
 
