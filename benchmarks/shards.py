@@ -31,7 +31,7 @@ from cce_dist.kernels.problem import (
 )
 from cce_dist.kernels.triton import backend as triton_backend
 from cce_dist.loss.frequent import LabelCounts
-from cce_dist.loss.settings import Method, check_settings, resolve, workspace_bytes
+from cce_dist.loss.settings import CallSettings, Method, check_settings, resolve, workspace_bytes
 from cce_dist.shard.rows import even_parts
 
 
@@ -82,7 +82,7 @@ def shard_of(
         1.0,
         None,
     )
-    settings = check_settings({"gradient": gradient, "backend": backend, "frequent_rows": frequent_rows})
+    settings = check_settings({"gradient": gradient, "backend": backend, "frequent_rows": frequent_rows}, CallSettings)
     method = resolve(settings, hidden_ND, labels_N, shard, needs_grad=True)
     workspace = workspace_bytes(None, method, tokens, hidden_ND.element_size())
     whole = Shard(logits, method, workspace, MOST_DRAWN * (stop - start) / vocab)

@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from cce_dist.config import CCEConfig
 from cce_dist.heads.sharded_head import ShardedCCEHead
-from cce_dist.loss import linear_cross_entropy
+from cce_dist.loss import TokenLogprobs, linear_cross_entropy, linear_logprobs
 from cce_dist.shard import VocabShard
 
 try:
@@ -12,4 +12,12 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
-__all__ = ["CCEConfig", "ShardedCCEHead", "VocabShard", "__version__", "linear_cross_entropy"]
+__all__ = [
+    "CCEConfig",
+    "ShardedCCEHead",
+    "TokenLogprobs",
+    "VocabShard",
+    "__version__",
+    "linear_cross_entropy",
+    "linear_logprobs",
+]

@@ -4,7 +4,7 @@ Shapes: n tokens of this rank, M the most tokens that any rank brings, W ranks o
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cce_dist.device_check import device_check
-from cce_dist.kernels.problem import Normaliser, Summary
+from cce_dist.kernels.problem import FAR, Normaliser, Summary
 
 # torch 2.13 renamed both and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -27,9 +27,16 @@ _MUST_BE_EQUAL = {
 }
 
 
-def merge_softmax(
-    summary: Summary, group: ProcessGroup | None, equal: Mapping[str, Tensor] | None = None
-) -> tuple[Normaliser, Tensor]:
+class Merged(NamedTuple):
+    """Of each token over the whole vocabulary [N]: the log-sum-exp, the target's logit, and the entropy of the softmax
+    in nats, if it is wanted."""
+
+    normaliser: Normaliser
+    target_N: Tensor
+    entropy_N: Tensor | None
+
+
+def merge_softmax(summary: Summary, group: ProcessGroup | None, equal: Mapping[str, Tensor] | None = None) -> Merged:
     """Combines the shards' (max, Σ exp(z − max), target logit) into the global ones: a MAX, then one packed SUM.
 
     A NaN reaches every rank through the SUM, because gloo's MAX drops it.
@@ -37,13 +44,10 @@ def merge_softmax(
     Args:
         equal: `token_fingerprint` of what must be the same on all ranks of the group, by its name.
 
-    Returns:
-        The log-sum-exp, as a `Normaliser`, and the target logits [N] over the whole vocabulary.
-
     Raises:
         ValueError: on every rank, where that differs; on CUDA a device-side assertion.
     """
-    max_N, sumexp_N, target_N, unit = summary[:4]
+    max_N, sumexp_N, target_N, unit, _, weighted_N = summary
     if group is not None:
         own_max_N, max_N = max_N, max_N.clone()
         numbers = [sign * number for number in (equal or {}).values() for sign in (1, -1)]
@@ -54,10 +58,17 @@ def merge_softmax(
             max_N, pairs = max_N.split((own_max_N.shape[0], len(numbers)))
             for name, pair in zip(equal or {}, pairs.split(2), strict=True):
                 _check_equal(pair, name)
-        packed_2N = torch.stack((sumexp_N * torch.exp((own_max_N - max_N) * unit), target_N))
-        dist.all_reduce(packed_2N, dist.ReduceOp.SUM, group=group)
-        sumexp_N, target_N = packed_2N
-    return Normaliser(max_N, sumexp_N.log() / unit, unit), target_N
+        decay_N = torch.exp((own_max_N - max_N) * unit)
+        sums = [sumexp_N * decay_N, target_N]
+        if weighted_N is not None:
+            sums.append((weighted_N + sumexp_N * (own_max_N - max_N).clamp(min=FAR)) * decay_N)
+        packed_xN = torch.stack(sums)
+        dist.all_reduce(packed_xN, dist.ReduceOp.SUM, group=group)
+        sumexp_N, target_N, *rest = packed_xN
+        weighted_N = rest[0] if rest else None
+    log_sum_N = sumexp_N.log() / unit
+    entropy_N = None if weighted_N is None else (log_sum_N - weighted_N / sumexp_N) * unit
+    return Merged(Normaliser(max_N, log_sum_N, unit), target_N, entropy_N)
 
 
 def token_fingerprint(labels_N: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ TILE = 128
 """Consecutive classifier rows whose softmax mass is kept or dropped together."""
 MOST_DRAWN = 256
 """`Filter.most_drawn` for the whole vocabulary; a shard has its share of it."""
+FAR = -1e5
+"""Where a logarithm of something that does not count is cut off, since 0 · −∞ is no number."""
 
 
 class Logits(NamedTuple):
-    """z_ij = f(s·(e_i·c_j + bias_j)) with f(x) = softcap·tanh(x / softcap), or the identity.
+    """z_ij = τ_i·f(s·(e_i·c_j + bias_j)) with f(x) = softcap·tanh(x / softcap), or the identity.
 
     Attributes:
         hidden_ND: fp32, fp16 or bf16 (fp64 in the torch backend), contiguous rows, in the order before compaction; what
@@ -32,6 +34,7 @@ class Logits(NamedTuple):
         frequent_V: int32, not below 0 in frequent rows, which are computed apart (see cce_dist/loss/frequent.py): they
             are not in tiles, nor in what backward computes. Of forward's sums a first pass in 8 bits leaves them out; a
             full one has them. None: there are none.
+        inverse_temperature_N: τ in the accumulator's dtype; None: 1. `Upstream` has it too. The 8-bit pass has none.
     """
 
     hidden_ND: Tensor
@@ -45,6 +48,7 @@ class Logits(NamedTuple):
     logit_scale: float
     softcap: float | None
     frequent_V: Tensor | None = None
+    inverse_temperature_N: Tensor | None = None
     tile: int = TILE
 
     @property
@@ -85,6 +89,7 @@ class Summary(NamedTuple):
         target_N: the target's logit where this shard holds it, else 0.
         unit: 1 in the torch backend, ln 2 in the triton backend, which computes in base 2.
         tiles: or None when backward will not filter.
+        weighted_N: Σ exp(z − m)·(z − m), in the backend's unit, for the entropy; None where that is not wanted.
     """
 
     max_N: Tensor
@@ -92,6 +97,7 @@ class Summary(NamedTuple):
     target_N: Tensor
     unit: float
     tiles: Tiles | None = None
+    weighted_N: Tensor | None = None
 
 
 class Share(NamedTuple):
@@ -159,17 +165,23 @@ class Filter(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """dL/d(s(e·c + bias))_ij = scale·(softmax_N[i]·softmax_ij − target_N[i]·1[j = y_i])·f'_ij.
+    """dL/d(s(e·c + bias))_ij = scale·(p_ij·(softmax_N[i] + log_N[i]·log p_ij) − target_N[i]·1[j = y_i])·f'_ij.
+
+    p is the softmax. With H = −Σ p log p, dH/dz_j = −p_j·(log p_j + H).
 
     Attributes:
-        softmax_N: a_i / scale, the upstream of nll plus that of lse; 0 in rows that are not valid.
-        target_N: b_i / scale, the upstream of nll.
-        scale: 0-d power of two on the device, the next above max(|a|, |b|), so that the rest is at most 1 in 16 bits.
+        softmax_N: τ_i·a_i / scale, a the upstream of nll plus that of lse, less that of the entropy times the entropy;
+            0 in rows that are not valid.
+        target_N: τ_i·b_i / scale, b the upstream of nll.
+        scale: 0-d power of two on the device, the next above the largest of them, so that the rest is at most 1 in 16
+            bits.
+        log_N: −τ_i·g_i / scale, g the upstream of the entropy; None where there is none.
     """
 
     softmax_N: Tensor
     target_N: Tensor
     scale: Tensor
+    log_N: Tensor | None = None
 
 
 class Wanted(NamedTuple):

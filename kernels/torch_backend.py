@@ -13,30 +13,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .problem import Filter, Gradients, Logits, Normaliser, Share, Summary, Tiles, Upstream, Wanted
+from .problem import FAR, Filter, Gradients, Logits, Normaliser, Share, Summary, Tiles, Upstream, Wanted
 
 SAMPLED_ROWS = 128
 SMALLEST_DRAW = 2.0**-32
 
 
-def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary:
-    """Max, Σ exp and target logit of each row, and the log-sum-exp of each (tile, row) when ``want_tiles``."""
+def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int, want_entropy: bool = False) -> Summary:
+    """Max, Σ exp and target logit of each row; the log-sum-exp of each (tile, row) when ``want_tiles``; Σ exp(z − m)·
+    (z − m) when ``want_entropy``."""
     logits = _compacted(logits)
     rows = logits.num_tokens
     sumexp_N = torch.zeros(rows, dtype=logits.accumulator, device=logits.hidden_ND.device)
     max_N, target_N = torch.full_like(sumexp_N, -torch.inf), torch.zeros_like(sumexp_N)
     tile_lse_TN = sumexp_N.new_empty((logits.num_tiles, rows)) if want_tiles else None
+    weighted_N = torch.zeros_like(sumexp_N) if want_entropy else None
     for n, v, t in _chunks(logits, workspace_bytes):
         z_nv = _logits(logits, n, v)[0]
         new_max_n = torch.maximum(max_N[n], z_nv.amax(1))
         safe_max_n = torch.where(new_max_n == -torch.inf, 0.0, new_max_n)
-        sumexp_N[n] = sumexp_N[n] * torch.exp(max_N[n] - safe_max_n) + torch.exp(z_nv - safe_max_n[:, None]).sum(1)
+        below_n, below_nv = max_N[n] - safe_max_n, z_nv - safe_max_n[:, None]
+        if weighted_N is not None:
+            weighted_n = weighted_N[n] + sumexp_N[n] * below_n.clamp(min=FAR)
+            weighted_N[n] = weighted_n * below_n.exp() + (below_nv.exp() * below_nv.clamp(min=FAR)).sum(1)
+        sumexp_N[n] = sumexp_N[n] * below_n.exp() + below_nv.exp().sum(1)
         max_N[n] = new_max_n
         is_target_nv = _is_target(logits, n, v)
         target_N[n] += torch.where(is_target_nv, z_nv, 0.0).sum(1)
         if tile_lse_TN is not None:
             tile_lse_TN[t, n] = torch.logsumexp(_by_tile(_cold(logits, z_nv, v), logits.tile, -torch.inf), dim=2).T
-    return Summary(max_N, sumexp_N, target_N, 1.0, None if tile_lse_TN is None else Tiles(tile_lse_TN))
+    tiles = None if tile_lse_TN is None else Tiles(tile_lse_TN)
+    return Summary(max_N, sumexp_N, target_N, 1.0, tiles, weighted_N)
 
 
 def join(others: Summary, part: Summary, share: Share | None) -> Summary:
@@ -67,7 +74,7 @@ def differentiate(
     hidden_ready: Callable[[Tensor], None] | None = None,
     onto_ND: Tensor | None = None,
 ) -> Gradients:
-    """The gradient of Σ b·nll + (a − b)·lse; see `Upstream`, `Filter` and `Gradients`.
+    """The gradient of what `Upstream` stands for; see `Filter` and `Gradients`.
 
     ``onto_ND``: what dE is added to, in place. ``hidden_ready`` is not called: here dE is complete no sooner than dC.
     """
@@ -81,9 +88,9 @@ def differentiate(
     for n, v, t in _chunks(logits, wanted.workspace_bytes):
         z_nv, slope_nv = _logits(logits, n, v)
         z_nv = _cold(logits, z_nv, v)
-        softmax_nv = torch.exp((z_nv - normaliser.max_N[n, None]) - normaliser.log_sum_N[n, None])
+        log_p_nv = (z_nv - normaliser.max_N[n, None]) - normaliser.log_sum_N[n, None]
         is_target_nv = _is_target(logits, n, v)
-        p_nv = upstream.softmax_N[n, None] * softmax_nv
+        p_nv = _share_of(upstream, n, log_p_nv) * log_p_nv.exp()
         p_nv = torch.where(is_target_nv, p_nv - upstream.target_N[n, None], p_nv) * slope_nv
         if tiles is not None and eps_N is not None:
             weight_tn, _ = keep(logits, tiles, normaliser.lse_N, eps_N, filter_, t, n)
@@ -183,6 +190,13 @@ def keep(
     return torch.where(large_tn, 1.0, weight_tn), large_tn
 
 
+def _share_of(upstream: Upstream, n: slice, log_p_nx: Tensor) -> Tensor:
+    """What the softmax of tokens n is multiplied with, given its logarithm [n] or [n, v]."""
+    shape = (-1, *(1,) * (log_p_nx.ndim - 1))
+    share_nx = upstream.softmax_N[n].view(shape)
+    return share_nx if upstream.log_N is None else share_nx + upstream.log_N[n].view(shape) * log_p_nx.clamp(min=FAR)
+
+
 def _add_tail(
     logits: Logits,
     tiles: Tiles,
@@ -194,16 +208,22 @@ def _add_tail(
     dweight_VD: Tensor | None,
     dbias_V: Tensor,
 ) -> None:
-    """Adds R c̃ to dE, π RᵀE to dC and π R to dbias; R_ti = a_i·mass_ti·(1 − k_ti), c̃_t = Σ π_j c_j over tile t."""
+    """Adds R c̃ to dE, π RᵀE to dC and π R to dbias; R_ti = a_i·mass_ti·(1 − k_ti), c̃_t = Σ π_j c_j over tile t.
+
+    With an upstream of the entropy, a_i + log_N·(the mean of log p over the tile, as if p lay over it like π).
+    """
     everything = slice(0, logits.num_tokens)
     for tile in range(logits.num_tiles):
         t = slice(tile, tile + 1)
         v = slice(tile * logits.tile, min((tile + 1) * logits.tile, logits.weight_VD.shape[0]))
         weight_N, large_N = (x[0] for x in keep(logits, tiles, lse_N, eps_N, filter_, t, everything))
         mass_N = torch.exp(tiles.lse_TN[tile] - lse_N)
-        tail_N = torch.where(weight_N == 1, 0.0, upstream.softmax_N * mass_N * (1 - weight_N))
-        tail_N = torch.where(_valid(logits, everything), tail_N, 0.0)
         pi_v = tile_profile(logits, lse_N, large_N, v)
+        mean_log_p_N = (tiles.lse_TN[tile] - lse_N) + torch.xlogy(pi_v, pi_v).sum()
+        tail_N = torch.where(
+            weight_N == 1, 0.0, _share_of(upstream, everything, mean_log_p_N) * mass_N * (1 - weight_N)
+        )
+        tail_N = torch.where(_valid(logits, everything), tail_N, 0.0)
         weight_vD = logits.weight_VD[v].to(pi_v.dtype)
         dhidden_ND += torch.outer(tail_N, pi_v @ weight_vD)
         if dweight_VD is not None:
@@ -264,16 +284,19 @@ def _chunks(logits: Logits, workspace_bytes: int) -> Iterator[tuple[slice, slice
 
 
 def _logits(logits: Logits, n: slice | Tensor, v: slice) -> tuple[Tensor, Tensor]:
-    """z and f' of a chunk, accumulated in fp32 (fp64)."""
+    """z and f' of a chunk, accumulated in fp32 (fp64); the temperature is in z, not in f'."""
     dtype = logits.accumulator
     x_nv = logits.hidden_ND[n].to(dtype) @ logits.weight_VD[v].to(dtype).T
     if logits.bias_V is not None:
         x_nv += logits.bias_V[v].to(dtype)
     x_nv *= logits.logit_scale
-    if logits.softcap is None:
-        return x_nv, torch.ones((), dtype=dtype, device=x_nv.device).expand_as(x_nv)
-    tanh_nv = torch.tanh(x_nv / logits.softcap)
-    return logits.softcap * tanh_nv, 1 - tanh_nv * tanh_nv
+    slope_nv = torch.ones((), dtype=dtype, device=x_nv.device).expand_as(x_nv)
+    if logits.softcap is not None:
+        tanh_nv = torch.tanh(x_nv / logits.softcap)
+        x_nv, slope_nv = logits.softcap * tanh_nv, 1 - tanh_nv * tanh_nv
+    if logits.inverse_temperature_N is not None:
+        x_nv = x_nv * logits.inverse_temperature_N[n, None]
+    return x_nv, slope_nv
 
 
 def _cold(logits: Logits, z_nv: Tensor, v: slice) -> Tensor:

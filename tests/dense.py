@@ -92,8 +92,8 @@ def make_clear_logits(rows: int, vocab: int, hidden_size: int, eps: float, **opt
     )
 
 
-def make_upstream(logits: Logits, seed: int = 1) -> Upstream:
-    """Different for every token, and through the log-sum-exp as well."""
+def make_upstream(logits: Logits, seed: int = 1, entropy: bool = False) -> Upstream:
+    """Different for every token, and through the log-sum-exp as well; with ``entropy`` also through that."""
     draw = torch.Generator().manual_seed(seed)
     rows, num_valid = logits.hidden_ND.shape[0], int(logits.n_valid)
     b_N = torch.randn(rows, generator=draw)
@@ -101,7 +101,9 @@ def make_upstream(logits: Logits, seed: int = 1) -> Upstream:
     a_N[num_valid:], b_N[num_valid:] = 0, 0
     scale = torch.exp2(torch.ceil(torch.log2(torch.maximum(a_N.abs().amax(), b_N.abs().amax()))))
     a_N, b_N, scale = (x.to(DEVICE, logits.accumulator) for x in (a_N / scale, b_N / scale, scale))
-    return Upstream(a_N, b_N, scale)
+    log_N = torch.zeros_like(a_N)
+    log_N[:num_valid] = (torch.rand(num_valid, generator=draw) - 0.5).to(log_N)
+    return Upstream(a_N, b_N, scale, log_N if entropy else None)
 
 
 def valid_hidden(logits: Logits) -> Tensor:
@@ -177,17 +179,30 @@ def profiles(logits: Logits, d: Dense, eps: float) -> Tensor:
     return torch.cat(pi)
 
 
+def shares(logits: Logits, d: Dense, upstream: Upstream, eps: float) -> tuple[Tensor, Tensor]:
+    """What the softmax of each (row, column) is multiplied with, and what the mass of each (row, tile) is in the tail:
+    a + γ·log p, there with the mean of log p as if p lay over the tile like π."""
+    num_valid = d.softmax_NV.shape[0]
+    a_N1 = upstream.softmax_N[:num_valid, None].double()
+    if upstream.log_N is None:
+        return a_N1.expand_as(d.softmax_NV), a_N1.expand_as(d.mass_NT)
+    log_N1, pi_V = upstream.log_N[:num_valid, None].double(), profiles(logits, d, eps)
+    entropy_T = torch.stack([torch.special.entr(pi_v).sum() for pi_v in pi_V.split(logits.tile)])
+    return a_N1 + log_N1 * d.softmax_NV.log(), a_N1 + log_N1 * (d.mass_NT.log() - entropy_T)
+
+
 def gradients(logits: Logits, d: Dense, upstream: Upstream, filter_: Filter) -> tuple[Tensor, Tensor, Tensor]:
     """(dE, dC, dbias) of the valid rows with the pair weights and the tail of ``filter_``, in fp64."""
     num_valid, vocab = d.softmax_NV.shape
-    a_N, b_N = upstream.softmax_N[:num_valid].double(), upstream.target_N[:num_valid].double()
+    b_N = upstream.target_N[:num_valid].double()
+    share_NV, share_NT = shares(logits, d, upstream, filter_.eps)
     target_NV = logits.target_N[:num_valid, None] == torch.arange(vocab, device=DEVICE)
-    p_NV = (a_N[:, None] * d.softmax_NV - b_N[:, None] * target_NV) * d.slope_NV
+    p_NV = (share_NV * d.softmax_NV - b_N[:, None] * target_NV) * d.slope_NV
     if filter_.mode != "exact":
         weight_NT = pair_weights(logits, d, filter_)
         p_NV = p_NV * weight_NT.repeat_interleave(logits.tile, 1)[:, :vocab]
         if filter_.tail or filter_.mode == "unbiased":
-            tail_NT = a_N[:, None] * d.mass_NT * (1 - weight_NT)
+            tail_NT = share_NT * d.mass_NT * (1 - weight_NT)
             p_NV = p_NV + tail_NT.repeat_interleave(logits.tile, 1)[:, :vocab] * profiles(logits, d, filter_.eps)
     p_NV = p_NV * float(upstream.scale)
     p_NV_scaled = p_NV * logits.logit_scale

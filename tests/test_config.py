@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from cce_dist import CCEConfig, VocabShard, linear_cross_entropy
-from cce_dist.loss.settings import CallSettings, LossSettings, check_settings, contract, resolve
+from cce_dist import CCEConfig, VocabShard, linear_cross_entropy, linear_logprobs
+from cce_dist.loss.settings import (
+    CallSettings,
+    LogprobSettings,
+    LossSettings,
+    TokenSettings,
+    check_settings,
+    contract,
+    resolve,
+)
 
 WHERE = 'the section "cce_dist" of ds.json'
 
@@ -132,31 +141,45 @@ def test_a_valid_section_is_taken_as_it_is() -> None:
 # One setting, one field: what else names the settings follows from it
 
 
-def test_the_signature_of_the_loss_is_the_settings_fields() -> None:
-    parameters = inspect.signature(linear_cross_entropy).parameters
-    own = ["hidden", "weight", "labels", "bias", "shard", "return_lse"]
-    assert list(parameters) == [*own, *CallSettings.model_fields]
+functions = pytest.mark.parametrize(
+    ("function", "kind"),
+    [(linear_cross_entropy, CallSettings), (linear_logprobs, LogprobSettings)],
+    ids=["loss", "log-probabilities"],
+)
+
+
+@functions
+def test_the_signature_is_the_settings_fields(function: Callable[..., Any], kind: type[TokenSettings]) -> None:
+    parameters = inspect.signature(function).parameters
+    own = ["hidden", "weight", "labels", "bias", "shard", *(["return_lse"] if kind is CallSettings else [])]
+    assert list(parameters) == [*own, *kind.model_fields]
     defaults = {name: p.default for name, p in parameters.items() if name not in own}
-    assert defaults == {name: field.default for name, field in CallSettings.model_fields.items()}
+    assert defaults == {name: field.default for name, field in kind.model_fields.items()}
 
 
-def test_the_docstring_of_the_loss_describes_every_setting() -> None:
-    text = inspect.getdoc(linear_cross_entropy)
+@functions
+def test_the_docstring_describes_every_setting(function: Callable[..., Any], kind: type[TokenSettings]) -> None:
+    text = inspect.getdoc(function)
     assert text is not None
     arguments = text[text.index("Args:") : text.index("Returns:")]
-    described = {name for line in re.findall(r"^    (\w[\w, ]*):", arguments, re.M) for name in line.split(", ")}
-    assert set(inspect.signature(linear_cross_entropy).parameters) == described
+    described = {
+        name for names in re.findall(r"^    (\w[\w,\s]*):", arguments, re.M) for name in re.split(r",\s+", names)
+    }
+    assert set(inspect.signature(function).parameters) == described
 
 
-def test_every_setting_of_a_config_reaches_the_loss_and_the_ranks_agree_on_it() -> None:
+@functions
+def test_every_setting_of_a_config_reaches_the_loss_and_the_ranks_agree_on_it(
+    function: Callable[..., Any], kind: type[TokenSettings]
+) -> None:
     config = CCEConfig()
-    assert set(config.loss_kwargs()) == set(LossSettings.model_fields) < set(CallSettings.model_fields)
+    assert set(config.loss_kwargs()) == set(LossSettings.model_fields) < set(kind.model_fields)
     hidden, weight, labels = torch.zeros(3, 8), torch.zeros(40, 8), torch.zeros(3).long()
-    settings = check_settings(config.loss_kwargs())
+    settings = check_settings(config.loss_kwargs(), kind)
     shard = VocabShard.whole(40)
     alike = contract(hidden, weight, None, shard, settings, resolve(settings, hidden, labels, shard, True))
-    may_differ = {name for name, field in CallSettings.model_fields.items() if field.json_schema_extra}
-    assert set(CallSettings.model_fields) - set(alike) == may_differ == {"seed", "num_valid_tokens"}
+    may_differ = {name for name, field in kind.model_fields.items() if field.json_schema_extra}
+    assert set(kind.model_fields) - set(alike) == may_differ == {"seed", "num_valid_tokens"} & set(kind.model_fields)
 
 
 def test_readmes_table_has_every_key_with_its_default() -> None:

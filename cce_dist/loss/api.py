@@ -1,7 +1,7 @@
-"""The public function: its settings, what it checks, and what the ranks say to each other.
+"""The public loss: its settings, and what the ranks say to each other.
 
-The path of a token: `linear_cross_entropy` checks, agrees with the other ranks' hosts on the call (`shard.agreement`)
-and flattens; `autograd.LinearCrossEntropy` gathers the ranks' tokens where they differ, puts the valid ones first
+The path of a token: `call.begin` checks, agrees with the other ranks' hosts on the call (`shard.agreement`) and
+flattens; `autograd.LinearCrossEntropy` gathers the ranks' tokens where they differ, puts the valid ones first
 (`tokens`), has the backend summarise this rank's rows (`kernels`), and merges the shards' log-sum-exps and target
 logits (`collectives`); after a first pass in 8 bits they are refined and merged again. Backward hands the backend the
 global log-sum-exp, keeps dC on its rank and sums dE over the ranks, while the backend computes dC.
@@ -28,29 +28,15 @@ Shapes: n tokens of this rank, D hidden, V local rows of the classifier.
 
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from cce_dist.collectives import group_mean
-from cce_dist.loss.autograd import Call, LinearCrossEntropy
-from cce_dist.loss.frequent import counted_with, counts_of
-from cce_dist.loss.settings import (
-    CallSettings,
-    Method,
-    check_labels,
-    check_settings,
-    check_tensors,
-    contract,
-    resolve,
-    takes_settings,
-    workspace_bytes,
-)
-from cce_dist.loss.tokens import held, redistributed, shifted, unflatten
+from cce_dist.loss.autograd import LinearCrossEntropy
+from cce_dist.loss.call import begin
+from cce_dist.loss.settings import CallSettings, takes_settings
+from cce_dist.loss.tokens import unflatten
 from cce_dist.shard import VocabShard
-from cce_dist.shard.agreement import A_LOSS, agree
-from cce_dist.shard.rows import local_rows
+from cce_dist.shard.agreement import A_LOSS
 
 
 @overload
@@ -75,7 +61,7 @@ def linear_cross_entropy(
     return_lse: Literal[True],
     **settings: Any,
 ) -> tuple[Tensor, Tensor]: ...
-@takes_settings
+@takes_settings(CallSettings)
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -142,68 +128,12 @@ def linear_cross_entropy(
             ValueError), before anything is computed. On CUDA a label out of range is a device-side assertion, on every
             rank. A ``shard`` that is none, and what happens in backward, concern the rank alone.
     """
-    if shard is not None and not isinstance(shard, VocabShard):
-        raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}.")
-    shard = shard if shard is not None else _own_shard(weight)
-    weight_VD, bias_V = local_rows(weight), local_rows(bias)
-    checked: tuple[CallSettings, Method] | None = None
-    fault: Exception | None = None
-    labels_n: Tensor | None = None
-    tokens, equal, in_parts = 0, {}, False
-    try:
-        own_settings = check_settings(settings)
-        hidden, labels, in_parts = held(hidden, labels, shard)
-        check_tensors(hidden, weight_VD, labels, bias_V, shard)
-        tokens = labels.numel()
-        if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        needs_grad = any(x is not None and x.requires_grad for x in (hidden, weight_VD, bias_V))
-        method = resolve(own_settings, hidden, labels, shard, needs_grad and torch.is_grad_enabled())
-        equal = {
-            **contract(hidden, weight_VD, bias_V, shard, own_settings, method),
-            "tokens are in a DTensor's parts": in_parts,
-        }
-        if method.frequent_rows:
-            equal["what labels are counted with"] = counted_with(weight, shard)
-        if shard.token_group is None:
-            workspace_bytes(own_settings.workspace_mb, method, tokens, hidden.element_size())
-        if not isinstance(labels, DTensor):
-            labels_n = _flat_labels(labels, own_settings, shard)
-        checked = own_settings, method
-    except Exception as error:
-        fault = error  # told to every rank, and raised there
-    most = agree(
-        shard,
-        A_LOSS,
-        tokens,
-        equal,
-        fault,
-        every_call=settings.get("agreement") != "first_call",
-        counts=settings.get("reduction", "mean") == "mean" and settings.get("num_valid_tokens") is None,
-    )
-    assert checked is not None
-    own_settings, method = checked
-    if in_parts:
-        hidden, labels = redistributed(hidden), redistributed(labels)
-    if labels_n is None:
-        labels_n = _flat_labels(labels, own_settings, shard)
-    counts = counts_of(weight, shard, hidden.device) if method.frequent_rows else None
-    nll_n, lse_n = LinearCrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight_VD,
-        bias_V,
-        Call(labels_n, shard, own_settings, method, most, torch.is_grad_enabled(), counts),
-    )
-    loss = _reduce(nll_n, labels_n, labels, shard, own_settings)
-    return (loss, unflatten(lse_n, labels, own_settings.shift)) if return_lse else loss
-
-
-def _flat_labels(labels: Tensor, settings: CallSettings, shard: VocabShard) -> Tensor:
-    """Shifted labels [n], int64, on a CPU checked."""
-    labels_n = shifted(labels.long(), settings.shift, settings.ignore_index).reshape(-1)
-    if not labels_n.is_cuda:  # else the gathered ones, on every rank
-        check_labels(labels_n, settings.ignore_index, shard.vocab_size)
-    return labels_n
+    inputs, labels = begin(hidden, weight, labels, bias, shard, settings, CallSettings, A_LOSS)
+    nll_n, lse_n, _ = LinearCrossEntropy.apply(*inputs)
+    call = inputs.call
+    assert isinstance(call.settings, CallSettings)
+    loss = _reduce(nll_n, call.labels_n, labels, call.shard, call.settings)
+    return (loss, unflatten(lse_n, labels, call.settings.shift)) if return_lse else loss
 
 
 def _reduce(nll_n: Tensor, labels_n: Tensor, labels: Tensor, shard: VocabShard, settings: CallSettings) -> Tensor:
@@ -217,21 +147,3 @@ def _reduce(nll_n: Tensor, labels_n: Tensor, labels: Tensor, shard: VocabShard, 
     own_count = (labels_n != settings.ignore_index).sum()
     group = shard.count_group if shard.count_group is not None else shard.token_group
     return own_sum / own_count if group is None else group_mean(own_sum, own_count, group)
-
-
-_dtensor_shards: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""The shards of DTensors, by mesh and shape: ranks compare rows at the first use of a shard. Nothing hangs on the
-parameters and meshes, which users save."""
-
-
-def _own_shard(weight: Any) -> VocabShard:
-    """The shard of a classifier that comes without one."""
-    if not isinstance(weight, DTensor):
-        rows = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else 1
-        return VocabShard.whole(max(rows, 1))
-    shards = _dtensor_shards.setdefault(weight.device_mesh, {})
-    key = weight.shape, tuple(weight.placements)
-    # torch hands an equal mesh of an earlier run of init_process_group out again, with new groups.
-    if key not in shards or shards[key].vocab_group is not weight.device_mesh.get_group():
-        shards[key] = VocabShard.from_dtensor(weight)
-    return shards[key]

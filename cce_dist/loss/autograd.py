@@ -1,7 +1,7 @@
 """Forward and backward of the loss: this rank's rows by the backend, the ranks' parts put together.
 
-In: flat tokens of this rank, local rows, and a `Call` with all the rest. Out: nll and lse of the tokens, their
-gradients.
+In: flat tokens of this rank, local rows, and a `Call` with all the rest. Out: nll, lse and, if asked for, entropy of
+the tokens, their gradients.
 
 Shapes: n tokens of this rank, N tokens of the token group, D hidden, V local rows, T tiles, S splits.
 """
@@ -27,8 +27,15 @@ from cce_dist.kernels import torch_backend
 from cce_dist.kernels.problem import MOST_DRAWN, TILE, Filter, Gradients, Logits, Normaliser, Tiles, Upstream, Wanted
 from cce_dist.loss import frequent as frequent_rows
 from cce_dist.loss.frequent import Frequent, LabelCounts
-from cce_dist.loss.settings import FREQUENT_WORKSPACE, CallSettings, Method, check_labels, workspace_bytes
-from cce_dist.loss.tokens import Order, gather, own, valid_first
+from cce_dist.loss.settings import (
+    FREQUENT_WORKSPACE,
+    Method,
+    TokenSettings,
+    check_labels,
+    check_temperatures,
+    workspace_bytes,
+)
+from cce_dist.loss.tokens import Order, gather, gather_values, own, valid_first
 from cce_dist.shard import VocabShard
 
 
@@ -40,15 +47,19 @@ class Call(NamedTuple):
         most: tokens that any rank brings; the hosts have agreed on the call by then.
         grad_enabled: of the caller; inside an autograd function it is always off.
         counts: of the labels, where there are to be frequent rows.
+        entropy: whether it is wanted.
+        temperature_n: one for each token, in fp32 (fp64 for fp64), or None.
     """
 
     labels_n: Tensor
     shard: VocabShard
-    settings: CallSettings
+    settings: TokenSettings
     method: Method
     most: int
     grad_enabled: bool
     counts: LabelCounts | None = None
+    entropy: bool = False
+    temperature_n: Tensor | None = None
 
     @property
     def backend(self) -> ModuleType:
@@ -74,6 +85,8 @@ class Saved(NamedTuple):
     log_sum_N: Tensor
     tile_lse_TN: Tensor | None
     reference_SN: Tensor | None
+    entropy_N: Tensor | None
+    inverse_temperature_N: Tensor | None
 
     @property
     def order(self) -> Order:
@@ -84,12 +97,12 @@ _NOT_FREQUENT = (None,) * len(Frequent._fields)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(nll_n, lse_n) of this rank's tokens, 0 where ignored."""
+    """(nll_n, lse_n, entropy_n or None) of this rank's tokens, 0 where ignored."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: Call
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         shard, settings, method = call.shard, call.settings, call.method
         num_tokens = most = call.labels_n.shape[0]
         if shard.token_group is not None:
@@ -99,6 +112,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         if labels_N.is_cuda:
             check_labels(labels_N, settings.ignore_index, shard.vocab_size)
         equal = {"labels": token_fingerprint(labels_N)} if shard.same_tokens else {}
+        inverse_temperature_N: Tensor | None = None
+        if call.temperature_n is not None:
+            temperature_N = gather_values(call.temperature_n, shard, most, 1.0)
+            if temperature_N.is_cuda:
+                check_temperatures(temperature_N)
+            if shard.same_tokens:
+                equal["temperatures"] = token_fingerprint(temperature_N.float().view(torch.int32))
+            inverse_temperature_N = 1 / temperature_N
         valid_N = labels_N != settings.ignore_index
         order = valid_first(valid_N)
         columns_N = torch.where(valid_N, labels_N if shard.is_whole else shard.local_columns(labels_N), -1)
@@ -106,7 +127,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden_ND = hidden_ND if hidden_ND.stride(1) == 1 else hidden_ND.contiguous()
 
         needs_grad = call.grad_enabled and any(ctx.needs_input_grad[:3])
-        logits = logits_of(hidden_ND, weight_VD, bias_V, target_N, order, call)
+        if inverse_temperature_N is not None:
+            inverse_temperature_N = inverse_temperature_N[order.token_N]
+        logits = logits_of(hidden_ND, weight_VD, bias_V, target_N, order, call, inverse_temperature_N)
         with torch.autocast(hidden_nD.device.type, enabled=False):
             frequent: Frequent | None = None
             others = logits
@@ -123,17 +146,18 @@ class LinearCrossEntropy(torch.autograd.Function):
                     frequent = exchange()
                     part = call.backend.summarise(frequent_rows.only(logits, frequent), False, workspace)
                     estimated_summary = call.backend.join(estimated_summary, part, frequent.share(shard))
-                estimated, _ = merge_softmax(estimated_summary, shard.vocab_group, equal)
+                estimated = merge_softmax(estimated_summary, shard.vocab_group, equal).normaliser
                 equal = {}
                 summary = call.backend.refine(others, estimate, estimated, method.refine_eps)
                 if frequent is not None and part is not None:
                     summary = call.backend.join(summary, part, frequent.share(shard))
             else:  # its sums and targets are of all rows, so that they have the same bits without a gradient
                 whole = logits if frequent is None else logits._replace(frequent_V=frequent.slot_v)
-                summary = call.backend.summarise(whole, needs_grad and method.gradient != "exact", workspace)
+                sparse = needs_grad and method.gradient != "exact"
+                summary = call.backend.summarise(whole, sparse, workspace, call.entropy)
                 if frequent is not None and shard.vocab_group is not None:
                     frequent = exchange()
-            normaliser, target_logit_N = merge_softmax(summary, shard.vocab_group, equal)
+            normaliser, target_logit_N, entropy_N = merge_softmax(summary, shard.vocab_group, equal)
 
         if needs_grad:
             seed = _draw_seed(settings.seed, hidden_nD.device) if method.gradient == "unbiased" else None
@@ -142,17 +166,33 @@ class LinearCrossEntropy(torch.autograd.Function):
             ctx.unit, ctx.tiles_per_split = normaliser.unit, tiles_per_split
             ctx.set_materialize_grads(False)
             max_and_sum = normaliser.max_N, normaliser.log_sum_N
-            saved = Saved(hidden_ND, weight_VD, bias_V, target_N, *order, seed, *max_and_sum, tile_lse_TN, reference_SN)
+            saved = Saved(
+                hidden_ND,
+                weight_VD,
+                bias_V,
+                target_N,
+                *order,
+                seed,
+                *max_and_sum,
+                tile_lse_TN,
+                reference_SN,
+                entropy_N,
+                inverse_temperature_N,
+            )
             if frequent is not None and shard.vocab_group is None:
                 frequent = frequent._replace(rows_KD=None, bias_K=None)  # they are here anyway
             ctx.save_for_backward(*saved, *(frequent or _NOT_FREQUENT))
             ctx.counted = False
-        nll_N, lse_N = order.restore(normaliser.nll(target_logit_N)), order.restore(normaliser.lse_N)
-        return own(nll_N, num_tokens, most, shard), own(lse_N, num_tokens, most, shard)
+
+        def restored(values_N: Tensor) -> Tensor:
+            return own(order.restore(values_N), num_tokens, most, shard)
+
+        nll_n, lse_n = restored(normaliser.nll(target_logit_N)), restored(normaliser.lse_N)
+        return nll_n, lse_n, None if entropy_N is None else restored(entropy_N)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_nll_n: Tensor | None, grad_lse_n: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads_n: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         tensors = ctx.saved_tensors  # once: under checkpointing it recomputes
         saved = Saved(*tensors[: len(Saved._fields)])
@@ -160,8 +200,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         shard, weight_VD, bias_V = call.shard, saved.weight_VD, saved.bias_V
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         with torch.autocast(saved.hidden_ND.device.type, enabled=False):
-            upstream = _upstream(grad_nll_n, grad_lse_n, saved, call, ctx.most)
-            logits = logits_of(saved.hidden_ND, weight_VD, bias_V, saved.target_N, saved.order, call)
+            upstream = _upstream(grads_n, saved, call, ctx.most)
+            order, inverse_temperature_N = saved.order, saved.inverse_temperature_N
+            logits = logits_of(saved.hidden_ND, weight_VD, bias_V, saved.target_N, order, call, inverse_temperature_N)
             normaliser = Normaliser(saved.max_N, saved.log_sum_N, ctx.unit)
             wanted = Wanted(wants_hidden, wants_weight, wants_bias, weight_VD.dtype, ctx.workspace)
             tiles = None
@@ -237,7 +278,13 @@ def _start_frequent(
 
 
 def logits_of(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, order: Order, call: Call
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    order: Order,
+    call: Call,
+    inverse_temperature_N: Tensor | None = None,
 ) -> Logits:
     """The real rows of the shard, in hidden's dtype, and the tokens that meet them."""
     rows, settings = call.shard.num_real_rows, call.settings
@@ -252,6 +299,7 @@ def logits_of(
         order.n_valid,
         1.0 if settings.logit_scale is None else settings.logit_scale,
         settings.softcap,
+        inverse_temperature_N=inverse_temperature_N,
     )
 
 
@@ -283,20 +331,28 @@ def _draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return own_seed
 
 
-def _upstream(grad_nll_n: Tensor | None, grad_lse_n: Tensor | None, saved: Saved, call: Call, most: int) -> Upstream:
-    """The two upstream gradients of every token of the group, compacted and scaled to at most about 1."""
+def _upstream(grads_n: tuple[Tensor | None, ...], saved: Saved, call: Call, most: int) -> Upstream:
+    """The upstream gradients of nll, lse and entropy of every token of the group, compacted, as the kernels take them:
+    scaled to at most about 1."""
     dtype, group = saved.max_N.dtype, call.shard.token_group
     zero_n = torch.zeros(call.labels_n.shape[0], dtype=dtype, device=saved.max_N.device)
-    grads_n2 = torch.stack([zero_n if grad is None else grad.to(dtype) for grad in (grad_nll_n, grad_lse_n)], dim=1)
-    grads_N2 = saved.order.to_front(grads_n2 if group is None else gather_tokens(grads_n2, most, group))
-    softmax_N, target_N = grads_N2.sum(1), grads_N2[:, 0]
-    if grads_N2.shape[0] == 0:
-        return Upstream(softmax_N, target_N, softmax_N.new_ones(()))
-    both_2N = torch.stack((softmax_N, target_N))
-    largest = both_2N.nan_to_num(0.0, 0.0, 0.0).abs().amax()
+    wanted = grads_n if call.entropy else grads_n[:2]
+    grads_nx = torch.stack([zero_n if grad is None else grad.to(dtype) for grad in wanted], dim=1)
+    grads_Nx = saved.order.to_front(grads_nx if group is None else gather_tokens(grads_nx, most, group))
+    parts = [grads_Nx[:, :2].sum(1), grads_Nx[:, 0]]
+    if saved.entropy_N is not None:  # dH/dz_j = −p_j·(log p_j + H)
+        parts[0] = parts[0] - grads_Nx[:, 2] * saved.entropy_N
+        parts.append(-grads_Nx[:, 2])
+    if saved.inverse_temperature_N is not None:
+        parts = [part_N * saved.inverse_temperature_N for part_N in parts]
+    if grads_Nx.shape[0] == 0:
+        return Upstream(parts[0], parts[1], zero_n.new_ones(()), parts[2] if len(parts) > 2 else None)
+    all_xN = torch.stack(parts)
+    largest = all_xN.nan_to_num(0.0, 0.0, 0.0).abs().amax()
     highest = math.frexp(torch.finfo(dtype).max)[1] - 1  # the next power of two is infinite
     scale = torch.exp2(largest.frexp().exponent.clamp(max=highest).to(dtype))  # 1 for 0
-    return Upstream(softmax_N / scale, target_N / scale, scale)
+    softmax_N, target_N, *log = (part_N / scale for part_N in parts)
+    return Upstream(softmax_N, target_N, scale, log[0] if log else None)
 
 
 def _start_reduction(partial_ND: Tensor, saved: Saved, call: Call) -> Callable[[], Tensor]:

@@ -257,7 +257,13 @@ def only(logits: Logits, frequent: Frequent) -> Logits:
         token_N=frequent.token_M,
         n_valid=frequent.valid_M,
         frequent_V=None,
+        inverse_temperature_N=_at(logits.inverse_temperature_N, frequent.place_M),
     )
+
+
+def _at(values_N: Tensor | None, place_M: Tensor | None) -> Tensor | None:
+    """Values of the tokens at ``place_M``; of all, where that is None."""
+    return values_N if values_N is None or place_M is None else values_N[place_M]
 
 
 def picked(normaliser: Normaliser, upstream: Upstream, place_M: Tensor) -> tuple[Normaliser, Upstream]:
@@ -266,5 +272,5 @@ def picked(normaliser: Normaliser, upstream: Upstream, place_M: Tensor) -> tuple
     max_M, log_sum_M, softmax_M, target_M = values_4N[:, place_M]
     return (
         normaliser._replace(max_N=max_M, log_sum_N=log_sum_M),
-        upstream._replace(softmax_N=softmax_M, target_N=target_M),
+        Upstream(softmax_M, target_M, upstream.scale, _at(upstream.log_N, place_M)),
     )

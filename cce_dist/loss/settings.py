@@ -1,22 +1,24 @@
 """The settings of the loss: each is one field here, with its default, its check, and the rule that an error states.
 
-`LossSettings` are those that a config file can fix, and the base of `CCEConfig`; `CallSettings` adds what belongs to a
-call. `linear_cross_entropy` takes the fields as keywords, the ranks agree on them (`contract`), and README and the
-docstring are tested against them. `resolve` turns what is left open into a `Method`, once the tensors are known.
+`LossSettings` are those that a config file can fix, and the base of `CCEConfig`; `TokenSettings` adds what logits and
+labels mean, `CallSettings` what the loss of a call is, `LogprobSettings` what is wanted beside log-probabilities.
+`linear_cross_entropy` and `linear_logprobs` take the fields as keywords, the ranks agree on them (`contract`), and
+README and the docstrings are tested against them. `resolve` turns what is left open into a `Method`, once the tensors
+are known.
 
 Shapes: D hidden, V local rows of the classifier.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cce_dist.device_check import check_token_ids
+from cce_dist.device_check import check_token_ids, device_check
 from cce_dist.kernels.problem import TILE
 from cce_dist.shard import VocabShard
 
@@ -34,6 +36,8 @@ MANY_FREQUENT, LARGE_VOCABULARY = 4096, 32768
 FREQUENT_WORKSPACE = 32 << 20
 """Bytes for their probabilities in a single process; with more, products are fewer and larger, and no faster."""
 _LARGEST_ESTIMATED = 2.0**-9.3
+_OF_ENTROPY = 0.25
+"""eps of the entropy's gradient, of that of the loss: what is sampled of it counts log p times as much."""
 _MAY_DIFFER: dict[str, Any] = {"may_differ": True}
 """Marks a field that ranks may set differently."""
 
@@ -73,22 +77,66 @@ class LossSettings(BaseModel):
     agreement: Agreeing = Field(default="every_call", description='"every_call" or "first_call"')
 
 
-class CallSettings(LossSettings):
-    """The same, and what the loss of one call is."""
+class TokenSettings(LossSettings):
+    """The same, and what the logits and labels of one call are."""
 
     model_config = ConfigDict(strict=True)
+    function: ClassVar[str]
+    in_full: ClassVar[bool] = False
+    """Whether forward must give the same bits with and without a gradient: never in 8 bits."""
 
     ignore_index: int = Field(default=-100, description="an int")
     shift: int = Field(default=0, ge=0, description="an int, 0 or more (0 for one label)")
     softcap: _Float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a positive float or None")
     logit_scale: _Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
+
+
+class CallSettings(TokenSettings):
+    """The same, and what the loss of one call is."""
+
+    function: ClassVar[str] = "linear_cross_entropy"
+
     reduction: Reduction = Field(default="mean", description='"mean", "sum" or "none"')
     num_valid_tokens: Annotated[int, Field(ge=0)] | Annotated[InstanceOf[Tensor], AfterValidator(_is_scalar)] | None = (
         Field(None, description="an int, 0 or more, a 0-d tensor or None", json_schema_extra=_MAY_DIFFER)
     )
 
 
-def check_settings(given: Mapping[str, Any]) -> CallSettings:
+Statistic = Literal["top1", "rank", "sum_sq_probs", "mean_logit"]
+
+
+def _positive(x: Tensor) -> Tensor:
+    if not x.is_floating_point() or x.requires_grad:
+        raise ValueError("a temperature must be of floats, without a gradient")
+    return x
+
+
+def _each_once(names: tuple[Statistic, ...]) -> tuple[Statistic, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("a name stands twice")
+    return names
+
+
+class LogprobSettings(TokenSettings):
+    """The same, and what is wanted of each token beside the log-probability of its label."""
+
+    function: ClassVar[str] = "linear_logprobs"
+    in_full: ClassVar[bool] = True
+
+    first_pass: Literal["auto", "full"] = Field(default="auto", description='"auto" or "full"')
+    temperature: (
+        Annotated[float, Field(gt=0, allow_inf_nan=False)] | Annotated[InstanceOf[Tensor], AfterValidator(_positive)]
+    ) = Field(default=1.0, description="a positive float, or a tensor of them that requires no gradient")
+    entropy: bool = Field(default=False, description="True or False")
+    statistics: Annotated[tuple[Statistic, ...], BeforeValidator(tuple), AfterValidator(_each_once)] = Field(
+        default=(), description='names out of "top1", "rank", "sum_sq_probs" and "mean_logit", each once'
+    )
+
+
+Settings = TypeVar("Settings", bound=TokenSettings)
+
+
+def check_settings(given: Mapping[str, Any], kind: type[Settings]) -> Settings:
     """The settings of a call.
 
     Raises:
@@ -96,30 +144,33 @@ def check_settings(given: Mapping[str, Any]) -> CallSettings:
     """
     if given.get("filter_eps") == "auto":
         given = {**given, "filter_eps": None}
-    unknown = [name for name in given if name not in CallSettings.model_fields]
+    unknown = [name for name in given if name not in kind.model_fields]
     if unknown:
         raise TypeError(
-            f"linear_cross_entropy takes no argument {', '.join(unknown)}; its settings are "
-            f"{', '.join(CallSettings.model_fields)}."
+            f"{kind.function} takes no argument {', '.join(unknown)}; its settings are {', '.join(kind.model_fields)}."
         )
     try:
-        return CallSettings(**given)
+        return kind(**given)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
-        _require(False, f"{name} must be {CallSettings.model_fields[name].description}", given[name])
+        _require(False, f"{name} must be {kind.model_fields[name].description}", given[name])
         raise
 
 
-def takes_settings(function: Callable[..., Any]) -> Callable[..., Any]:
+def takes_settings(kind: type[TokenSettings]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Gives a function that takes ``**settings`` the signature with each of them by name, as help() shows it."""
-    signature = inspect.signature(function)
-    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    settings = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation)
-        for name, field in CallSettings.model_fields.items()
-    ]
-    function.__signature__ = signature.replace(parameters=[*named, *settings])  # type: ignore[attr-defined]
-    return function
+
+    def named(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        settings = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation)
+            for name, field in kind.model_fields.items()
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *settings])  # type: ignore[attr-defined]
+        return function
+
+    return named
 
 
 class Method(NamedTuple):
@@ -138,18 +189,19 @@ class Method(NamedTuple):
         return min(self.filter_eps, _LARGEST_ESTIMATED)
 
 
-def resolve(settings: CallSettings, hidden: Tensor, labels: Tensor, shard: VocabShard, needs_grad: bool) -> Method:
+def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: VocabShard, needs_grad: bool) -> Method:
     """Chooses what is open.
 
     Raises:
         ValueError: a setting that does not go with the tensors, the shard or another setting.
     """
     _require(labels.ndim > 0 or settings.shift == 0, "shift must be 0 for one label, which has no axis", settings.shift)
-    _require(
-        settings.num_valid_tokens is None or settings.reduction == "mean",
-        'num_valid_tokens goes with reduction="mean"',
-        repr(settings.reduction),
-    )
+    if isinstance(settings, CallSettings):
+        _require(
+            settings.num_valid_tokens is None or settings.reduction == "mean",
+            'num_valid_tokens goes with reduction="mean"',
+            repr(settings.reduction),
+        )
     if isinstance(settings.seed, Tensor):
         seed = settings.seed
         _require(
@@ -173,24 +225,31 @@ def resolve(settings: CallSettings, hidden: Tensor, labels: Tensor, shard: Vocab
     gradient = settings.gradient or choose_gradient(backend, settings.filter_eps)
     frequent = _frequent_rows(settings, backend, hidden, shard.vocab_size, needs_grad)
     eps = _eps(gradient, shard.vocab_size, frequent) if settings.filter_eps is None else settings.filter_eps
+    if settings.filter_eps is None and isinstance(settings, LogprobSettings) and settings.entropy:
+        eps *= _OF_ENTROPY
     exact = gradient == "exact" or eps == 0
     asked_exact = exact and settings.gradient is not None
-    first_pass = "full" if asked_exact or not needs_grad else _first_pass(settings.first_pass, hidden, backend)
+    in_full = asked_exact or settings.in_full or not needs_grad
+    first_pass = "full" if in_full else _first_pass(settings.first_pass, hidden, backend)
     if exact:
         return Method("exact", eps, backend, "full", 0)
     return Method(gradient, eps, backend, first_pass, frequent)
 
 
 def contract(
-    hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, shard: VocabShard, settings: CallSettings, method: Method
+    hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, shard: VocabShard, settings: TokenSettings, method: Method
 ) -> Mapping[str, Any]:
     """What every rank of the vocabulary group must say alike in a call, by name."""
     alike = {
         name: getattr(settings, name)
-        for name, field in CallSettings.model_fields.items()
+        for name, field in type(settings).model_fields.items()
         if not field.json_schema_extra
     }
-    counted = "" if settings.num_valid_tokens is None else " with num_valid_tokens"
+    if isinstance(settings, CallSettings) and settings.num_valid_tokens is not None:
+        alike["reduction"] += " with num_valid_tokens"
+    if isinstance(settings, LogprobSettings):
+        each = isinstance(settings.temperature, Tensor)
+        alike["temperature"] = "one for each token" if each else settings.temperature
     return {
         "vocab_size": shard.vocab_size,
         "grad mode": torch.is_grad_enabled(),
@@ -205,7 +264,6 @@ def contract(
         "reduce_dtype": str(shard.reduce_dtype),
         **alike,
         **method._asdict(),
-        "reduction": settings.reduction + counted,
     }
 
 
@@ -243,6 +301,16 @@ def check_tensors(hidden: Any, weight_VD: Any, labels: Any, bias_V: Any, shard: 
 def check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
     """Raises ValueError for a label out of range. On CUDA a device-side assertion does, which does not wait."""
     check_token_ids(labels, vocab_size, ignore_index, f"labels must be in [0, {vocab_size}) or ignore_index")
+
+
+def check_temperatures(temperature_n: Tensor) -> None:
+    """Raises ValueError for one that is not positive and finite. On CUDA a device-side assertion does."""
+    holds = ((temperature_n > 0) & temperature_n.isfinite()).all()
+    message = "temperature must be positive and finite for every token"
+    if temperature_n.is_cuda:
+        device_check(holds, message)
+    elif not holds:
+        raise ValueError(message + ".")
 
 
 def choose_gradient(backend: str, filter_eps: float | None) -> Gradient:

@@ -54,10 +54,15 @@ def gather(
     hidden_nD: Tensor, labels_n: Tensor, shard: VocabShard, most: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """All tokens of the token group, each rank's part padded to ``most``; without one, the rank's own."""
+    labels_N = gather_values(labels_n, shard, most, ignore_index)
+    return gather_values(hidden_nD, shard, most, 0), labels_N
+
+
+def gather_values(values_n: Tensor, shard: VocabShard, most: int, fill: float) -> Tensor:
+    """Values [N, ...] of all tokens of the token group, padded with ``fill``."""
     if shard.token_group is None:
-        return hidden_nD, labels_n
-    labels_N = gather_tokens(labels_n, most, shard.token_group, fill=ignore_index)
-    return gather_tokens(hidden_nD, most, shard.token_group), labels_N
+        return values_n
+    return gather_tokens(values_n, most, shard.token_group, fill=fill)
 
 
 def own(values_N: Tensor, num_tokens: int, most: int, shard: VocabShard) -> Tensor:

@@ -27,12 +27,12 @@ _PROBABILITY_HEADROOM = {torch.float16: 2.0**14}
 _TAIL_HEADROOM = {torch.float16: 2.0**10}
 
 
-def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int) -> Summary:
+def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int, want_entropy: bool = False) -> Summary:
     """See `Summary`; forward needs no workspace."""
     if _is_empty(logits):
-        return _empty_summary(logits, want_tiles)
+        return _empty_summary(logits, want_tiles, want_entropy)
     with torch.cuda.device_of(logits.hidden_ND):  # Triton launches on the current device
-        return summarise_stage.summarise(logits, want_tiles)
+        return summarise_stage.summarise(logits, want_tiles, want_entropy)
 
 
 def estimate(logits: Logits) -> Estimate:
@@ -75,12 +75,13 @@ def _is_empty(logits: Logits) -> bool:
     return logits.num_tokens == 0 or logits.weight_VD.shape[0] == 0
 
 
-def _empty_summary(logits: Logits, want_tiles: bool) -> Summary:
+def _empty_summary(logits: Logits, want_tiles: bool, want_entropy: bool = False) -> Summary:
     rows = logits.num_tokens
     zeros_N = torch.zeros(rows, dtype=torch.float32, device=logits.hidden_ND.device)
     tiles = Tiles(zeros_N.new_empty((logits.num_tiles, rows)), zeros_N.new_empty((0, rows)), 1)
     none_N = torch.full_like(zeros_N, -torch.inf)
-    return Summary(none_N, zeros_N, zeros_N.clone(), LN_2, tiles if want_tiles else None)
+    weighted_N = zeros_N.clone() if want_entropy else None
+    return Summary(none_N, zeros_N, zeros_N.clone(), LN_2, tiles if want_tiles else None, weighted_N)
 
 
 def differentiate(
@@ -93,7 +94,7 @@ def differentiate(
     hidden_ready: Callable[[torch.Tensor], None] | None = None,
     onto_ND: torch.Tensor | None = None,
 ) -> Gradients:
-    """The gradient of Σ b·nll + (a − b)·lse; see `Upstream`, `Filter` and `Gradients`.
+    """The gradient of what `Upstream` stands for; see `Filter` and `Gradients`.
 
     With ``hidden_ready`` the sparse backward makes dE first, hands it over, and computes the kept pairs' probabilities
     once more for dC: what the caller does with dE (its reduction over ranks) runs beside that. ``onto_ND``: fp32, what
@@ -194,7 +195,7 @@ def _tail(
     # fp16 has no range for means times the gradient's scale.
     late = factor / own_headroom if dtype == torch.float16 else None
     pi_V, mean_TD = tail_means(logits, pairs, factor if late is None else torch.ones_like(factor))
-    tail_TN = tail_rows(logits, pairs, upstream, dtype, own_headroom, scratch_VD)
+    tail_TN = tail_rows(logits, pairs, upstream, pi_V, dtype, own_headroom, scratch_VD)
     ratio = headroom / own_headroom
     if dtype == torch.bfloat16:  # before dE, so that the copy of the hidden states is gone then
         tail_TD = tail_TN @ compact.compacted(logits)

@@ -9,10 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..problem import Logits
+from ..problem import FAR, Logits
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = 0.6931471805599453
+_LN_2, _FAR = tl.constexpr(LN_2), tl.constexpr(FAR)
 
 
 @triton.jit
@@ -77,12 +78,15 @@ def finite(max_n):
 
 
 @triton.jit
-def logits_of(operands, products, columns):
-    """Base-2 logits and f' of a block of products e·c; −inf in columns past the last."""
+def logits_of(operands, products, columns, n, valid):
+    """Base-2 logits and f' of a block of products e·c of tokens n; −inf in columns past the last. The temperature is in
+    the logits, not in f'."""
     if operands.bias is not None:
         bias = tl.load(operands.bias + columns, mask=columns < operands.V, other=0.0)
         products += bias.to(tl.float32)[None, :]
     z, slope = softcapped(products * operands.scale, operands.softcap)
+    if operands.inverse_temperature_N is not None:
+        z *= tl.load(operands.inverse_temperature_N + n, mask=valid, other=1.0)[:, None]
     return tl.where((columns < operands.V)[None, :], z, -float("inf")), slope
 
 
@@ -102,7 +106,7 @@ def without_frequent(operands, z, columns):
 
 @triton.jit
 def probabilities(operands, upstream, normaliser, z, slope, n, valid, columns, factor):
-    """P = (a·softmax − b·[target])·f'·factor of tokens n and columns, zero where either is none; see `Upstream`.
+    """P = (p·(a + γ·log p) − b·[target])·f'·factor of tokens n and columns, zero where either is none; see `Upstream`.
 
     ``factor``: a number, or one a token.
     """
@@ -111,7 +115,12 @@ def probabilities(operands, upstream, normaliser, z, slope, n, valid, columns, f
     max2 = tl.load(normaliser.max_N + n, mask=valid, other=0.0)
     log2_sum = tl.load(normaliser.log_sum_N + n, mask=valid, other=0.0)
     target = tl.load(operands.target_N + n, mask=valid, other=-1)
-    p = tl.exp2((z - max2[:, None]) - log2_sum[:, None]) * a[:, None]
+    log2_p = (z - max2[:, None]) - log2_sum[:, None]
+    if upstream.log_N is not None:
+        g = tl.load(upstream.log_N + n, mask=valid, other=0.0) * factor
+        p = tl.exp2(log2_p) * (a[:, None] + (g * _LN_2)[:, None] * tl.maximum(log2_p, _FAR))
+    else:
+        p = tl.exp2(log2_p) * a[:, None]
     p = tl.where(target[:, None] == columns[None, :], p - b[:, None], p) * slope
     inside = columns < operands.V
     if operands.frequent_V is not None:

@@ -193,7 +193,7 @@ def _differentiate_kernel(
             products = products_of_rows(
                 operands, weight, token, valid, tile, PAIR_ROWS, TILE, PAIR_D, TMA, PRECISION, PAIR_STAGES
             )
-            z, slope = logits_of(operands, products, columns)
+            z, slope = logits_of(operands, products, columns, n, valid)
             k, _ = pair_weight(operands, pairs, n, valid, tile, TILE)
             p = probabilities(operands, upstream, normaliser, z, slope, n, valid, columns, k * headroom)
             p = p.to(ring.p.dtype.element_ty)

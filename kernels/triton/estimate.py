@@ -65,7 +65,7 @@ def estimate(logits: Logits) -> Estimate:
                 hidden.hopeless_N,
                 largest_norm,
             ),
-            Partials(*(x_SN[first_split:] for x_SN in partials)),
+            Partials(*(x_SN[first_split:] for x_SN in partials[:3])),
             lse_TN[first_row // logits.tile :],
             blocks_per_split,
             tuning,

@@ -56,7 +56,7 @@ def _probability_kernel(
             e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
             c = load_block(weight, first_column + column, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
             p = tl.dot(e, c.T, p, input_precision=PRECISION)
-        z, slope = logits_of(operands, p, columns)
+        z, slope = logits_of(operands, p, columns, n, n < n_valid)
         p = probabilities(operands, upstream, normaliser, z, slope, n, n < n_valid, columns, headroom)
     pointers = p_Nv + n[:, None].to(tl.int64) * chunk_columns + chunk_range[None, :]
     inside = (n < N)[:, None] & (chunk_range < chunk_columns)[None, :]
@@ -71,7 +71,8 @@ def _not_zero(factor: torch.Tensor) -> torch.Tensor:
 def _at_most_2_60(factor: torch.Tensor, upstream: Upstream) -> tuple[torch.Tensor, Upstream]:
     """What is beyond it in the factor goes into the upstream gradients."""
     beyond = (factor / 2.0**60).clamp(min=1.0)
-    return factor / beyond, Upstream(upstream.softmax_N * beyond, upstream.target_N * beyond, upstream.scale)
+    log_N = None if upstream.log_N is None else upstream.log_N * beyond
+    return factor / beyond, Upstream(upstream.softmax_N * beyond, upstream.target_N * beyond, upstream.scale, log_N)
 
 
 def _probabilities(

@@ -18,7 +18,7 @@ LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 class Operands(NamedTuple):
-    """z = f(scale·(e·c + bias)), and the tokens: the fields of `Logits`.
+    """z = τ·f(scale·(e·c + bias)), and the tokens: the fields of `Logits`.
 
     Attributes:
         hidden: [N, D], rows named by token_N; what is loaded in blocks is an argument of its own.
@@ -39,6 +39,7 @@ class Operands(NamedTuple):
     stride_weight: int
     scale: float
     softcap: float | None
+    inverse_temperature_N: torch.Tensor | None
 
 
 def operands_of(logits: Logits) -> Operands:
@@ -59,6 +60,7 @@ def operands_of(logits: Logits) -> Operands:
         weight_VD.stride(0),
         logits.logit_scale,
         logits.softcap,
+        logits.inverse_temperature_N,
     )
 
 

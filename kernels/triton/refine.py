@@ -53,11 +53,11 @@ def _large_pairs_kernel(
         products = products_of_rows(
             operands, weight, token, valid, tile, PAIR_ROWS, TILE, PAIR_D, TMA, PRECISION, STAGES
         )
-        z, _slope = logits_of(operands, products, columns)
+        n = tl.load(operands.place_N + token, mask=valid, other=0)
+        z, _slope = logits_of(operands, products, columns, n, valid)
         z = without_frequent(operands, z, columns)
         max_n = finite(tl.max(z, 1))
         exact_n = max_n + tl.log2(tl.sum(tl.exp2(z - max_n[:, None]), 1))
-        n = tl.load(operands.place_N + token, mask=valid, other=0)
         tl.store(exact_TN + tile.to(tl.int64) * operands.N + n, exact_n, mask=valid)
 
 

@@ -20,6 +20,7 @@ from ..problem import Filter, Logits, Tiles, Upstream
 from .operands import LAUNCH, Kept, Operands, Pairs, operands_of
 
 SMALLEST_DRAW = tl.constexpr(2.0**-32)
+_LEAST_MASS = tl.constexpr(1e-37)  # its logarithm is finite
 _TOKENS = 1024
 _MASS_TOKENS, _TILES = 256, 64
 
@@ -80,14 +81,18 @@ def _list_kernel(kept, operands, pairs, TILE: tl.constexpr, TOKENS: tl.constexpr
 
 @triton.jit
 def _tail_rows_kernel(
-    tail_TN, stride_tail, upstream, operands, pairs, headroom, TILE: tl.constexpr, TOKENS: tl.constexpr
+    tail_TN, stride_tail, upstream, operands, pairs, entropy_T, headroom, TILE: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """R_ti = a_i·s_ti·(1 − k_ti)·headroom. Grid: (tile, block of TOKENS). Bytes: 4·T·N."""
+    """R_ti = (a_i + γ_i·(log s_ti − H_t))·s_ti·(1 − k_ti)·headroom, H_t the entropy of the tile's profile: log s − H
+    is about the mean of log p over the tile. Grid: (tile, block of TOKENS). Bytes: 4·T·N."""
     tile = tl.program_id(0)
     n = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     valid = n < tl.load(operands.n_valid)
     weight, mass = pair_weight(operands, pairs, n, valid, tile, TILE)
     a = tl.load(upstream.softmax_N + n, mask=valid, other=0.0)
+    if upstream.log_N is not None:
+        mean_log_p = tl.log(tl.maximum(mass, _LEAST_MASS)) - tl.load(entropy_T + tile)
+        a += tl.load(upstream.log_N + n, mask=valid, other=0.0) * mean_log_p
     tail = tl.where((weight == 1) | (valid == 0), 0.0, a * mass * (1 - weight) * headroom)
     tl.store(tail_TN + tile.to(tl.int64) * stride_tail + n, tail.to(tail_TN.dtype.element_ty), mask=n < operands.N)
 
@@ -152,17 +157,34 @@ def tail_rows(
     logits: Logits,
     pairs: Pairs,
     upstream: Upstream,
+    pi_V: torch.Tensor,
     dtype: torch.dtype,
     headroom: float,
     scratch_VD: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """R_TN in ``dtype``, times ``headroom``, in memory of ``scratch_VD``, see `_matrix`."""
+    """R_TN in ``dtype``, times ``headroom``, in memory of ``scratch_VD``, see `_matrix`. ``pi_V``: of `tail_means`."""
     operands = operands_of(logits)
     tail_TN = _matrix(logits, operands, dtype, scratch_VD)
     _tail_rows_kernel[(pairs.num_tiles, triton.cdiv(operands.N, _TOKENS))](
-        tail_TN, tail_TN.stride(0), upstream, operands, pairs, headroom, TILE=logits.tile, TOKENS=_TOKENS, **LAUNCH
+        tail_TN,
+        tail_TN.stride(0),
+        upstream,
+        operands,
+        pairs,
+        None if upstream.log_N is None else _tile_entropies(logits, pi_V),
+        headroom,
+        TILE=logits.tile,
+        TOKENS=_TOKENS,
+        **LAUNCH,
     )
     return tail_TN
+
+
+def _tile_entropies(logits: Logits, pi_V: torch.Tensor) -> torch.Tensor:
+    """−Σ π log π of each tile [T]."""
+    entropy_V = torch.special.entr(pi_V)
+    padded_V = torch.nn.functional.pad(entropy_V, (0, logits.num_tiles * logits.tile - entropy_V.shape[0]))
+    return padded_V.view(-1, logits.tile).sum(1)
 
 
 def _matrix(logits: Logits, operands: Operands, dtype: torch.dtype, scratch_VD: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Forward: for every token the max, Σ exp and target logit over this shard, and the log-sum-exp of every tile.
+"""Forward: for every token the max, Σ exp and target logit over this shard, and the log-sum-exp of every tile; for the
+entropy Σ exp(z − max)·(z − max) too.
 
 Grid: one program a multiprocessor, each walking over units of (block of rows, split of the vocabulary). A unit passes
 over the split's blocks of columns; BLOCK_N x BLOCK_V logits are in registers (128 x 256 on Hopper: two warpgroups with
@@ -20,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..problem import Logits, Share, Summary, Tiles
+from ..problem import FAR, Logits, Share, Summary, Tiles
 from .blocks import (
     LN_2,
     can_use_tma,
@@ -37,26 +38,39 @@ from .operands import LAUNCH, operands_of
 from .quantise import InEightBits, logits_in_8_bits
 from .tuning import Tuning, num_programs, tuning_for
 
-_LN_2 = tl.constexpr(LN_2)
+_LN_2, _FAR = tl.constexpr(LN_2), tl.constexpr(FAR)
 _FINISH_TOKENS = 16
 _JOINED = 256
 
 
 class Partials(NamedTuple):
-    """Of each split [S, N]: max, Σ exp, and the reference of its tiles' log-sum-exps."""
+    """Of each split [S, N]: max, Σ exp, the reference of its tiles' log-sum-exps, and, where the entropy is wanted,
+    Σ exp(z − max)·(z − max)."""
 
     max_SN: torch.Tensor
     sumexp_SN: torch.Tensor
     reference_SN: torch.Tensor
+    weighted_SN: torch.Tensor | None = None
 
 
 @triton.jit
-def _block_logits(operands, in_8_bits, products, block, row_scale_n, offset_n, variance_n, BLOCK_V: tl.constexpr):
+def _block_logits(
+    operands,
+    in_8_bits,
+    products,
+    block,
+    row_scale_n,
+    offset_n,
+    variance_n,
+    n,
+    valid,
+    BLOCK_V: tl.constexpr,
+):
     columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
     if in_8_bits is not None:
         z = logits_in_8_bits(operands, in_8_bits, products, columns, row_scale_n, offset_n, variance_n)
     else:
-        z, _slope = logits_of(operands, products, columns)
+        z, _slope = logits_of(operands, products, columns, n, valid)
     return z
 
 
@@ -65,6 +79,7 @@ def _absorb_block(
     z,
     max_n,
     sum_n,
+    weighted_n,
     reference_n,
     tile_lse_TN,
     operands,
@@ -74,9 +89,10 @@ def _absorb_block(
     n_valid,
     TILE: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    ENTROPY: tl.constexpr,
 ):
-    """Adds a block of logits to the running (max, Σ exp), and stores the log-sum-exp of each of its tiles, without
-    those of ``frequent_V``."""
+    """Adds a block of logits to the running max, Σ exp and, for the entropy, Σ exp(z − max)·(z − max); stores the
+    log-sum-exp of each of its tiles, without those of ``frequent_V``."""
     z = tl.reshape(z, [z.shape[0], BLOCK_V // TILE, TILE])
     tile_max_nt = tl.max(z, 2)
     shift_nt = finite(tile_max_nt)
@@ -98,8 +114,13 @@ def _absorb_block(
         tl.store(tile_lse_TN + tile.to(tl.int64)[None, :] * operands.N + n[:, None], relative_nt, mask=inside)
     new_max_n = tl.maximum(max_n, tl.max(tile_max_nt, 1))
     shift_n = finite(new_max_n)
+    if ENTROPY:
+        below = tl.sum(e * tl.maximum(z - shift_nt[:, :, None], _FAR), 2)
+        below += tile_sum_nt * tl.maximum(tile_max_nt - shift_n[:, None], _FAR)
+        weighted_n = (weighted_n + sum_n * tl.maximum(max_n - shift_n, _FAR)) * tl.exp2(max_n - shift_n)
+        weighted_n += tl.sum(below * tl.exp2(tile_max_nt - shift_n[:, None]), 1)
     sum_n = sum_n * tl.exp2(max_n - shift_n) + tl.sum(tile_sum_nt * tl.exp2(tile_max_nt - shift_n[:, None]), 1)
-    return new_max_n, sum_n, reference_n
+    return new_max_n, sum_n, weighted_n, reference_n
 
 
 @triton.jit
@@ -121,6 +142,7 @@ def _summarise_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     FLAT: tl.constexpr,
+    ENTROPY: tl.constexpr,
 ):
     N, V, D = operands.N, operands.V, operands.D
     if in_8_bits is None:
@@ -142,7 +164,7 @@ def _summarise_kernel(
         max_n = tl.full([BLOCK_N], -float("inf"), tl.float32)
         sum_n = tl.zeros([BLOCK_N], tl.float32)
         reference_n = tl.full([BLOCK_N], -float("inf"), tl.float32)
-        row_scale_n, offset_n, variance_n = sum_n, sum_n, sum_n
+        row_scale_n, offset_n, variance_n, weighted_n = sum_n, sum_n, sum_n, sum_n
         blocks = min(blocks_per_split, num_blocks - first_column_block)
         if in_8_bits is not None:
             row_scale_n = tl.load(in_8_bits.row_scale_N + n, mask=n < n_valid, other=0.0)
@@ -160,9 +182,33 @@ def _summarise_kernel(
                 c = load_block(weight, block * BLOCK_V, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
                 products = tl.dot(e, c.T, products, input_precision=PRECISION)
                 if d + BLOCK_D >= D:
-                    z = _block_logits(operands, in_8_bits, products, block, row_scale_n, offset_n, variance_n, BLOCK_V)
-                    max_n, sum_n, reference_n = _absorb_block(
-                        z, max_n, sum_n, reference_n, tile_lse_TN, operands, apart, block, n, n_valid, TILE, BLOCK_V
+                    z = _block_logits(
+                        operands,
+                        in_8_bits,
+                        products,
+                        block,
+                        row_scale_n,
+                        offset_n,
+                        variance_n,
+                        n,
+                        n < n_valid,
+                        BLOCK_V,
+                    )
+                    max_n, sum_n, weighted_n, reference_n = _absorb_block(
+                        z,
+                        max_n,
+                        sum_n,
+                        weighted_n,
+                        reference_n,
+                        tile_lse_TN,
+                        operands,
+                        apart,
+                        block,
+                        n,
+                        n_valid,
+                        TILE,
+                        BLOCK_V,
+                        ENTROPY,
                     )
                     products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         else:
@@ -172,19 +218,45 @@ def _summarise_kernel(
                     e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
                     c = load_block(weight, block * BLOCK_V, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
                     products = tl.dot(e, c.T, products, input_precision=PRECISION)
-                z = _block_logits(operands, in_8_bits, products, block, row_scale_n, offset_n, variance_n, BLOCK_V)
-                max_n, sum_n, reference_n = _absorb_block(
-                    z, max_n, sum_n, reference_n, tile_lse_TN, operands, apart, block, n, n_valid, TILE, BLOCK_V
+                z = _block_logits(
+                    operands,
+                    in_8_bits,
+                    products,
+                    block,
+                    row_scale_n,
+                    offset_n,
+                    variance_n,
+                    n,
+                    n < n_valid,
+                    BLOCK_V,
+                )
+                max_n, sum_n, weighted_n, reference_n = _absorb_block(
+                    z,
+                    max_n,
+                    sum_n,
+                    weighted_n,
+                    reference_n,
+                    tile_lse_TN,
+                    operands,
+                    apart,
+                    block,
+                    n,
+                    n_valid,
+                    TILE,
+                    BLOCK_V,
+                    ENTROPY,
                 )
         tl.store(partials.max_SN + split * N + n, max_n, mask=n < n_valid)
         tl.store(partials.sumexp_SN + split * N + n, sum_n, mask=n < n_valid)
+        if ENTROPY:
+            tl.store(partials.weighted_SN + split * N + n, weighted_n, mask=n < n_valid)
         if tile_lse_TN is not None:
             tl.store(partials.reference_SN + split * N + n, finite(reference_n), mask=n < n_valid)
 
 
 @triton.jit
 def _finish_kernel(
-    merged_3N,
+    merged_4N,
     partials,
     operands,
     weight,
@@ -199,12 +271,19 @@ def _finish_kernel(
     valid = n < n_valid
     max_n = tl.full([BLOCK_N], -float("inf"), tl.float32)
     sum_n = tl.zeros([BLOCK_N], tl.float32)
+    weighted_n = sum_n
     for split in range(splits):
         split_max_n = tl.load(partials.max_SN + split * N + n, mask=valid, other=0.0)
+        split_sum_n = tl.load(partials.sumexp_SN + split * N + n, mask=valid, other=1.0)
         new_max_n = tl.maximum(max_n, split_max_n)
         shift_n = finite(new_max_n)
+        if partials.weighted_SN is not None:
+            split_weighted_n = tl.load(partials.weighted_SN + split * N + n, mask=valid, other=0.0)
+            split_weighted_n += split_sum_n * tl.maximum(split_max_n - shift_n, _FAR)
+            weighted_n = (weighted_n + sum_n * tl.maximum(max_n - shift_n, _FAR)) * tl.exp2(max_n - shift_n)
+            weighted_n += split_weighted_n * tl.exp2(split_max_n - shift_n)
         sum_n = sum_n * tl.exp2(max_n - shift_n)
-        sum_n += tl.load(partials.sumexp_SN + split * N + n, mask=valid, other=1.0) * tl.exp2(split_max_n - shift_n)
+        sum_n += split_sum_n * tl.exp2(split_max_n - shift_n)
         max_n = new_max_n
     target_n = tl.load(operands.target_N + n, mask=valid, other=-1)
     owned = target_n >= 0
@@ -217,9 +296,13 @@ def _finish_kernel(
     if operands.bias is not None:
         product_n += tl.load(operands.bias + target_n, mask=owned, other=0.0).to(tl.float32)
     logit_n, _ = softcapped(product_n * operands.scale, operands.softcap)
-    tl.store(merged_3N + n, max_n, mask=n < N)
-    tl.store(merged_3N + N + n, sum_n, mask=n < N)
-    tl.store(merged_3N + 2 * N + n, tl.where(owned, logit_n * _LN_2, 0.0), mask=n < N)
+    if operands.inverse_temperature_N is not None:
+        logit_n *= tl.load(operands.inverse_temperature_N + n, mask=valid, other=1.0)
+    tl.store(merged_4N + n, max_n, mask=n < N)
+    tl.store(merged_4N + N + n, sum_n, mask=n < N)
+    tl.store(merged_4N + 2 * N + n, tl.where(owned, logit_n * _LN_2, 0.0), mask=n < N)
+    if partials.weighted_SN is not None:
+        tl.store(merged_4N + 3 * N + n, weighted_n, mask=n < N)
 
 
 @triton.jit
@@ -268,12 +351,14 @@ def join(others: Summary, part: Summary, share: Share | None) -> Summary:
     return others._replace(max_N=out_3N[0], sumexp_N=out_3N[1], target_N=out_3N[2])
 
 
-def summarise(logits: Logits, want_tiles: bool) -> Summary:
+def summarise(logits: Logits, want_tiles: bool, want_entropy: bool = False) -> Summary:
     """See `Summary`. Rows that are not valid get max 0, Σ exp S and target logit 0."""
     tuning = tuning_for(logits.hidden_ND)
     num_blocks = triton.cdiv(logits.weight_VD.shape[0], tuning.block_v)
     blocks_per_split = triton.cdiv(num_blocks, tuning.splits)
     partials, lse_TN = empty_partials(logits, triton.cdiv(num_blocks, blocks_per_split), want_tiles)
+    if want_entropy:
+        partials = partials._replace(weighted_SN=torch.empty_like(partials.max_SN))
     dense = logits._replace(hidden_ND=compacted(logits))
     launch(dense, None, partials, lse_TN, blocks_per_split, tuning)
     tiles_per_split = blocks_per_split * tuning.block_v // logits.tile
@@ -323,6 +408,7 @@ def launch(
         PRECISION=precision(logits),
         STAGES=tuning.stages,
         FLAT=tuning.flat_below >= operands.D,
+        ENTROPY=partials.weighted_SN is not None,
         num_warps=tuning.warps,
         **LAUNCH,
     )
@@ -330,9 +416,9 @@ def launch(
 
 def finish(logits: Logits, partials: Partials, tiles: Tiles | None) -> Summary:
     operands = operands_of(logits)
-    merged_3N = partials.max_SN.new_empty((3, operands.N))
+    merged_4N = partials.max_SN.new_empty((3 if partials.weighted_SN is None else 4, operands.N))
     _finish_kernel[(triton.cdiv(operands.N, _FINISH_TOKENS),)](
-        merged_3N,
+        merged_4N,
         partials,
         operands,
         logits.weight_VD,
@@ -342,4 +428,5 @@ def finish(logits: Logits, partials: Partials, tiles: Tiles | None) -> Summary:
         num_warps=4,
         **LAUNCH,
     )
-    return Summary(merged_3N[0], merged_3N[1], merged_3N[2], LN_2, tiles)
+    weighted_N = None if partials.weighted_SN is None else merged_4N[3]
+    return Summary(merged_4N[0], merged_4N[1], merged_4N[2], LN_2, tiles, weighted_N)

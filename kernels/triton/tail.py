@@ -54,7 +54,7 @@ def _tail_mean_kernel(
     token = tl.load(operands.token_N + sample, mask=valid, other=0)
     products = products_of_rows(operands, weight, token, valid, tile, SAMPLES, TILE, BLOCK_D, TMA, PRECISION, STAGES)
     columns = tile * TILE + tl.arange(0, TILE)
-    z, slope = logits_of(operands, products, columns)
+    z, slope = logits_of(operands, products, columns, sample, valid)
     z = without_frequent(operands, z, columns)
     _, large = pair_mass(operands, pairs, sample, valid, tile, TILE)
     p = tl.exp2(z - tl.load(pairs.lse2_N + sample, mask=valid, other=0.0)[:, None])

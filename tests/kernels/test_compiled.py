@@ -99,7 +99,7 @@ with tuning.forced(table):
     filter_ = Filter("unbiased", 0.01, most_drawn=4.0, seed=torch.zeros(1, dtype=torch.int64))
     pairs = select.select(logits, summary.tiles, floats(N), filter_)
     upstream = Upstream(floats(N), floats(N), torch.ones(()))
-    select.tail_rows(logits, pairs, upstream, DTYPE, 1.0)
+    select.tail_rows(logits, pairs, upstream, floats(V), DTYPE, 1.0)
     tail.tail_means(logits, pairs, torch.ones(()))
     whole_tail = Tail(floats(V), floats(V // TILE, D).to(DTYPE), floats(V // TILE) if BIAS else None)
     for dhidden, dweight in ((floats(N, D), weight.clone()), (floats(N, D), None), (None, weight.clone())):
@@ -108,6 +108,14 @@ with tuning.forced(table):
         for of_tail in (whole_tail, Tail()) if dhidden is not None and dweight is not None else (whole_tail,):
             differentiate.differentiate(logits, pairs, normaliser, upstream, out, of_tail, 1.0, 1 << 20)
     exact.differentiate_exactly(logits, normaliser, upstream, None, None, floats(V), 1.0, 1 << 20)
+    # With an entropy and temperatures, as `linear_logprobs` has them.
+    warm, of_entropy = logits._replace(inverse_temperature_N=floats(N)), upstream._replace(log_N=floats(N))
+    summarise.summarise(warm, True, True)
+    select.tail_rows(warm, pairs, of_entropy, floats(V), DTYPE, 1.0)
+    tail.tail_means(warm, pairs, torch.ones(()))
+    out = Gradients(floats(N, D), weight.clone(), floats(V) if BIAS else None)
+    differentiate.differentiate(warm, pairs, normaliser, of_entropy, out, whole_tail, 1.0, 1 << 20)
+    exact.differentiate_exactly(warm, normaliser, of_entropy, None, None, floats(V), 1.0, 1 << 20)
     compact.compacted(logits)
     compact.scatter_rows(floats(N, D), ints(N), ints(1), DTYPE)
     compact.write_rows(weight, floats(N, D), ints(N))

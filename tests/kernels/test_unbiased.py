@@ -23,6 +23,7 @@ from dense import (
     make_upstream,
     normaliser,
     profiles,
+    shares,
     valid_hidden,
 )
 from reference import DEVICE, TRITON_DTYPES, cce_outcome, make_problem, plain_outcome
@@ -38,15 +39,15 @@ EPS = 2.0**-2
 def error_bound(logits: Logits, d: Dense, upstream: Upstream, count: int, most_drawn: float) -> tuple[float, float]:
     """Bounds on the norms of the errors of the mean dE and dC."""
     small_NT = ~is_large(logits, d, EPS)
-    own_NV = d.softmax_NV * d.slope_NV / d.mass_NT.repeat_interleave(TILE, 1)[:, : d.z_NV.shape[1]]
-    off_NV = own_NV - profiles(logits, d, EPS)
-    a_N = upstream.softmax_N[: d.lse_N.shape[0]].abs().double()
+    share_NV, share_NT = shares(logits, d, upstream, EPS)
+    mass_NV, of_tail_NV = (x.repeat_interleave(TILE, 1)[:, : d.z_NV.shape[1]] for x in (d.mass_NT, share_NT))
+    off_NV = share_NV * d.softmax_NV * d.slope_NV / mass_NV - of_tail_NV * profiles(logits, d, EPS)
     eps_N = ((d.mass_NT * small_NT).sum(1) / most_drawn).clamp(min=EPS)
     each = eps_N / (2 * count) * float(upstream.scale) * logits.logit_scale
     hidden_norm_N = valid_hidden(logits).double().norm(dim=1)
     dhidden_N, dweight_V = torch.zeros_like(d.lse_N), []
     for tile, columns in enumerate(torch.arange(off_NV.shape[1], device=DEVICE).split(TILE)):
-        use_N = small_NT[:, tile] * a_N * each
+        use_N = small_NT[:, tile] * each
         dhidden_N += use_N * (off_NV[:, columns] @ logits.weight_VD[columns].double()).norm(dim=1)
         dweight_V.append(((use_N * hidden_norm_N)[:, None] * off_NV[:, columns].abs()).sum(0))
     return float(dhidden_N.norm()), float(torch.cat(dweight_V).norm())
@@ -86,14 +87,25 @@ def test_the_mean_over_draws_is_the_exact_gradient_in_triton() -> None:
     check(triton_backend, make_logits(rows=12, softcap=6.0, shared=0.4), counts=(1, 8))
 
 
+@pytest.mark.parametrize("backend", [torch_backend, triton_backend], ids=["torch", "triton"])
+def test_it_is_that_of_the_entropy_too(backend: ModuleType) -> None:
+    check(backend, make_logits(rows=12, softcap=6.0, shared=0.4), counts=(1, 8), entropy=True)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_the_mean_over_many_draws_is_the_exact_gradient_in_triton(dtype: torch.dtype) -> None:
     check(triton_backend, make_logits(dtype=dtype, softcap=6.0, shared=0.4), counts=(1, 16))
 
 
-def check(backend: ModuleType, logits: Logits, counts: tuple[int, ...], most_drawn: float = math.inf) -> None:
-    d, upstream = dense(logits), make_upstream(logits)
+def check(
+    backend: ModuleType,
+    logits: Logits,
+    counts: tuple[int, ...],
+    most_drawn: float = math.inf,
+    entropy: bool = False,
+) -> None:
+    d, upstream = dense(logits), make_upstream(logits, entropy=entropy)
     exact = gradients(logits, d, upstream, Filter("exact"))
     # In 16 bits: what P and R are rounded to, relative to the gradient.
     rounding = {torch.float64: 1e-6, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -26,7 +26,7 @@ from reference import (
 from cce_dist import VocabShard, linear_cross_entropy
 from cce_dist.kernels.problem import MOST_DRAWN, TILE
 from cce_dist.loss.autograd import Call, filter_of, logits_of
-from cce_dist.loss.settings import check_settings, resolve
+from cce_dist.loss.settings import CallSettings, check_settings, resolve
 from cce_dist.loss.tokens import valid_first
 
 ALL = {
@@ -344,7 +344,7 @@ def check_any_shape(data: st.DataObject, backend: str, largest_vocab: int, large
 def test_a_shard_draws_its_share_of_the_most_pairs_that_a_token_draws(rows: int) -> None:
     """Of the whole vocabulary's `MOST_DRAWN`, so that the work of flat softmaxes does not grow with the ranks."""
     shard = VocabShard(((0, rows),), 600, None)
-    settings = check_settings({"gradient": "unbiased"})
+    settings = check_settings({"gradient": "unbiased"}, CallSettings)
     hidden, weight, labels = torch.zeros(3, 8), torch.zeros(rows, 8), torch.zeros(3, dtype=torch.int64)
     method = resolve(settings, hidden, labels, shard, needs_grad=True)
     call = Call(labels, shard, settings, method, 3, True)

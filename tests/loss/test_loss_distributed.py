@@ -50,8 +50,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from cce_dist import ShardedCCEHead, VocabShard, linear_cross_entropy
-from cce_dist.heads.statistics import token_statistics
 from cce_dist.kernels.problem import TILE
+from cce_dist.loss.statistics import token_statistics
 
 UNEVEN = ((13,), (4,), (21,), (9,))
 VOCAB = 601  # no multiple of 2, 3, 4 or of a tile

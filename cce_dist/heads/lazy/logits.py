@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from cce_dist.heads.lazy.form import LOGITS, MULTIPLY, WITHOUT_GRADIENT, Call, LogitForm, is_last_dim, p_log_p, record
 from cce_dist.heads.lazy.pytree import register_pytree_node, tree_map
 from cce_dist.heads.lazy.source import Source
-from cce_dist.heads.statistics import TokenStatistics
 from cce_dist.loss import linear_cross_entropy
+from cce_dist.loss.statistics import TokenStatistics
 
 
 @dataclass(init=False, eq=False, repr=False)

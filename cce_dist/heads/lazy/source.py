@@ -21,7 +21,7 @@ from cce_dist.heads.find import registered
 from cce_dist.heads.lazy.form import LogitForm
 from cce_dist.heads.lazy.materialize import report
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
-from cce_dist.heads.statistics import TokenStatistics, token_statistics
+from cce_dist.loss.statistics import TokenStatistics, token_statistics
 from cce_dist.shard import VocabShard
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from cce_dist import VocabShard
-from cce_dist.heads.statistics import token_statistics
+from cce_dist.loss.statistics import token_statistics
 
 
 def _statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Tensor]:

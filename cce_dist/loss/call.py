@@ -1,0 +1,174 @@
+"""The start of a call: its arguments are checked, the ranks' hosts agree on it, its tokens are made flat.
+
+In: what a public function got. Out: the arguments of `autograd.LinearCrossEntropy`. Nothing is computed on a device,
+and no rank waits for one that raised.
+
+Shapes: n tokens of this rank, D hidden, V local rows of the classifier.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from cce_dist.loss.autograd import Call
+from cce_dist.loss.frequent import counted_with, counts_of
+from cce_dist.loss.settings import (
+    LogprobSettings,
+    Method,
+    TokenSettings,
+    check_labels,
+    check_settings,
+    check_temperatures,
+    check_tensors,
+    contract,
+    resolve,
+    workspace_bytes,
+)
+from cce_dist.loss.tokens import held, redistributed, shifted
+from cce_dist.shard import VocabShard
+from cce_dist.shard.agreement import agree
+from cce_dist.shard.rows import local_rows
+
+
+class Inputs(NamedTuple):
+    """The arguments of `LinearCrossEntropy`."""
+
+    hidden_nD: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    call: Call
+
+
+def begin(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    shard: VocabShard | None,
+    given: Mapping[str, Any],
+    kind: type[TokenSettings],
+    what: str,
+) -> tuple[Inputs, Tensor]:
+    """What can be computed now, and the labels, all of them. See `linear_cross_entropy`, whose arguments and errors
+    these are.
+
+    Args:
+        kind: of the settings that are given.
+        what: is computed, as the ranks agree on it.
+    """
+    if shard is not None and not isinstance(shard, VocabShard):
+        raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}.")
+    shard = shard if shard is not None else _own_shard(weight)
+    weight_VD, bias_V = local_rows(weight), local_rows(bias)
+    checked: tuple[TokenSettings, Method, Tensor | None] | None = None
+    fault: Exception | None = None
+    labels_n: Tensor | None = None
+    tokens, equal, in_parts = 0, {}, False
+    try:
+        settings = check_settings(given, kind)
+        hidden, labels, in_parts = held(hidden, labels, shard)
+        check_tensors(hidden, weight_VD, labels, bias_V, shard)
+        tokens = labels.numel()
+        if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        needs_grad = any(x is not None and x.requires_grad for x in (hidden, weight_VD, bias_V))
+        method = resolve(settings, hidden, labels, shard, needs_grad and torch.is_grad_enabled())
+        equal = {
+            **contract(hidden, weight_VD, bias_V, shard, settings, method),
+            "tokens are in a DTensor's parts": in_parts,
+        }
+        if method.frequent_rows:
+            equal["what labels are counted with"] = counted_with(weight, shard)
+        if shard.token_group is None:
+            workspace_bytes(settings.workspace_mb, method, tokens, hidden.element_size())
+        if not isinstance(labels, DTensor):
+            labels_n = _flat_labels(labels, settings, shard)
+        settings, temperature_n = _with_temperature(settings, hidden, labels)
+        checked = settings, method, temperature_n
+    except Exception as error:
+        fault = error  # told to every rank, and raised there
+    most = agree(
+        shard,
+        what,
+        tokens,
+        equal,
+        fault,
+        every_call=given.get("agreement") != "first_call",
+        counts="reduction" in kind.model_fields
+        and given.get("reduction", "mean") == "mean"
+        and given.get("num_valid_tokens") is None,
+    )
+    assert checked is not None
+    settings, method, temperature_n = checked
+    if in_parts:
+        hidden, labels = redistributed(hidden), redistributed(labels)
+    if labels_n is None:
+        labels_n = _flat_labels(labels, settings, shard)
+    counts = counts_of(weight, shard, hidden.device) if method.frequent_rows else None
+    entropy = isinstance(settings, LogprobSettings) and settings.entropy
+    call = Call(labels_n, shard, settings, method, most, torch.is_grad_enabled(), counts, entropy, temperature_n)
+    return Inputs(hidden.reshape(-1, hidden.shape[-1]), weight_VD, bias_V, call), labels
+
+
+def _flat_labels(labels: Tensor, settings: TokenSettings, shard: VocabShard) -> Tensor:
+    """Shifted labels [n], int64, on a CPU checked."""
+    labels_n = shifted(labels.long(), settings.shift, settings.ignore_index).reshape(-1)
+    if not labels_n.is_cuda:  # else the gathered ones, on every rank
+        check_labels(labels_n, settings.ignore_index, shard.vocab_size)
+    return labels_n
+
+
+def _with_temperature(settings: TokenSettings, hidden: Tensor, labels: Tensor) -> tuple[TokenSettings, Tensor | None]:
+    """A temperature that all tokens share goes into scale and softcap, f(s·x)/τ = (cap/τ)·tanh((s/τ)·x / (cap/τ)); else
+    one for each token [n].
+
+    Raises:
+        ValueError: a tensor that does not fit the labels; on a CPU, one that is not positive.
+    """
+    if not isinstance(settings, LogprobSettings):
+        return settings, None
+    temperature = settings.temperature
+    if not isinstance(temperature, Tensor):
+        if temperature == 1.0:
+            return settings, None
+        scale = (1.0 if settings.logit_scale is None else settings.logit_scale) / temperature
+        cap = None if settings.softcap is None else settings.softcap / temperature
+        return settings.model_copy(update={"logit_scale": scale, "softcap": cap}), None
+    if isinstance(labels, DTensor):
+        raise ValueError("temperature must be a float where labels are a DTensor's parts.")
+    shape = list(labels.shape)
+    if temperature.device != hidden.device:
+        raise ValueError(f"temperature must be on {hidden.device}, as hidden is; got {temperature.device}.")
+    try:
+        each = temperature.expand(labels.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"temperature must have the labels' shape {shape}, or one that broadcasts to it, got "
+            f"{list(temperature.shape)}."
+        ) from error
+    temperature_n = each.reshape(-1).to(torch.promote_types(hidden.dtype, torch.float32))
+    if not temperature_n.is_cuda:  # else the gathered ones, on every rank
+        check_temperatures(temperature_n)
+    return settings, temperature_n
+
+
+_dtensor_shards: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The shards of DTensors, by mesh and shape: ranks compare rows at the first use of a shard. Nothing hangs on the
+parameters and meshes, which users save."""
+
+
+def _own_shard(weight: Any) -> VocabShard:
+    """The shard of a classifier that comes without one."""
+    if not isinstance(weight, DTensor):
+        rows = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else 1
+        return VocabShard.whole(max(rows, 1))
+    shards = _dtensor_shards.setdefault(weight.device_mesh, {})
+    key = weight.shape, tuple(weight.placements)
+    # torch hands an equal mesh of an earlier run of init_process_group out again, with new groups.
+    if key not in shards or shards[key].vocab_group is not weight.device_mesh.get_group():
+        shards[key] = VocabShard.from_dtensor(weight)
+    return shards[key]

@@ -1,0 +1,139 @@
+"""The public function for log-probabilities of tokens, their entropy, and what is logged beside them.
+
+The path of a token is that of the loss (`api`): the log-probability is the loss with its sign changed, the entropy
+comes from the same pass. Forward takes the full precision of the hidden states, never 8 bits, so that values with and
+without a gradient have the same bits; without a gradient it keeps nothing.
+
+Collectives are those of the loss (see `api`), the packed SUM with one number a token more for the entropy; and with one
+temperature for each token an all-gather of those, or, where ranks bring the same tokens, two numbers more in the MAX.
+Statistics gather the hidden states again, and make a MAX, a SUM and a MIN of a few numbers a token; "rank" two SUMs
+more.
+
+Shapes: L tokens of a sequence, D hidden, V local rows of the classifier, n tokens of this rank.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cce_dist.loss.autograd import LinearCrossEntropy
+from cce_dist.loss.call import Inputs, begin
+from cce_dist.loss.settings import LogprobSettings, takes_settings
+from cce_dist.loss.statistics import statistics_of
+from cce_dist.loss.tokens import unflatten
+from cce_dist.shard import VocabShard
+
+
+class TokenLogprobs(NamedTuple):
+    """Of each token, [..., L - shift]; in fp32 (fp64 for fp64), 0 where the label is ignored.
+
+    With p the softmax of the token's logits z over the whole vocabulary, after scale, softcap and temperature:
+
+    Attributes:
+        logprob: log p of the label; differentiable.
+        lse: log Σ exp z; differentiable.
+        entropy: −Σ p log p, in nats; differentiable. None unless ``entropy=True``.
+        top1: int64, the most likely id, the first of several; −1 where ignored. This and what follows are None unless
+            they are in ``statistics``, and have no gradient.
+        is_top1: bool, whether that is the label; given with ``top1``.
+        rank: int64, how many ids are more likely than the label.
+        sum_sq_probs: Σ p².
+        mean_logit: Σ z / vocab_size.
+    """
+
+    logprob: Tensor
+    lse: Tensor
+    entropy: Tensor | None = None
+    top1: Tensor | None = None
+    is_top1: Tensor | None = None
+    rank: Tensor | None = None
+    sum_sq_probs: Tensor | None = None
+    mean_logit: Tensor | None = None
+
+
+@takes_settings(LogprobSettings)
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shard: VocabShard | None = None,
+    **settings: Any,
+) -> TokenLogprobs:
+    """log softmax(z / temperature) of labels, without forming z = softcap·tanh(logit_scale·(hidden · weightᵀ + bias) /
+    softcap).
+
+    What is not asked for costs nothing. Every rank of ``shard.vocab_group`` must make the call in every step, also with
+    no token. Settings that `linear_cross_entropy` has too mean the same here, and so do its arguments; a gradient mode
+    counts where something requires a gradient.
+
+    Args:
+        hidden: [..., D].
+        weight: [V, D], this rank's rows.
+        labels: [...], global ids, or the ignored one.
+        bias: [V], this rank's.
+        shard: which global rows these are, and the process groups. None: all rows, in this process alone.
+        ignore_index, shift, softcap, logit_scale, tail, seed, backend, frequent_rows, workspace_mb, max_tokens,
+            agreement: see `linear_cross_entropy`.
+        gradient: "exact", "unbiased" or "filtered", see there; of the entropy too. "filtered" is meant for losses: the
+            entropy gets much of its gradient from what it leaves to a mean.
+        filter_eps: see there; None: with ``entropy`` a quarter of what the loss takes.
+        first_pass: "auto" or "full": there is none in 8 bits.
+        temperature: what the logits are divided by, after the softcap: a positive float, or a tensor of them that
+            broadcasts to labels, one for each position of hidden. It gets no gradient.
+        entropy: whether the entropy of each token's distribution is wanted, with a gradient.
+        statistics: what else, out of "top1", "rank", "sum_sq_probs" and "mean_logit": a pass over chunks of logits, for
+            "rank" two, without a gradient. Its products are the library's, whose last bits may differ from those of the
+            log-probabilities.
+
+    Returns:
+        `TokenLogprobs`.
+
+    Raises:
+        ValueError, TypeError: as `linear_cross_entropy`, on every rank. On CUDA a temperature that is not positive is a
+            device-side assertion.
+    """
+    inputs, labels = begin(
+        hidden, weight, labels, bias, shard, settings, LogprobSettings, "log-probabilities of tokens"
+    )
+    nll_n, lse_n, entropy_n = LinearCrossEntropy.apply(*inputs)
+    checked = inputs.call.settings
+    assert isinstance(checked, LogprobSettings)
+
+    def shaped(values_n: Tensor) -> Tensor:
+        return unflatten(values_n, labels, checked.shift)
+
+    found = TokenLogprobs(shaped(-nll_n), shaped(lse_n), None if entropy_n is None else shaped(entropy_n))
+    if not checked.statistics:
+        return found
+    return found._replace(**{name: shaped(x_n) for name, x_n in _statistics(inputs, checked).items()})
+
+
+@torch.no_grad()
+def _statistics(inputs: Inputs, settings: LogprobSettings) -> dict[str, Tensor]:
+    """The fields of `TokenLogprobs` that the settings name, of this rank's tokens [n]."""
+    hidden_nD, weight_VD, bias_V, call = inputs
+    labels_n = call.labels_n
+    wanted, valid_n = settings.statistics, labels_n != settings.ignore_index
+    of_n, rank_n = statistics_of(
+        torch.where(valid_n[:, None], hidden_nD, 0),  # what is ignored may hold anything
+        weight_VD,
+        bias=bias_V,
+        shard=call.shard,
+        logit_scale=1.0 if settings.logit_scale is None else settings.logit_scale,
+        softcap=settings.softcap,
+        most=call.most,
+        temperature_n=call.temperature_n,
+        ranked_n=torch.where(valid_n, labels_n, -1) if "rank" in wanted else None,
+    )
+    found = {
+        "top1": torch.where(valid_n, of_n.argmax, -1),
+        "is_top1": valid_n & (of_n.argmax == labels_n),
+        "sum_sq_probs": torch.where(valid_n, of_n.log_sum_sq_probs.exp(), 0),
+        "mean_logit": torch.where(valid_n, of_n.mean_logit, 0),
+    }
+    if rank_n is not None:
+        found["rank"] = rank_n
+    return {name: x_n for name, x_n in found.items() if name.replace("is_top1", "top1") in wanted}

@@ -1,0 +1,234 @@
+"""What trainers log of the logits beside the loss, per token, without forming them: entropy, the most likely token, ...
+
+In: hidden states and local rows. Out: numbers of each token over the whole vocabulary, without a gradient, by one pass
+of products over the logits in chunks; the rank of a label takes a second one, since it needs the label's logit.
+
+Shapes: n tokens of this rank, N tokens of the token group, D hidden, V local rows of the classifier; c tokens and v
+rows of a chunk.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cce_dist.kernels.problem import FAR
+from cce_dist.loss.tokens import gather_values, own
+from cce_dist.shard import VocabShard
+from cce_dist.shard.agreement import agree
+
+_TOKENS, _ROWS = 4096, 2048
+"""Size of a chunk: 32 MiB of fp32, of which about four are alive at a time."""
+
+
+class TokenStatistics(NamedTuple):
+    """Of each token's p = softmax(z) over the whole vocabulary; [n] each, fp32 (fp64 for fp64), without a gradient.
+
+    Attributes:
+        argmax: the most likely token, int64; the first of several.
+        entropy: −Σ p log p, in nats.
+        log_sum_sq_probs: log Σ p².
+        mean_logit: Σ z / vocab_size.
+    """
+
+    argmax: Tensor
+    entropy: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logit: Tensor
+
+
+class _Rows(NamedTuple):
+    """This rank's rows of the classifier, and what makes logits of their products."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    shard: VocabShard
+    logit_scale: float
+    softcap: float | None
+
+
+class _Tokens(NamedTuple):
+    """A chunk of tokens; ``column_c``: the local row of the label, −1 where there is none."""
+
+    hidden_cD: Tensor
+    temperature_c: Tensor | None
+    column_c: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.hidden_cD.dtype, torch.float32)
+
+
+@torch.no_grad()
+def token_statistics(
+    hidden_nD: Tensor,
+    weight_VD: Tensor,
+    *,
+    bias: Tensor | None,
+    shard: VocabShard,
+    logit_scale: float,
+    softcap: float | None,
+) -> TokenStatistics:
+    """One pass over the logits in chunks, each rank over its rows; the arguments are those of `linear_cross_entropy`.
+
+    Every rank of ``shard.vocab_group`` must make the call, also with no token.
+    """
+    alike = {
+        "hidden's last dimension": hidden_nD.shape[1],
+        "hidden's dtype": str(hidden_nD.dtype),
+        "bias": bias is not None,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+    }
+    most = agree(shard, "statistics of tokens", hidden_nD.shape[0], alike)
+    return statistics_of(
+        hidden_nD, weight_VD, bias=bias, shard=shard, logit_scale=logit_scale, softcap=softcap, most=most
+    )[0]
+
+
+@torch.no_grad()
+def statistics_of(
+    hidden_nD: Tensor,
+    weight_VD: Tensor,
+    *,
+    bias: Tensor | None,
+    shard: VocabShard,
+    logit_scale: float,
+    softcap: float | None,
+    most: int,
+    temperature_n: Tensor | None = None,
+    ranked_n: Tensor | None = None,
+) -> tuple[TokenStatistics, Tensor | None]:
+    """The same of a call that the ranks have agreed on; and how many ids are more likely than the label, int64 [n].
+
+    Args:
+        most: tokens that any rank brings.
+        temperature_n: what each token's logits are divided by.
+        ranked_n: int64, the labels whose rank is wanted, negative where there is none (their rank is 0). None: of none.
+    """
+    ranked_N = None if ranked_n is None else gather_values(ranked_n, shard, most, -1)
+    tokens = _Tokens(
+        gather_values(hidden_nD.contiguous(), shard, most, 0),
+        None if temperature_n is None else gather_values(temperature_n, shard, most, 1),
+        None if ranked_N is None else shard.local_columns(ranked_N),
+    )
+    real = shard.num_real_rows
+    rows = _Rows(weight_VD[:real], None if bias is None else bias[:real], shard, logit_scale, softcap)
+    chunks = [_Tokens(*parts) for parts in zip(*map(_split, tokens, (tokens.hidden_cD.shape[0],) * 3), strict=True)]
+    with torch.autocast(hidden_nD.device.type, enabled=False):
+        summaries = [_summarise(chunk, rows) for chunk in chunks]
+        floats_xN = torch.cat([floats for floats, _ in summaries], 1)
+        merged = _merge(floats_xN[:5], torch.cat([ids for _, ids in summaries]), shard)
+        rank_N: Tensor | None = None
+        if ranked_N is not None:
+            label_N = floats_xN[5].clone()
+            if shard.vocab_group is not None:
+                dist.all_reduce(label_N, group=shard.vocab_group)
+            label_N = torch.where(ranked_N < 0, torch.inf, label_N)  # nothing is above it
+            labels = label_N.split(_TOKENS) if label_N.shape[0] else [label_N]
+            rank_N = torch.cat([_above(chunk, label_c, rows) for chunk, label_c in zip(chunks, labels, strict=True)])
+            if shard.vocab_group is not None:
+                dist.all_reduce(rank_N, group=shard.vocab_group)
+    number = hidden_nD.shape[0]
+    statistics = TokenStatistics(*(own(x_N, number, most, shard) for x_N in merged))
+    return statistics, None if rank_N is None else own(rank_N, number, most, shard)
+
+
+def _split(values_N: Tensor | None, tokens: int) -> tuple[Tensor | None, ...]:
+    chunks = max(-(-tokens // _TOKENS), 1)
+    return (None,) * chunks if values_N is None else values_N.split(_TOKENS)
+
+
+def _chunks(tokens: _Tokens, rows: _Rows) -> Iterator[tuple[int, Tensor]]:
+    """(first row, logits [c, v]) of each chunk of rows: the same bits each time."""
+    for first in range(0, rows.weight_VD.shape[0], _ROWS):
+        v = slice(first, min(first + _ROWS, rows.weight_VD.shape[0]))
+        z_cv = _products(tokens.hidden_cD, rows.weight_VD[v].to(tokens.hidden_cD.dtype), tokens.dtype)
+        if rows.bias_V is not None:
+            z_cv += rows.bias_V[v].to(tokens.dtype)
+        z_cv *= rows.logit_scale
+        if rows.softcap is not None:
+            z_cv = rows.softcap * torch.tanh(z_cv / rows.softcap)
+        if tokens.temperature_c is not None:
+            z_cv /= tokens.temperature_c[:, None]
+        yield first, z_cv
+
+
+def _products(hidden_cD: Tensor, weight_vD: Tensor, dtype: torch.dtype) -> Tensor:
+    """[c, v] without rounding the sums to 16 bits."""
+    if hidden_cD.is_cuda and hidden_cD.dtype != dtype:
+        return torch.mm(hidden_cD, weight_vD.T, out_dtype=dtype)
+    return hidden_cD.to(dtype) @ weight_vD.to(dtype).T
+
+
+def _is_label(tokens: _Tokens, first: int, z_cv: Tensor) -> Tensor:
+    assert tokens.column_c is not None
+    return torch.arange(first, first + z_cv.shape[1], device=z_cv.device) == tokens.column_c[:, None]
+
+
+def _summarise(tokens: _Tokens, rows: _Rows) -> tuple[Tensor, Tensor]:
+    """[5 or 6, c]: m = max z, Σ e, Σ e·(z − m), Σ e², Σ z with e = exp(z − m), and the label's z where it is this
+    rank's, else 0; and the global row of the max, int64 [c]."""
+    hidden_cD, dtype = tokens.hidden_cD, tokens.dtype
+    lowest = torch.finfo(dtype).min
+    max_c, (sum_c, weighted_c, squares_c, total_c, label_c) = (
+        hidden_cD.new_full(hidden_cD.shape[:1], lowest, dtype=dtype),
+        hidden_cD.new_zeros((5, hidden_cD.shape[0]), dtype=dtype),
+    )
+    argmax_c = torch.zeros_like(max_c, dtype=torch.int64)
+    for first, z_cv in _chunks(tokens, rows):
+        total_c = total_c + z_cv.sum(1)
+        if tokens.column_c is not None:
+            label_c = label_c + torch.where(_is_label(tokens, first, z_cv), z_cv, 0).sum(1)
+        z_cv.clamp_(min=lowest)  # a bias may be −inf
+        chunk_max_c, where_c = z_cv.max(1)
+        argmax_c = torch.where(chunk_max_c > max_c, first + where_c, argmax_c)
+        new_max_c = torch.maximum(max_c, chunk_max_c)
+        decay_c, shift_c = torch.exp(max_c - new_max_c), (max_c - new_max_c).clamp(min=FAR)
+        z_cv -= new_max_c[:, None]
+        e_cv = z_cv.exp()
+        sum_before_c, sum_c = sum_c, sum_c * decay_c + e_cv.sum(1)
+        weighted_c = decay_c * (weighted_c + sum_before_c * shift_c) + (e_cv * z_cv.clamp_(min=FAR)).sum(1)
+        squares_c = squares_c * decay_c**2 + (e_cv * e_cv).sum(1)
+        max_c = new_max_c
+    floats = [max_c, sum_c, weighted_c, squares_c, total_c, *([label_c] if tokens.column_c is not None else [])]
+    return torch.stack(floats), _global_rows(argmax_c, rows.shard)
+
+
+def _above(tokens: _Tokens, label_c: Tensor, rows: _Rows) -> Tensor:
+    """How many of this rank's rows have a larger logit than the label, int64 [c]."""
+    above_c = torch.zeros_like(label_c, dtype=torch.int64)
+    for first, z_cv in _chunks(tokens, rows):
+        above_c += ((z_cv > label_c[:, None]) & ~_is_label(tokens, first, z_cv)).sum(1)
+    return above_c
+
+
+def _global_rows(column_c: Tensor, shard: VocabShard) -> Tensor:
+    row_c, offset = column_c, 0
+    for start, stop in shard.runs:
+        row_c = torch.where((column_c >= offset) & (column_c < offset + stop - start), column_c + start - offset, row_c)
+        offset += stop - start
+    return row_c
+
+
+def _merge(floats_5N: Tensor, argmax_N: Tensor, shard: VocabShard) -> TokenStatistics:
+    """Combines the shards' summaries: a MAX, a SUM, and a MIN over the candidates for the argmax."""
+    max_N, *sums = floats_5N
+    if shard.vocab_group is not None:
+        own_max_N, max_N = max_N, max_N.clone()
+        dist.all_reduce(max_N, dist.ReduceOp.MAX, group=shard.vocab_group)
+        shift_N = own_max_N - max_N
+        sum_N, weighted_N, squares_N, total_N = sums
+        decay_N = shift_N.exp()
+        weighted_N = decay_N * (weighted_N + sum_N * shift_N.clamp(min=FAR))
+        packed_4N = torch.stack((sum_N * decay_N, weighted_N, squares_N * decay_N**2, total_N))
+        dist.all_reduce(packed_4N, group=shard.vocab_group)
+        sums = list(packed_4N)
+        argmax_N = torch.where(own_max_N == max_N, argmax_N, shard.vocab_size - 1)
+        dist.all_reduce(argmax_N, dist.ReduceOp.MIN, group=shard.vocab_group)
+    sum_N, weighted_N, squares_N, total_N = sums
+    return TokenStatistics(
+        argmax_N, sum_N.log() - weighted_N / sum_N, squares_N.log() - 2 * sum_N.log(), total_N / shard.vocab_size
+    )
