@@ -21,6 +21,10 @@ class CCEConfig(LossSettings):
     vocab_parallel_size: int | None = Field(default=None, ge=1)
     materialize: Literal["warn", "raise"] = "warn"
 
+    def logprobs_kwargs(self) -> dict[str, Any]:
+        """Those of `linear_logprobs`, which has no pass in 8 bits to choose."""
+        return {name: value for name, value in self.loss_kwargs().items() if name != "first_pass"}
+
     def loss_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of `linear_cross_entropy` that these settings fix."""
         return {name: getattr(self, name) for name in LossSettings.model_fields}

@@ -68,10 +68,6 @@ class CCECallback(TrainerCallback):
             return
         refuse_liger_arguments(args)
         refuse_liger_forward(model)
-        if "trl.trainer.utils" in sys.modules:
-            from cce_dist.trl import refuse_entropy_bonus
-
-            refuse_entropy_bonus(args)
         if args.n_gpu > 1:
             raise ValueError(
                 "cce_dist does not work under nn.DataParallel, which the Trainer takes where one process sees several "
@@ -99,20 +95,20 @@ class CCECallback(TrainerCallback):
             )
         if is_lazy(head):
             fuse_evaluation_where(head, _only_the_loss_is_wanted)
-        self._fuse_trl_forward(model)
+        self._fuse_trl_forward(model, args)
         if trainer is not None:
             self._fuse_reference(trainer)
 
-    def _fuse_trl_forward(self, model: nn.Module) -> None:
+    def _fuse_trl_forward(self, model: nn.Module, args: TrainingArguments) -> None:
         """Puts our forward around one of TRL's, where the model has such."""
         if "trl.trainer.utils" not in sys.modules:
             return
-        from cce_dist.trl import fuse_forward, trl_forward_of
+        from cce_dist.trl import fuse_forward, trl_forward_of, wants_entropy_bonus
 
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         trl_forward = trl_forward_of(base)
         if trl_forward is not None:
-            fuse_forward(base, trl_forward, output_layer(model))
+            fuse_forward(base, trl_forward, output_layer(model), wants_entropy_bonus(args))
 
     def _fuse_reference(self, trainer: Trainer) -> None:
         """A reference model of TRL's, by the same computation as the policy: bf16 logits would round differently."""
@@ -132,7 +128,7 @@ class CCECallback(TrainerCallback):
                 stacklevel=2,
             )
         else:
-            self._fuse_trl_forward(model)
+            self._fuse_trl_forward(model, args)
 
     def _trainer(self) -> Trainer | None:
         """The trainer that calls: callbacks are given its model, but not its reference model."""

@@ -24,13 +24,17 @@ from cce_dist.heads.lazy import LazyLogits, fused_evaluation
 _OUTPUTS = {"log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"}
 
 
-def fuse_forward(model: nn.Module, trl_forward: Any, head: nn.Module) -> None:
+def fuse_forward(model: nn.Module, trl_forward: Any, head: nn.Module, entropy_bonus: bool = False) -> None:
     """Replaces the forward of a TRL trainer's model: ``model(..., fused_lm_head=True)`` then runs the fused loss.
+
+    Log-probabilities are those of `linear_logprobs`, of the full pass in training and without a gradient alike. What
+    SFT trains, which asks for ``is_top1``, is the loss.
 
     Args:
         model: as `add_fused_lm_head` got it, without PEFT's wrapper.
         trl_forward: the function that TRL made, which ``model.forward`` is or wraps.
         head: the output layer, lazy.
+        entropy_bonus: whether the entropy is to have a gradient; it then takes a smaller eps, see `linear_logprobs`.
 
     Raises:
         RuntimeError: a TRL whose forward this version does not know.
@@ -71,7 +75,7 @@ def fuse_forward(model: nn.Module, trl_forward: Any, head: nn.Module) -> None:
             assert labels is not None
             logits, shift_labels = logits[:, :-1], labels[:, 1:]
         aux_loss = getattr(result, "aux_loss", None)
-        fused = _fused_output(logits, shift_labels.to(logits.device), outputs, num_items_in_batch)
+        fused = _fused_output(logits, shift_labels.to(logits.device), outputs, num_items_in_batch, entropy_bonus)
         if aux_loss is not None:
             coefficient = getattr(self.config.get_text_config(), "router_aux_loss_coef", 0.0)  # type: ignore[union-attr, operator]
             fused.loss, fused.aux_loss = fused.loss + coefficient * aux_loss, aux_loss
@@ -114,17 +118,44 @@ def trl_forward_of(model: nn.Module) -> Any:
     return None
 
 
+_STATISTICS = {"log_sum_sq_probs": "sum_sq_probs", "mean_logits": "mean_logit"}
+
+
 def _fused_output(
-    logits: LazyLogits, labels: Tensor, outputs: tuple[str, ...], num_items_in_batch: Tensor | int | None
+    logits: LazyLogits,
+    labels: Tensor,
+    outputs: tuple[str, ...],
+    num_items_in_batch: Tensor | int | None,
+    entropy_bonus: bool,
 ) -> Any:
     """What TRL's own forward returns for logits [B, L, V] and labels [B, L]: [B, L] each, 0 where ignored."""
     mask = labels != -100
     flat: Any = logits.flatten(0, 1)
-    nll = F.cross_entropy(flat, labels.flatten(), reduction="none").view(labels.shape)
-    loss = nll.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-    fused = utils.FusedCausalLMOutput(loss=loss, log_probs=-nll, label_mask=mask)
-    if not set(outputs) - {"log_probs"}:
+    if "is_top1" not in outputs or entropy_bonus:
+        named = [_STATISTICS[name] for name in outputs if name in _STATISTICS] + ["top1"] * ("is_top1" in outputs)
+        found = flat.logprobs(
+            labels.flatten(),
+            entropy=(True if entropy_bonus else "value") if "entropy" in outputs else False,
+            statistics=named,
+        )
+        fused = utils.FusedCausalLMOutput(
+            loss=_mean(-found.logprob, mask, num_items_in_batch),
+            log_probs=found.logprob.view(labels.shape),
+            label_mask=mask,
+        )
+        if found.entropy is not None:
+            entropy = found.entropy.view(labels.shape)
+            fused.entropy = entropy if entropy_bonus else _ForTheLog.apply(entropy, fused.log_probs)
+        for name, ours in _STATISTICS.items():
+            if name in outputs:
+                fused[name] = getattr(found, ours).view(labels.shape)
+        if found.sum_sq_probs is not None:
+            fused.log_sum_sq_probs = torch.where(mask, fused.log_sum_sq_probs.log(), 0)
+        if found.is_top1 is not None:
+            fused.is_top1 = found.is_top1.view(labels.shape)
         return fused
+    nll = F.cross_entropy(flat, labels.flatten(), reduction="none").view(labels.shape)
+    fused = utils.FusedCausalLMOutput(loss=_mean(nll, mask, num_items_in_batch), log_probs=-nll, label_mask=mask)
     statistics = flat[mask.flatten()].statistics()
 
     def everywhere(x_n: Tensor) -> Tensor:
@@ -139,6 +170,10 @@ def _fused_output(
     if "is_top1" in outputs:
         fused.is_top1 = everywhere(statistics.argmax == labels[mask])
     return fused
+
+
+def _mean(nll: Tensor, mask: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    return nll.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 class _ForTheLog(torch.autograd.Function):
@@ -163,17 +198,12 @@ class _ForTheLog(torch.autograd.Function):
 
 
 NO_BONUS = (
-    "cce_dist computes the entropy of TRL's fused head for the log only, without a gradient: turn off the entropy "
-    "bonus (entropy_coef, use_adaptive_entropy), or leave out cce_dist's callback."
+    "cce_dist computes the entropy of TRL's fused head for the log only, without a gradient, where the trainer's "
+    "arguments (entropy_coef, use_adaptive_entropy) ask for no bonus: set one of them, or call "
+    "fuse_forward(..., entropy_bonus=True)."
 )
 
 
-def refuse_entropy_bonus(args: Any) -> None:
-    """Looks at the arguments of a TRL trainer, before it trains.
-
-    Raises:
-        NotImplementedError: they ask for an entropy bonus.
-    """
-    bonus = {name: getattr(args, name, 0) for name in ("entropy_coef", "use_adaptive_entropy")}
-    if any(bonus.values()):
-        raise NotImplementedError(f"{', '.join(f'{name}={value}' for name, value in bonus.items())}: {NO_BONUS}")
+def wants_entropy_bonus(args: Any) -> bool:
+    """Whether the arguments of a TRL trainer ask for a loss on the entropy."""
+    return bool(getattr(args, "entropy_coef", 0) or getattr(args, "use_adaptive_entropy", False))

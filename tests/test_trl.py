@@ -371,20 +371,49 @@ def _shifted(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"input_ids": batch["input_ids"], "shift_labels": shifted}
 
 
-def test_an_entropy_bonus_is_refused_instead_of_going_without_a_gradient() -> None:
+def _bonus_gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    model.zero_grad()
+    result = model(**architectures.batch(), fused_lm_head=True)
+    (result.loss - 0.3 * result.entropy[result.label_mask].mean()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_an_entropy_bonus_has_the_gradient_of_trl(name: str) -> None:
+    model = architectures.build(name)
+    utils.add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    wanted = _bonus_gradients(model)
+    patch(model, gradient="exact", materialize="raise")
+    fuse_forward(model, trl_forward_of(model), output_layer(model), entropy_bonus=True)
+    got = _bonus_gradients(model)
+    assert got.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        assert (got[key] - gradient).norm() <= 5e-5 * gradient.norm() + 1e-8, key
+
+
+def test_an_entropy_bonus_that_was_not_asked_for_is_refused_instead_of_going_without_a_gradient() -> None:
     model = patch(architectures.build("llama"), gradient="exact")
     utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     fuse_forward(model, trl_forward_of(model), output_layer(model))
     result = model(**architectures.batch(), fused_lm_head=True)
     (result.loss + 0 * result.entropy.mean()).backward(retain_graph=True)
-    with pytest.raises(NotImplementedError, match="entropy bonus"):
+    with pytest.raises(NotImplementedError, match="entropy_bonus=True"):
         (result.loss - 0.1 * result.entropy.mean()).backward()
 
 
 @pytest.mark.parametrize("bonus", [{"entropy_coef": 0.01}, {"use_adaptive_entropy": True}])
-def test_arguments_that_ask_for_an_entropy_bonus_are_refused_before_a_step(tmp_path: Path, bonus: Any) -> None:
-    with pytest.raises(NotImplementedError, match=f"{next(iter(bonus))}=.*entropy bonus"):
-        _grpo(str(tmp_path), True, peft=LORA, **bonus).train()
+def test_grpo_with_an_entropy_bonus_has_the_losses_and_gradients_of_stock(tmp_path: Path, bonus: Any) -> None:
+    logs = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        trainer = _grpo(str(tmp_path), ours, peft=LORA, max_steps=2, **bonus)
+        trainer.train()
+        keys = ("loss", "grad_norm", "entropy")
+        logs.append([[float(row[key]) for key in keys] for row in trainer.state.log_history if "loss" in row])
+    stock, ours_ = logs
+    assert len(stock) == 2
+    for x, y in zip(ours_, stock, strict=True):
+        assert x == pytest.approx(y, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.gpu

@@ -18,14 +18,15 @@ from torch.nn import functional as F
 from cce_dist.config import CCEConfig
 from cce_dist.heads.collective_logits import await_ranks
 from cce_dist.heads.owner import ModuleOwner
-from cce_dist.loss import linear_cross_entropy
+from cce_dist.loss import TokenLogprobs, linear_cross_entropy, linear_logprobs
 from cce_dist.shard import Group, VocabShard, as_group
 
 
 class ShardedCCEHead(nn.Module):
     """Classifier and cross-entropy in one module; each rank of a mesh stores a shard of the rows.
 
-    ``head(hidden, labels)`` is the loss, ``head.logits(hidden)`` the real logits. The state dict has the keys of an
+    ``head(hidden, labels)`` is the loss, ``head.logprobs(hidden, labels)`` gives log-probabilities of tokens,
+    ``head.logits(hidden)`` the real logits. The state dict has the keys of an
     ``nn.Linear``: ``weight`` and, possibly, ``bias``, as DTensors; save that, since a pickle of the module is refused
     (its shard holds process groups). A deepcopy shares the shard.
 
@@ -122,6 +123,25 @@ class ShardedCCEHead(nn.Module):
         settings = {"softcap": self.softcap, "logit_scale": self.logit_scale, **self.config.loss_kwargs(), **overrides}
         return linear_cross_entropy(
             hidden, owner.local_weight(), labels, bias=owner.local_bias(), shard=self.shard, **settings
+        )
+
+    def logprobs(self, hidden: Tensor, labels: Tensor, **overrides: Any) -> TokenLogprobs:
+        """Log-probabilities of this rank's tokens, see `linear_logprobs`. Every rank of the mesh must call it.
+
+        Args:
+            hidden: [..., D].
+            labels: [...].
+            overrides: keyword arguments of `linear_logprobs`, such as ``entropy`` or ``temperature``.
+        """
+        owner = ModuleOwner(self, self.shard)
+        settings = {"softcap": self.softcap, "logit_scale": self.logit_scale, **self.config.logprobs_kwargs()}
+        return linear_logprobs(
+            hidden,
+            owner.local_weight(),
+            labels,
+            bias=owner.local_bias(),
+            shard=self.shard,
+            **{**settings, **overrides},
         )
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ Shapes: n tokens of this rank, N tokens of the token group, D hidden, V local ro
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,7 @@ class Call(NamedTuple):
         most: tokens that any rank brings; the hosts have agreed on the call by then.
         grad_enabled: of the caller; inside an autograd function it is always off.
         counts: of the labels, where there are to be frequent rows.
-        entropy: whether it is wanted.
+        entropy: whether it is wanted; "value": without a gradient.
         temperature_n: one for each token, in fp32 (fp64 for fp64), or None.
     """
 
@@ -58,7 +58,7 @@ class Call(NamedTuple):
     most: int
     grad_enabled: bool
     counts: LabelCounts | None = None
-    entropy: bool = False
+    entropy: bool | Literal["value"] = False
     temperature_n: Tensor | None = None
 
     @property
@@ -154,7 +154,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             else:  # its sums and targets are of all rows, so that they have the same bits without a gradient
                 whole = logits if frequent is None else logits._replace(frequent_V=frequent.slot_v)
                 sparse = needs_grad and method.gradient != "exact"
-                summary = call.backend.summarise(whole, sparse, workspace, call.entropy)
+                summary = call.backend.summarise(whole, sparse, workspace, bool(call.entropy))
                 if frequent is not None and shard.vocab_group is not None:
                     frequent = exchange()
             normaliser, target_logit_N, entropy_N = merge_softmax(summary, shard.vocab_group, equal)
@@ -176,7 +176,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 *max_and_sum,
                 tile_lse_TN,
                 reference_SN,
-                entropy_N,
+                entropy_N if call.entropy is True else None,
                 inverse_temperature_N,
             )
             if frequent is not None and shard.vocab_group is None:
@@ -188,7 +188,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             return own(order.restore(values_N), num_tokens, most, shard)
 
         nll_n, lse_n = restored(normaliser.nll(target_logit_N)), restored(normaliser.lse_N)
-        return nll_n, lse_n, None if entropy_N is None else restored(entropy_N)
+        entropy_n = None if entropy_N is None else restored(entropy_N)
+        if entropy_n is not None and call.entropy == "value":
+            ctx.mark_non_differentiable(entropy_n)
+        return nll_n, lse_n, entropy_n
 
     @staticmethod
     @once_differentiable
@@ -336,7 +339,7 @@ def _upstream(grads_n: tuple[Tensor | None, ...], saved: Saved, call: Call, most
     scaled to at most about 1."""
     dtype, group = saved.max_N.dtype, call.shard.token_group
     zero_n = torch.zeros(call.labels_n.shape[0], dtype=dtype, device=saved.max_N.device)
-    wanted = grads_n if call.entropy else grads_n[:2]
+    wanted = grads_n if call.entropy is True else grads_n[:2]
     grads_nx = torch.stack([zero_n if grad is None else grad.to(dtype) for grad in wanted], dim=1)
     grads_Nx = saved.order.to_front(grads_nx if group is None else gather_tokens(grads_nx, most, group))
     parts = [grads_Nx[:, :2].sum(1), grads_Nx[:, 0]]

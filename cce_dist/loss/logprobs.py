@@ -33,7 +33,7 @@ class TokenLogprobs(NamedTuple):
     Attributes:
         logprob: log p of the label; differentiable.
         lse: log Σ exp z; differentiable.
-        entropy: −Σ p log p, in nats; differentiable. None unless ``entropy=True``.
+        entropy: −Σ p log p, in nats; differentiable with ``entropy=True``. None unless it is asked for.
         top1: int64, the most likely id, the first of several; −1 where ignored. This and what follows are None unless
             they are in ``statistics``, and have no gradient.
         is_top1: bool, whether that is the label; given with ``top1``.
@@ -79,11 +79,11 @@ def linear_logprobs(
             agreement: see `linear_cross_entropy`.
         gradient: "exact", "unbiased" or "filtered", see there; of the entropy too. "filtered" is meant for losses: the
             entropy gets much of its gradient from what it leaves to a mean.
-        filter_eps: see there; None: with ``entropy`` a quarter of what the loss takes.
+        filter_eps: see there; None: with ``entropy=True`` a quarter of what the loss takes.
         first_pass: "auto" or "full": there is none in 8 bits.
         temperature: what the logits are divided by, after the softcap: a positive float, or a tensor of them that
             broadcasts to labels, one for each position of hidden. It gets no gradient.
-        entropy: whether the entropy of each token's distribution is wanted, with a gradient.
+        entropy: True: the entropy of each token's distribution is wanted. "value": without a gradient, as for a log.
         statistics: what else, out of "top1", "rank", "sum_sq_probs" and "mean_logit": a pass over chunks of logits, for
             "rank" two, without a gradient. Its products are the library's, whose last bits may differ from those of the
             log-probabilities.

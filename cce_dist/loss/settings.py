@@ -127,7 +127,7 @@ class LogprobSettings(TokenSettings):
     temperature: (
         Annotated[float, Field(gt=0, allow_inf_nan=False)] | Annotated[InstanceOf[Tensor], AfterValidator(_positive)]
     ) = Field(default=1.0, description="a positive float, or a tensor of them that requires no gradient")
-    entropy: bool = Field(default=False, description="True or False")
+    entropy: bool | Literal["value"] = Field(default=False, description='True, "value" or False')
     statistics: Annotated[tuple[Statistic, ...], BeforeValidator(tuple), AfterValidator(_each_once)] = Field(
         default=(), description='names out of "top1", "rank", "sum_sq_probs" and "mean_logit", each once'
     )
@@ -225,7 +225,7 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
     gradient = settings.gradient or choose_gradient(backend, settings.filter_eps)
     frequent = _frequent_rows(settings, backend, hidden, shard.vocab_size, needs_grad)
     eps = _eps(gradient, shard.vocab_size, frequent) if settings.filter_eps is None else settings.filter_eps
-    if settings.filter_eps is None and isinstance(settings, LogprobSettings) and settings.entropy:
+    if settings.filter_eps is None and isinstance(settings, LogprobSettings) and settings.entropy is True:
         eps *= _OF_ENTROPY
     exact = gradient == "exact" or eps == 0
     asked_exact = exact and settings.gradient is not None

@@ -85,6 +85,20 @@ def _flat(logits: Any, labels: Tensor, **options: Any) -> Tensor:
     return F.cross_entropy(logits.view(-1, logits.size(-1)), labels.view(-1), **options)
 
 
+def _selected(logits: Any, labels: Tensor) -> Tensor:
+    """In the words of TRL's selective_log_softmax."""
+    chosen = torch.gather(logits, dim=-1, index=labels[..., None])
+    lse = torch.stack([torch.logsumexp(of_one, dim=-1) for of_one in logits])
+    return (chosen - lse[..., None]).squeeze(-1)
+
+
+def _selected_in_16_bits(logits: Any, labels: Tensor) -> Tensor:
+    of_each = []
+    for of_one, ids in zip(logits, labels[..., None], strict=True):
+        of_each.append(F.log_softmax(of_one, dim=-1).gather(dim=-1, index=ids))
+    return torch.stack(of_each).squeeze(-1)
+
+
 FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "mean": _flat,
     "sum": lambda z, y: _flat(z, y, reduction="sum"),
@@ -113,6 +127,16 @@ FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "one token": lambda z, y: F.cross_entropy(z[1, 2], y[1, 2]),
     "one token, the ellipsis last": lambda z, y: F.cross_entropy(z[1, 2, ...], y[1, 2]),
     "flatten": lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()),
+    "nll_loss": lambda z, y: F.nll_loss(F.log_softmax(z.view(-1, VOCAB), -1), y.view(-1), reduction="sum"),
+    "gather": lambda z, y: z.gather(-1, y.clamp(min=0)[..., None]),
+    "log_softmax, gathered": lambda z, y: torch.gather(z.float().log_softmax(-1), 2, y.clamp(min=0)[..., None]),
+    "logsumexp": lambda z, _: torch.logsumexp(z[:, :-1] / 0.7, dim=-1),
+    "logsumexp of a softcap": lambda z, _: (torch.tanh(z / 0.7) * 0.7).logsumexp(-1),
+    "log-probabilities in the words of TRL": lambda z, y: _selected(z, y.clamp(min=0)),
+    "the same of 16 bits": lambda z, y: _selected_in_16_bits(z, y.clamp(min=0)),
+    "entropy": lambda z, _: _entropy(z),
+    "entropy of a temperature": lambda z, _: _entropy(z[:, 1:] / 0.6),
+    "both": lambda z, y: _selected(z, y.clamp(min=0)) - 0.1 * _entropy(z),
     "no label at all": lambda z, y: _flat(z, torch.full_like(y, -100)),
 }  # fmt: skip
 
@@ -136,13 +160,16 @@ def _scaled_in_place(logits: Any, labels: Tensor) -> Tensor:
 NOT_FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "softmax": lambda z, _: z.softmax(-1),
     "log_softmax": lambda z, _: F.log_softmax(z[..., :-1, :].float(), dim=-1),
-    "gather": lambda z, y: torch.gather(z, 2, y.clamp(min=0)[..., None]),
+    "gather of two ids": lambda z, y: torch.gather(z, 2, y.clamp(min=0)[..., None].expand(-1, -1, 2)),
+    "gather of some tokens": lambda z, y: torch.gather(z, 2, y.clamp(min=0)[:, :3, None]),
+    "nll_loss of logits": lambda z, y: F.nll_loss(z.flatten(0, 1), y.flatten()),
+    "logsumexp of the tokens": lambda z, _: z.logsumexp(1),
     "argmax over everything": lambda z, _: z.argmax().float(),
     "argmax that keeps the dimension": lambda z, _: z.argmax(-1, keepdim=True).float(),
     "comparison": lambda z, _: (z > 0).float(),
     "attribute": lambda z, _: z.mT,
     "operator": lambda z, _: -z ** 2 @ torch.ones(VOCAB, device=DEVICE),
-    "iteration": lambda z, _: next(iter(z)),
+    "iteration over the vocabulary": lambda z, _: next(iter(z[0, 0])),
     "concatenation": lambda z, _: torch.cat([z, z * 2]),
     "product of two": lambda z, _: z * z,
     "a scale of zero": lambda z, y: _flat(z * 0, y),
@@ -205,10 +232,32 @@ def test_entropy_and_argmax_for_the_log_need_no_logits(form: Callable[[Any], Any
     assert len(lazy._source._statistics) == 1  # entropy and argmax share one pass
 
 
-def test_a_loss_on_the_entropy_gets_a_gradient() -> None:
-    with pytest.warns(MaterializedLogitsWarning):
-        got = _outcome(lambda z, _: _entropy(z), WARN)
-    _assert_same(got, _outcome(lambda z, _: _entropy(z), None))
+def test_pieces_of_a_call_share_one_pass() -> None:
+    lazy = _head(EXACT)(_hidden())
+    _selected(lazy, _labels().clamp(min=0))
+    assert len(lazy._source._measured) == 1
+    _entropy(lazy)
+    torch.logsumexp(lazy[0], -1)
+    with torch.no_grad():
+        torch.logsumexp(lazy, -1)
+    assert [found.entropy is not None for _, _, found in lazy._source._measured] == [False, True, False]
+
+
+def test_logprobs_of_lazy_logits_are_those_of_stock_logits() -> None:
+    stock, labels = _head(None), _labels()
+    lazy, hidden = _head(EXACT), [_hidden(), _hidden()]
+    found = (torch.tanh(lazy(hidden[0])[:, :-1] / 3) * 3).logprobs(labels[:, 1:], temperature=0.8, entropy=True)
+    logits = torch.tanh(stock(hidden[1])[:, :-1] / 3) * 3 / 0.8
+    valid = labels[:, 1:] != -100
+    wanted = (_selected(logits, labels[:, 1:].clamp(min=0)) * valid, _entropy(logits) * valid)
+    for x in ((found.logprob, found.entropy), wanted):
+        (x[0] + 0.3 * x[1]).sum().backward()
+    got = [found.logprob, found.entropy, hidden[0].grad, *(p.grad for p in lazy.parameters())]
+    _assert_same(got, [*wanted, hidden[1].grad, *(p.grad for p in stock.parameters())])
+    with pytest.raises(ValueError, match="logprobs\\(\\) is of the logits that a model returns"):
+        lazy(_hidden()).log_softmax(-1).logprobs(labels)
+    with pytest.raises(ValueError, match="labels must have hidden's shape"):
+        lazy(_hidden()).logprobs(labels[:, 1:])
 
 
 def _something_else_of_log_probs(logits: Any) -> list[Tensor]:
@@ -491,7 +540,9 @@ def test_what_changes_input_output_or_parameters_of_the_call_counts(hook: Callab
     _assert_same(_two_steps(hook, EXACT, _flat), _two_steps(hook, None, _flat), 1e-5)
 
     def real(logits: Any, labels: Tensor) -> Tensor:
-        return F.nll_loss(logits.log_softmax(-1).flatten(0, 1), labels.flatten())
+        return (
+            -logits.softmax(-1).log().flatten(0, 1)[torch.arange(labels.numel()), labels.flatten().clamp(min=0)].sum()
+        )
 
     with pytest.warns(MaterializedLogitsWarning):
         got = _two_steps(hook, WARN, real)

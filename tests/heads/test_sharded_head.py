@@ -201,3 +201,44 @@ def test_a_loss_on_one_rank_and_logits_on_another_is_an_error_after_which_traini
     results = ranks.run(2, _a_loss_on_one_rank_logits_on_another, timeout=20)
     for text, loss in results:
         assert "rank 0: a loss, rank 1: real logits" in text and loss == results[0][1] > 0
+
+
+def _run_logprobs(vocab: int, tokens: str) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    token_group = mesh if tokens == "sharded" else None
+    head = ShardedCCEHead.from_linear(
+        _linear(vocab),
+        mesh,
+        token_group=token_group,
+        softcap=2.0,
+        config=CCEConfig(gradient="exact", first_pass="full"),
+    )
+    hidden, labels = _tokens(dist.get_rank() if tokens == "sharded" else 0, vocab)
+    found = head.logprobs(hidden, labels, entropy=True, temperature=0.7)
+    assert found.entropy is not None
+    (found.logprob.sum() + 0.5 * found.entropy.sum()).backward()
+    grads = {name: _full(p.grad) for name, p in head.named_parameters()}
+    return {"logprob": found.logprob.detach(), "entropy": found.entropy.detach(), "hidden": hidden.grad, **grads}
+
+
+@pytest.mark.parametrize("tokens", ["replicated", "sharded"])
+def test_log_probabilities_and_their_gradients_equal_a_plain_linear(ranks: RankPool, tokens: str) -> None:
+    world = 3
+    results = ranks.run(world, _run_logprobs, 103, tokens)
+    linear, brought = _linear(103), range(world) if tokens == "sharded" else [0]
+    for rank in brought:
+        hidden, labels = _tokens(rank, 103)
+        log_p = (2 * torch.tanh(linear(hidden) / 2) / 0.7).log_softmax(-1)
+        valid = labels != -100
+        logprob = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * valid
+        entropy = -(log_p.exp() * log_p).sum(-1) * valid
+        (logprob.sum() + 0.5 * entropy.sum()).backward()
+        for mine in results if tokens == "replicated" else [results[rank]]:
+            assert hidden.grad is not None
+            for name, wanted in (("logprob", logprob), ("entropy", entropy), ("hidden", hidden.grad)):
+                assert _error(mine[name], wanted.detach()) < 2e-6, name
+    divisor = world if tokens == "sharded" else 1
+    for mine in results:
+        for name, p in linear.named_parameters():
+            assert p.grad is not None
+            assert _error(mine[name], p.grad / divisor) < 2e-6, name

@@ -415,6 +415,7 @@ def test_a_call_keeps_no_more_for_backward_than_the_loss_does() -> None:
     loss = kept(linear_cross_entropy, reduction="none")
     assert kept(linear_logprobs) == loss
     assert kept(linear_logprobs, entropy=True) == loss + 4 * 30
+    assert kept(linear_logprobs, entropy="value") == loss
 
 
 @pytest.mark.parametrize("capability", [(9, 0)])
@@ -434,10 +435,26 @@ def test_the_entropy_takes_a_smaller_eps() -> None:
         resolve(
             check_settings({"gradient": "unbiased", **given}, LogprobSettings), hidden, labels, shard, True
         ).filter_eps
-        for given in ({}, {"entropy": True}, {"entropy": True, "filter_eps": 0.25})
+        for given in ({}, {"entropy": True}, {"entropy": True, "filter_eps": 0.25}, {"entropy": "value"})
     ]
     assert eps[1] == eps[0] / 4
     assert eps[2] == 0.25
+    assert eps[3] == eps[0]
+
+
+@every_backend
+def test_an_entropy_for_the_log_has_no_gradient(backend: str) -> None:
+    case = make_case().to(DEVICE)
+    hidden = leaf(case.hidden[0])
+    found, whole = (
+        linear_logprobs(hidden, case.weight, case.labels[0], entropy=entropy, backend=backend, gradient="exact")
+        for entropy in ("value", True)
+    )
+    assert found.entropy is not None and whole.entropy is not None
+    assert not found.entropy.requires_grad
+    assert_bitwise(found.entropy, whole.entropy.detach())
+    (got,), (wanted,) = (torch.autograd.grad(x.logprob.sum(), hidden) for x in (found, whole))
+    assert_bitwise(got, wanted)
 
 
 # Shapes and errors
@@ -476,7 +493,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown statistic": ({"statistics": ("top5",)}, 'statistics must be names out of "top1"'),
     "one twice": ({"statistics": ("top1", "top1")}, "each once"),
     "a word": ({"statistics": "top1"}, "statistics must be names"),
-    "entropy of a number": ({"entropy": 1}, "entropy must be True or False"),
+    "entropy of a number": ({"entropy": 1}, 'entropy must be True, "value" or False'),
 }
 
 

@@ -1,7 +1,8 @@
 """What a model may do to its logits so that the loss can do the same without them: scale, softcap, bias, views, casts.
 
 `record` turns a chain of torch calls into a `LogitForm`, the terms that `linear_cross_entropy` takes. Of what is made
-of the logits beside the loss it knows the way to their entropy: log_softmax, exp, and the product of the two.
+of the logits beside the loss it knows the way to log-probabilities and entropy: log_softmax, exp, and the product of
+the two.
 
 Shapes: X any leading dimensions, D hidden, V rows of the classifier.
 """
@@ -194,5 +195,3 @@ _RECORDERS: dict[Callable[..., Any], Callable[[LogitForm, Call], LogitForm | Non
     p_log_p: _p_log_p,
 }
 MULTIPLY = {function for function, recorder in _RECORDERS.items() if recorder is _multiply}
-WITHOUT_GRADIENT = {function for function, recorder in _RECORDERS.items() if recorder in (_log_softmax, _exp)}
-"""Recorded under no_grad alone: where a gradient is wanted, real logits are."""

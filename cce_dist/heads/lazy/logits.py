@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from cce_dist.heads.lazy.form import LOGITS, MULTIPLY, WITHOUT_GRADIENT, Call, LogitForm, is_last_dim, p_log_p, record
+from cce_dist.heads.lazy.form import LOGITS, MULTIPLY, Call, LogitForm, is_last_dim, p_log_p, record
 from cce_dist.heads.lazy.pytree import register_pytree_node, tree_map
 from cce_dist.heads.lazy.source import Source
-from cce_dist.loss import linear_cross_entropy
+from cce_dist.loss import TokenLogprobs, linear_cross_entropy
 from cce_dist.loss.statistics import TokenStatistics
 
 
@@ -95,6 +95,18 @@ class LazyLogits:
             raise ValueError("statistics() is of the logits that a model returns; these have been changed since.")
         return self._source.statistics_of(self._form)
 
+    def logprobs(self, labels: Tensor, **settings: Any) -> TokenLogprobs:
+        """Log-probabilities of labels [X], differentiable; see `linear_logprobs`, whose keywords ``settings`` are.
+
+        Where the vocabulary is sharded, every rank of the group must make the call.
+
+        Raises:
+            ValueError: these are no logits any more: something was written to them, or log_softmax taken.
+        """
+        if self._changed is not None or self._form.of != "logits":
+            raise ValueError("logprobs() is of the logits that a model returns; these have been changed since.")
+        return self._source.logprobs(self._form, labels, **settings)
+
     def __repr__(self) -> str:
         return f"LazyLogits(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
@@ -167,20 +179,26 @@ def _dispatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
             return call.on(torch.empty(0, dtype=logits.dtype, device=logits.device))
         if function is Tensor.stride:  # no memory, no strides; a kernel that would read the memory asks for them
             return call.on(torch.empty((), device="meta").expand(logits.shape))
-        form = None if function in WITHOUT_GRADIENT and torch.is_grad_enabled() else record(logits._form, call)
+        form = record(logits._form, call)
         if form is not None:
             return LazyLogits(logits._source, (*logits._calls, call), form)
         if function in _SPLIT and (parts := _split(logits, call)):
             return parts
+        if function is Tensor.__iter__ and logits.ndim > 1:
+            return iter([_dispatch(Tensor.__getitem__, (logits, i), {}) for i in range(logits.shape[0])])
+        if function in _GATHER and (gathered := _gathered(logits, call)) is not None:
+            return gathered
         statistic = _statistic(logits, call)
         if statistic is not None:
             return statistic
-        if function is F.cross_entropy and args[0] is logits:
+        if function in _LOSSES and args[0] is logits:
             args, kwargs = _with_own_labels(logits, args, kwargs)
             obstacle = _obstacle(logits, *args[1:], **kwargs)
+            if logits._form.of != _LOSSES[function]:
+                obstacle = {"log p": "log-probabilities", "logits": "logits"}.get(logits._form.of, "probabilities")
             if obstacle is None:
                 return _cross_entropy(logits, *args[1:], **kwargs)
-            why = f"cross_entropy with {obstacle}"
+            why = f"{why} with {obstacle}"
     elif len(lazy) == 2 and function in MULTIPLY and not kwargs and (log_p := _factor_of_p_log_p(lazy)) is not None:
         return _dispatch(p_log_p, (log_p,), {})
 
@@ -207,14 +225,42 @@ def _split(logits: LazyLogits, call: Call) -> tuple[LazyLogits, ...] | None:
 
 def _statistic(logits: LazyLogits, call: Call) -> Tensor | None:
     """What a chunked pass answers: argmax, and the sum of p·log p, over the vocabulary."""
-    form = logits._form
+    form, source = logits._form, logits._source
     if not is_last_dim(form, call.dim()) or set(call.kwargs) - {"dim"} or len(call.args) > 2:
         return None
+    if call.function in (torch.logsumexp, Tensor.logsumexp) and form.of == "logits" and _can_be_measured(logits):
+        return source.measured(form, entropy=False).lse.flatten()[logits._tokens]
+    is_entropy = call.function in (torch.sum, Tensor.sum) and form.of == "p log p"
+    if is_entropy and source.with_graph():
+        entropy_X = source.measured(form, entropy=True).entropy if _can_be_measured(logits) else None
+        return None if entropy_X is None else -entropy_X.flatten()[logits._tokens]
     if call.function in (torch.argmax, Tensor.argmax) and form.of != "p log p":
-        return logits._source.statistics(form).argmax.flatten()[logits._tokens]
-    if call.function in (torch.sum, Tensor.sum) and form.of == "p log p":
-        return -logits._source.statistics(form).entropy.flatten()[logits._tokens].to(form.dtype)
+        return source.statistics(form).argmax.flatten()[logits._tokens]
+    if is_entropy:
+        return -source.statistics(form).entropy.flatten()[logits._tokens].to(form.dtype)
     return None
+
+
+def _can_be_measured(logits: LazyLogits) -> bool:
+    """Whether the loss's own pass can answer: a bias that is not sharded as the head is would get no gradient of it."""
+    return logits._source.shard.vocab_group is None or not any(bias.requires_grad for bias in logits._form.biases)
+
+
+def _gathered(logits: LazyLogits, call: Call) -> Tensor | None:
+    """Logits or log-probabilities at one id for each token, [X, 1], in fp32; None for another gather."""
+    form = logits._form
+    named = dict(zip(("input", "dim", "index"), call.args, strict=False)) | dict(call.kwargs)
+    index, dim = named.get("index"), named.get("dim")
+    fits = isinstance(index, Tensor) and index.shape == (*logits.shape[:-1], 1) and is_last_dim(form, dim)
+    if not fits or set(named) != {"input", "dim", "index"} or form.of not in ("logits", "log p"):
+        return None
+    if not _can_be_measured(logits):
+        return None
+    assert isinstance(index, Tensor)
+    # No id is ignored: -100 is out of range here, as it is for a tensor.
+    found = logits._source.logprobs(form, index[..., 0], ignore_index=_NO_ID)
+    values_X = found.logprob if form.of == "log p" else found.logprob + found.lse
+    return values_X[..., None]
 
 
 def _factor_of_p_log_p(factors: list[LazyLogits]) -> LazyLogits | None:
@@ -240,9 +286,7 @@ def _obstacle(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> str | None:
-    """What keeps this F.cross_entropy from being fused, if anything does."""
-    if logits._form.of != "logits":
-        return "log-probabilities"
+    """What keeps this F.cross_entropy or F.nll_loss from being fused, if anything does."""
     if weight is not None:
         return "class weights"
     if label_smoothing != 0.0:
@@ -268,7 +312,7 @@ def _cross_entropy(
     if not source.head.training:
         # Those are of a micro-step in training; batches of evaluation may be larger, and their number is exchanged.
         settings |= {"max_tokens": None, "agreement": "every_call"}
-    with torch.autocast(target.device.type, enabled=False), torch.set_grad_enabled(_with_graph(source)):
+    with torch.autocast(target.device.type, enabled=False), torch.set_grad_enabled(source.with_graph()):
         terms = source.terms(form)
         # Always "none": the ranks of a shard agree on one reduction, and a caller may change between mean and sum.
         loss_N = linear_cross_entropy(
@@ -283,10 +327,6 @@ def _cross_entropy(
     if reduction == "none":
         return loss_N
     return loss_N.sum() if reduction == "sum" else loss_N.sum() / (target != ignore_index).sum()
-
-
-def _with_graph(source: Source) -> bool:
-    return source.has_graph and torch.is_grad_enabled()
 
 
 def _with_own_labels(
@@ -324,6 +364,10 @@ _METADATA = {
 _OF_THE_DEVICE = {Tensor.get_device, torch.get_device, Tensor.is_inference, torch.is_inference}
 _OF_THE_FORM = {"layout", "itemsize", "nbytes", "name", "grad", "retains_grad", "output_nr"}
 _SPLIT = {Tensor.split, torch.split, Tensor.chunk, torch.chunk}
+_LOSSES = {F.cross_entropy: "logits", F.nll_loss: "log p"}
+"""And what they take."""
+_GATHER = {torch.gather, Tensor.gather}
+_NO_ID = -(2**31)
 _IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 _OPERATORS = (
     *_IN_PLACE, "__getitem__", "__len__", "__iter__", "__bool__", "__neg__", "__abs__", "__add__", "__radd__",

@@ -21,6 +21,7 @@ from cce_dist.heads.find import registered
 from cce_dist.heads.lazy.form import LogitForm
 from cce_dist.heads.lazy.materialize import report
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
+from cce_dist.loss import TokenLogprobs, linear_logprobs
 from cce_dist.loss.statistics import TokenStatistics, token_statistics
 from cce_dist.shard import VocabShard
 
@@ -62,6 +63,7 @@ class Source:
         self.hidden_XD = self.rows.in_graph_of(hidden_XD if self.has_graph else hidden_XD.detach())
         self._real: tuple[Tensor, bool] | None = None
         self._statistics: list[tuple[LogitForm, TokenStatistics]] = []
+        self._measured: list[tuple[LogitForm, bool, TokenLogprobs]] = []
         self._version = _version(self.hidden_XD)
 
     @property
@@ -73,7 +75,7 @@ class Source:
         if hidden_XD is self.hidden_XD:
             return self
         source = copy.copy(self)
-        source.hidden_XD, source._real, source._statistics = hidden_XD, None, []
+        source.hidden_XD, source._real, source._statistics, source._measured = hidden_XD, None, [], []
         source.passes_gradient = hidden_XD.requires_grad
         source._version = _version(hidden_XD)
         return source
@@ -122,12 +124,44 @@ class Source:
         All tokens at once, since ranks whose tokens differ in number may read them in different numbers of pieces.
         """
         for known, statistics in self._statistics:
-            same_biases = [id(x) for x in known.biases] == [id(x) for x in form.biases]
-            if same_biases and (known.rows, known.scale, known.cap) == (form.rows, form.scale, form.cap):
+            if _same_terms(known, form):
                 return statistics
         computed = self.statistics_of(form._replace(hidden_XD=self.form().hidden_XD))
         self._statistics.append((form._replace(hidden_XD=self.hidden_XD), computed))
         return computed
+
+    def with_graph(self) -> bool:
+        return self.has_graph and torch.is_grad_enabled()
+
+    def logprobs(self, form: LogitForm, labels_X: Tensor, **given: Any) -> TokenLogprobs:
+        """Of the form's tokens [X], differentiable; on every rank of the shard's group.
+
+        Raises:
+            ValueError: a bias that a gradient is wanted of, which is not sharded as the head is.
+        """
+        if self.shard.vocab_group is not None and any(bias.requires_grad for bias in form.biases):
+            raise ValueError(
+                "a bias was added to the logits that requires a gradient and is not sharded as the head is: make it "
+                "the head's own bias, or freeze it."
+            )
+        settings = {**self.binding.config.logprobs_kwargs(), **given}
+        if not self.head.training:
+            settings |= {"max_tokens": None, "agreement": "every_call"}  # batches of evaluation may be larger
+        with torch.autocast(labels_X.device.type, enabled=False), torch.set_grad_enabled(self.with_graph()):
+            terms = self.terms(form)
+            return linear_logprobs(form.hidden_XD, terms.pop("weight"), labels_X, **{**terms, **settings})
+
+    def measured(self, form: LogitForm, entropy: bool) -> TokenLogprobs:
+        """lse and, if asked for, entropy of all tokens of the call [X], differentiable; computed once, as `statistics`
+        are. Its log-probabilities mean nothing."""
+        for known, graph, found in self._measured:
+            if _same_terms(known, form) and graph == self.with_graph() and (found.entropy is not None or not entropy):
+                return found
+        whole = form._replace(hidden_XD=self.form().hidden_XD)
+        labels_X = torch.zeros(whole.shape[:-1], dtype=torch.int64, device=whole.hidden_XD.device)
+        found = self.logprobs(whole, labels_X, entropy=entropy, frequent_rows=0)  # labels that are not to be counted
+        self._measured.append((form._replace(hidden_XD=self.hidden_XD), self.with_graph(), found))
+        return found
 
     def forget_logits(self) -> None:
         self._real = None
@@ -246,6 +280,12 @@ class _WithParameters(torch.autograd.Function):
         return (grad, *[None] * ctx.parameters)
 
 
+def _same_terms(one: LogitForm, other: LogitForm) -> bool:
+    """Whether two forms make the same logits of the same hidden states."""
+    same_biases = [id(x) for x in one.biases] == [id(x) for x in other.biases]
+    return same_biases and (one.rows, one.scale, one.cap) == (other.rows, other.scale, other.cap)
+
+
 def _version(x: Tensor | None) -> int | None:
     """Counts the changes of a tensor in place; None where that is not known."""
     return None if x is None or torch.compiler.is_compiling() or x.is_inference() else x._version
@@ -261,4 +301,7 @@ def _local_rows(values_V: Tensor, shard: VocabShard) -> Tensor:
     return F.pad(values_R, (0, shard.num_rows - values_R.shape[0]))
 
 
-_NO_LOGITS = "What needs no logits is F.cross_entropy with class indices, without class weights and label smoothing."
+_NO_LOGITS = (
+    "What needs no logits is F.cross_entropy with class indices, without class weights and label smoothing; "
+    "log_softmax, gathered at one id a token; logsumexp; argmax; the entropy; and logits.logprobs(labels)."
+)
