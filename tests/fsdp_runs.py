@@ -125,6 +125,8 @@ class Case:
     """With a filter that leaves nothing out, so many rows are computed apart."""
     past_head: bool = False
     """The first loss of a backward is of logits made of the head's weight, past its call."""
+    of_logprobs: bool = False
+    """The loss is that of a policy: log-probabilities and an entropy bonus, in the words of TRL."""
 
     @property
     def config(self) -> CCEConfig:
@@ -183,6 +185,10 @@ def loss_of(model: nn.Module, case: Case, ids: Tensor, labels: Tensor, past_head
     if dist.is_initialized() and case.sequence == "own":
         labels = slice_of(labels, case.tp)
     logits = model(ids, past_head=past_head)
+    if case.of_logprobs:
+        log_p = logits.log_softmax(-1)
+        chosen, entropy = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+        return -((chosen + 0.3 * entropy) * (labels != -100)).sum() / valid
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum") / valid
 
 

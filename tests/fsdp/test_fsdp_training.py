@@ -69,11 +69,15 @@ FAST = [
     (2, Case(entry="adopt, norm and head", losses_per_backward=2)),
     (4, Case(tp=2, frequent=20, micro_batches=2)),
     (4, Case(mesh=(2, 2), entry="adopt", frequent=60, losses_per_backward=2)),
+    (2, Case(of_logprobs=True, losses_per_backward=2)),
+    (4, Case(of_logprobs=True, tp=2, tied=True)),
     (2, Case(past_head=True)),
     (4, Case(past_head=True, tied=True, entry="adopt", mesh=(2, 2), losses_per_backward=2)),
     (4, Case(past_head=True, tp=2, losses_per_backward=2)),
 ]
 FULL = [
+    (4, Case(of_logprobs=True, vocab=5, mesh=(2, 2), entry="adopt", micro_batches=2)),
+    (4, Case(of_logprobs=True, cp=2, vocab_parallel=2)),
     (2, Case(past_head=True, entry="adopt, norm and head", divide_factor=1.0, micro_batches=2)),
     (4, Case(past_head=True, vocab_parallel=2, vocab=5, losses_per_backward=2)),
     (2, Case(past_head=True, entry="adopt, own group", offload=True)),
