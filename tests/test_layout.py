@@ -24,7 +24,7 @@ LAYERS = (
     ("config",),
     ("heads",),
     ("",),  # cce_dist itself
-    ("fsdp", "deepspeed", "transformers", "trl", "trainer_callback"),
+    ("compat", "fsdp", "deepspeed", "transformers", "trl", "trainer_callback"),
     ("train",),
     ("tools",),
     ("cli", "doctor", "train.__main__"),

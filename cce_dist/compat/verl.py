@@ -1,0 +1,70 @@
+"""The linear cross-entropy of verl (`verl.utils.kernel.linear_cross_entropy`), which slime and SkyRL have too.
+
+    from cce_dist.compat.verl import linear_cross_entropy
+
+    logprobs, entropy = linear_cross_entropy(hidden, weight, labels, temperature, "none", tensor_parallel_group)
+
+Shapes: N tokens, D hidden, V local rows of the classifier.
+"""
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from cce_dist.heads.owner import divide_gradient
+from cce_dist.loss import linear_logprobs
+from cce_dist.shard import VocabShard
+from cce_dist.shard.groups import ranks_of
+
+_NONE_IS_IGNORED = -(2**31)
+_shards: dict[tuple[tuple[int, ...], int], VocabShard] = {}
+"""By the group's ranks and a rank's rows: ranks compare rows at the first use of a shard."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of labels under softmax(hidden · weightᵀ / temperature), and the entropies.
+
+    As there, the hidden gradient of a sharded vocabulary is each rank's part, which the caller sums: what gathered the
+    sequence does that in its backward, by a reduce-scatter. What each rank gets here is the sum, divided by the number
+    of ranks. As nothing else of verl's, shapes need not be multiples of 128, and tokens without a label are an error.
+
+    Args:
+        hidden: [N, D] or [..., D]; the same tokens on all ranks of the group.
+        weight: [V, D]: equal parts of the vocabulary, in the order of ranks.
+        labels: [N] or [...], over the whole vocabulary.
+        temperature: a positive float.
+        reduction: "none".
+        dist_process_group: of the ranks that share the vocabulary; None: ``weight`` is all of it.
+
+    Returns:
+        (log-probabilities, entropies), each of labels' shape, in fp32, differentiable.
+
+    Raises:
+        ValueError, TypeError: as `linear_logprobs`; another reduction.
+    """
+    if reduction.lower() != "none":
+        raise ValueError(f'reduction must be "none", got {reduction!r}: sum what it returns.')
+    shard: VocabShard | None = None
+    if dist_process_group is not None:
+        ranks, rows = dist_process_group.size(), weight.shape[0]
+        key = tuple(ranks_of(dist_process_group)), rows
+        if key not in _shards or _shards[key].vocab_group is not dist_process_group:  # of an earlier run, it may be
+            _shards[key] = VocabShard.even(rows * ranks, dist_process_group)
+        shard, hidden = _shards[key], divide_gradient(hidden, ranks)
+    found = linear_logprobs(
+        hidden,
+        weight,
+        labels,
+        shard=shard,
+        temperature=float(temperature),
+        entropy=True,
+        ignore_index=_NONE_IS_IGNORED,
+    )
+    assert found.entropy is not None
+    return found.logprob, found.entropy
