@@ -19,7 +19,10 @@ from cce_dist import CCEConfig
 from cce_dist.cli import main
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, re.S))
+LOGPROBS = (ROOT / "docs/reinforcement-learning.md").read_text()
+EXAMPLES, OF_LOGPROBS = (
+    dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", text, re.S)) for text in (README, LOGPROBS)
+)
 VOCAB, HIDDEN = 96, 16
 
 
@@ -41,7 +44,7 @@ def _ids() -> torch.Tensor:
 
 def _run_example(name: str, **given: Any) -> dict[str, Any]:
     names = {"torch": torch, "dist": dist, "fully_shard": fully_shard, **given}
-    exec(compile(EXAMPLES[name], f"README example {name}", "exec"), names)
+    exec(compile({**EXAMPLES, **OF_LOGPROBS}[name], f"example {name}", "exec"), names)
     return names
 
 
@@ -77,6 +80,52 @@ def _deepspeed() -> None:
 def test_every_python_example_is_tested() -> None:
     assert set(EXAMPLES) == {"plain", "deepspeed", "fsdp2", "transformers", "callback"}
     assert README.count("```python") == len(EXAMPLES)
+    assert set(OF_LOGPROBS) == {"logprobs", "ppo", "reference", "sequences", "grpo"}  # that of GRPO in test_trl.py
+    assert LOGPROBS.count("```python") == len(OF_LOGPROBS)
+
+
+def _logprobs() -> None:
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(3, 7, HIDDEN), torch.randn(VOCAB, HIDDEN), torch.randint(VOCAB, (3, 7))
+    ours, reference = (hidden.clone().requires_grad_() for _ in range(2))
+    after = _run_example("logprobs", hidden=ours, weight=weight, labels=labels, vocab_size=VOCAB)
+    log_p = (reference @ weight.T / 0.7).log_softmax(-1)
+    chosen, entropy = log_p.gather(-1, labels[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+    (-(chosen + 0.01 * entropy).sum()).backward()
+    torch.testing.assert_close(after["found"].logprob, chosen)
+    torch.testing.assert_close(after["found"].entropy, entropy)
+    assert torch.equal(after["found"].top1, log_p.argmax(-1))
+    assert ours.grad is not None
+    assert (ours.grad - reference.grad).norm() < 1e-5 * reference.grad.norm()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_example_of_log_probabilities_is_that_of_the_whole_vocabulary(ranks: RankPool, world: int) -> None:
+    ranks.run(world, _logprobs)
+
+
+def test_the_examples_of_a_policy_step_have_the_losses_and_gradients_of_stock() -> None:
+    ids, mask = _ids(), torch.ones(4, 8, dtype=torch.int64)
+    mask[0, :4] = 0
+    given = {"ids": ids, "mask": mask, "temperature": 0.8, "advantage": torch.randn(4, 1)}
+    stock, model = _llama(), _llama()
+    log_p = (stock(input_ids=ids).logits[:, :-1] / 0.8).log_softmax(-1)
+    chosen = log_p.gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]
+    old = chosen.detach() + 0.1 * torch.randn(4, 7) * mask[:, 1:]
+    after = _run_example("ppo", model=model, old_logprob=old, **given)
+    ratio = (chosen - old).exp()
+    clipped, entropy = ratio.clamp(0.8, 1.2), -(log_p.exp() * log_p).sum(-1)
+    objective = torch.minimum(ratio * given["advantage"], clipped * given["advantage"]) + 0.01 * entropy
+    loss = -(objective * mask[:, 1:]).sum() / mask[:, 1:].sum()
+    loss.backward()
+    torch.testing.assert_close(after["loss"], loss)
+    wanted = dict(stock.named_parameters())
+    for name, p in model.named_parameters():
+        assert (p.grad - wanted[name].grad).norm() <= 1e-5 * wanted[name].grad.norm(), name
+    evaluated = _run_example("reference", model=model.eval(), labels=after["labels"], **given)
+    assert torch.equal(evaluated["old_logprob"], after["found"].logprob)
+    summed = _run_example("sequences", found=after["found"], labels=after["labels"])
+    torch.testing.assert_close(summed["of_sequence"], chosen.sum(-1))
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -131,7 +180,9 @@ def test_the_output_of_the_planner_is_what_it_prints(capsys: pytest.CaptureFixtu
     assert missing(shown("cce-dist plan"), capsys.readouterr().out) == []
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "launch/README.md", "docs/plan.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "launch/README.md", "docs/plan.md", "docs/reinforcement-learning.md"]
+)
 def test_the_paths_that_a_document_names_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     paths = {

@@ -1,6 +1,7 @@
 """TRL's trainers with cce_dist: what they log is what they log for the stock model, and no logits are computed."""
 
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,50 @@ def _grpo(folder: str, ours: bool, peft: LoraConfig | None = None, **settings: A
         peft_config=peft,
         callbacks=_callbacks(ours),
     )
+
+
+def _rloo(folder: str, ours: bool, peft: LoraConfig | None = None, **settings: Any) -> Any:
+    extra = {"num_generations": 2, "max_completion_length": 4, "per_device_train_batch_size": 2}
+    return trl.RLOOTrainer(
+        architectures.build("llama"),
+        reward_funcs=_reward,
+        args=trl.RLOOConfig(**_settings(folder, **extra, **settings)),
+        train_dataset=_preferences().remove_columns(["chosen", "rejected"]),
+        processing_class=_tokenizer(),
+        peft_config=peft,
+        callbacks=_callbacks(ours),
+    )
+
+
+def _kto(folder: str, ours: bool, peft: LoraConfig | None = None, **settings: Any) -> Any:
+    rows = [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        for row in _preferences()
+        for name in ("chosen", "rejected")
+    ]
+    return trl.KTOTrainer(
+        architectures.build("llama"),
+        args=trl.KTOConfig(**_settings(folder, per_device_train_batch_size=4, **settings)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=_tokenizer(),
+        peft_config=peft,
+        callbacks=_callbacks(ours),
+    )
+
+
+@pytest.mark.parametrize("trainer", [_rloo, _kto], ids=["rloo", "kto"])
+def test_other_policy_trainers_have_the_losses_and_gradients_of_stock(tmp_path: Path, trainer: Any) -> None:
+    logs = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        made = trainer(str(tmp_path), ours, peft=LORA, max_steps=2)
+        made.train()
+        assert is_lazy(output_layer(made.model)) == ours
+        logs.append([[float(row[k]) for k in ("loss", "grad_norm")] for row in made.state.log_history if "loss" in row])
+    stock, of_ours = logs
+    assert len(stock) == 2
+    for x, y in zip(of_ours, stock, strict=True):
+        assert x == pytest.approx(y, rel=1e-4, abs=1e-6)
 
 
 def _reward(completions: list[str], **_: Any) -> list[float]:
@@ -423,6 +468,24 @@ def test_a_gradient_of_zeros_passes_the_logged_entropy_on_a_gpu() -> None:
     anchor = torch.zeros(3, device="cuda", requires_grad=True)
     _ForTheLog.apply(torch.ones(3, device="cuda"), anchor).backward(torch.zeros(3, device="cuda"))
     assert anchor.grad is not None and anchor.grad.tolist() == [0, 0, 0]
+
+
+def test_the_example_of_grpo_trains_with_the_patched_model(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs/reinforcement-learning.md").read_text()
+    (example,) = re.findall(r"<!-- test: grpo -->\n```python\n(.*?)```", text, re.S)
+    extra = {"num_generations": 2, "max_completion_length": 4, "per_device_train_batch_size": 2, "max_steps": 1}
+    names = {
+        "GRPOTrainer": trl.GRPOTrainer,
+        "model": architectures.build("llama"),
+        "reward": _reward,
+        "arguments": trl.GRPOConfig(**_settings(str(tmp_path), **extra)),
+        "data": _preferences().remove_columns(["chosen", "rejected"]),
+        "tokenizer": _tokenizer(),
+    }
+    exec(compile(example, "example of GRPO", "exec"), names)
+    trainer: Any = names["trainer"]
+    assert trainer.state.global_step == 1
+    assert is_lazy(output_layer(trainer.model)) and trl_forward_of(trainer.model) is None
 
 
 def test_a_projection_in_fp32_and_an_unknown_forward_are_refused() -> None:
