@@ -38,6 +38,7 @@ class Case:
     tied: bool = False
     biased: bool = False
     two_losses: bool = False
+    of_logprobs: bool = False  # the second loss is a policy's: log-probabilities and an entropy bonus, in TRL's words
     trained: str = ""  # only parameters whose name contains this
     evaluates: bool = False
     checkpoints: bool = False  # recomputes activations, the reentrant way
@@ -72,13 +73,21 @@ class CausalLM(nn.Module):
         if case.checkpoints:
             self.lm.gradient_checkpointing_enable({"use_reentrant": True})
             self.lm.enable_input_require_grads()
-        self.two_losses = case.two_losses
+        self.two_losses, self.of_logprobs = case.two_losses, case.of_logprobs
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm.get_output_embeddings()
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        return _loss(self.lm(**inputs, labels=labels), labels, self.two_losses)
+        output = self.lm(**inputs, labels=labels)
+        return _policy_loss(output, labels) if self.of_logprobs else _loss(output, labels, self.two_losses)
+
+
+def _policy_loss(output: Any, labels: Tensor) -> Tensor:
+    log_p, valid = output.logits[:, :-1].log_softmax(-1), labels[:, 1:] != -100
+    chosen = log_p.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return output.loss - ((chosen + 0.3 * entropy) * valid).sum() / valid.sum()
 
 
 def _loss(output: Any, labels: Tensor, two_losses: bool) -> Tensor:

@@ -49,6 +49,7 @@ ZERO3 = Path(__file__).parents[1] / "configs" / "deepspeed" / "zero3.json"
         pytest.param(2, Case(tied=True, evaluates=True), id="tied, evaluated between steps"),
         pytest.param(2, Case(vocab_size=101, two_losses=True), id="two loss calls, uneven vocabulary"),
         pytest.param(2, Case(vocab_size=101, tied=True, two_losses=True), id="two loss calls, uneven, tied"),
+        pytest.param(2, Case(vocab_size=101, tied=True, of_logprobs=True), id="log-probabilities and an entropy bonus"),
         pytest.param(4, Case(vocab_size=101), id="uneven vocabulary, 4 ranks"),
         pytest.param(
             4, Case(vocab_size=101, tied=True, two_losses=True, section=FREQUENT), id="frequent rows, 4 ranks, uneven"
@@ -98,6 +99,8 @@ OFFLOAD: dict[str, Any] = {
         pytest.param(2, Case(checkpoints=True, tied=True, two_losses=True), id="reentrant activation checkpoints"),
         pytest.param(2, Case(stage=0), id="stage 0"),
         pytest.param(2, Case(stage=1, two_losses=True), id="stage 1, two losses"),
+        pytest.param(4, Case(of_logprobs=True, section={**EXACT, "vocab_parallel_size": 2}), id="2 x 2, of a policy"),
+        pytest.param(2, Case(stage=2, of_logprobs=True), id="stage 2, of a policy"),
         pytest.param(2, Case(stage=2, tied=True), id="stage 2, tied"),
     ],
 )
