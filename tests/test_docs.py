@@ -80,7 +80,14 @@ def _deepspeed() -> None:
 def test_every_python_example_is_tested() -> None:
     assert set(EXAMPLES) == {"plain", "deepspeed", "fsdp2", "transformers", "callback"}
     assert README.count("```python") == len(EXAMPLES)
-    assert set(OF_LOGPROBS) == {"logprobs", "ppo", "reference", "sequences", "grpo"}  # that of GRPO in test_trl.py
+    assert set(OF_LOGPROBS) == {
+        "logprobs",
+        "ppo",
+        "reference",
+        "sequences",
+        "next_token",
+        "grpo",
+    }  # that of GRPO in test_trl.py
     assert LOGPROBS.count("```python") == len(OF_LOGPROBS)
 
 
@@ -97,6 +104,8 @@ def _logprobs() -> None:
     assert torch.equal(after["found"].top1, log_p.argmax(-1))
     assert ours.grad is not None
     assert (ours.grad - reference.grad).norm() < 1e-5 * reference.grad.norm()
+    sampled = _run_example("next_token", hidden=hidden, rows=after["rows"], shard=after["shard"], step=3)
+    assert sampled["next_id"].shape == (3,) and sampled["next_id"].max() < VOCAB
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from cce_dist.config import CCEConfig
 from cce_dist.heads.collective_logits import await_ranks
 from cce_dist.heads.owner import ModuleOwner
-from cce_dist.loss import TokenLogprobs, linear_cross_entropy, linear_logprobs
+from cce_dist.loss import TokenLogprobs, linear_cross_entropy, linear_logprobs, linear_next_token
 from cce_dist.shard import Group, VocabShard, as_group
 
 
@@ -142,6 +142,25 @@ class ShardedCCEHead(nn.Module):
             bias=owner.local_bias(),
             shard=self.shard,
             **{**settings, **overrides},
+        )
+
+    def next_token(self, hidden: Tensor, temperature: float = 1.0, seed: int | Tensor | None = None) -> Tensor:
+        """A token drawn for each hidden state, see `linear_next_token`; without logits, on every rank of the mesh.
+
+        Args:
+            hidden: [..., D].
+            temperature: 0: the most likely token.
+            seed: of the draws.
+        """
+        return linear_next_token(
+            hidden,
+            self.weight,
+            bias=self.bias,
+            shard=self.shard,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            temperature=temperature,
+            seed=seed,
         )
 
     @torch.no_grad()

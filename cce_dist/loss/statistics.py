@@ -7,7 +7,6 @@ Shapes: n tokens of this rank, N tokens of the token group, D hidden, V local ro
 rows of a chunk.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,12 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cce_dist.kernels.problem import FAR
+from cce_dist.loss.chunks import Rows, Tokens, global_rows, logits_of, split
 from cce_dist.loss.tokens import gather_values, own
 from cce_dist.shard import VocabShard
 from cce_dist.shard.agreement import agree
-
-_TOKENS, _ROWS = 4096, 2048
-"""Size of a chunk: 32 MiB of fp32, of which about four are alive at a time."""
 
 
 class TokenStatistics(NamedTuple):
@@ -37,28 +34,6 @@ class TokenStatistics(NamedTuple):
     entropy: Tensor
     log_sum_sq_probs: Tensor
     mean_logit: Tensor
-
-
-class _Rows(NamedTuple):
-    """This rank's rows of the classifier, and what makes logits of their products."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    shard: VocabShard
-    logit_scale: float
-    softcap: float | None
-
-
-class _Tokens(NamedTuple):
-    """A chunk of tokens; ``column_c``: the local row of the label, −1 where there is none."""
-
-    hidden_cD: Tensor
-    temperature_c: Tensor | None
-    column_c: Tensor | None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.promote_types(self.hidden_cD.dtype, torch.float32)
 
 
 @torch.no_grad()
@@ -109,14 +84,14 @@ def statistics_of(
         ranked_n: int64, the labels whose rank is wanted, negative where there is none (their rank is 0). None: of none.
     """
     ranked_N = None if ranked_n is None else gather_values(ranked_n, shard, most, -1)
-    tokens = _Tokens(
+    tokens = Tokens(
         gather_values(hidden_nD.contiguous(), shard, most, 0),
         None if temperature_n is None else gather_values(temperature_n, shard, most, 1),
         None if ranked_N is None else shard.local_columns(ranked_N),
     )
     real = shard.num_real_rows
-    rows = _Rows(weight_VD[:real], None if bias is None else bias[:real], shard, logit_scale, softcap)
-    chunks = [_Tokens(*parts) for parts in zip(*map(_split, tokens, (tokens.hidden_cD.shape[0],) * 3), strict=True)]
+    rows = Rows(weight_VD[:real], None if bias is None else bias[:real], shard, logit_scale, softcap)
+    chunks = split(tokens)
     with torch.autocast(hidden_nD.device.type, enabled=False):
         summaries = [_summarise(chunk, rows) for chunk in chunks]
         floats_xN = torch.cat([floats for floats, _ in summaries], 1)
@@ -127,7 +102,7 @@ def statistics_of(
             if shard.vocab_group is not None:
                 dist.all_reduce(label_N, group=shard.vocab_group)
             label_N = torch.where(ranked_N < 0, torch.inf, label_N)  # nothing is above it
-            labels = label_N.split(_TOKENS) if label_N.shape[0] else [label_N]
+            labels = label_N.split([chunk.hidden_cD.shape[0] for chunk in chunks])
             rank_N = torch.cat([_above(chunk, label_c, rows) for chunk, label_c in zip(chunks, labels, strict=True)])
             if shard.vocab_group is not None:
                 dist.all_reduce(rank_N, group=shard.vocab_group)
@@ -136,39 +111,12 @@ def statistics_of(
     return statistics, None if rank_N is None else own(rank_N, number, most, shard)
 
 
-def _split(values_N: Tensor | None, tokens: int) -> tuple[Tensor | None, ...]:
-    chunks = max(-(-tokens // _TOKENS), 1)
-    return (None,) * chunks if values_N is None else values_N.split(_TOKENS)
-
-
-def _chunks(tokens: _Tokens, rows: _Rows) -> Iterator[tuple[int, Tensor]]:
-    """(first row, logits [c, v]) of each chunk of rows: the same bits each time."""
-    for first in range(0, rows.weight_VD.shape[0], _ROWS):
-        v = slice(first, min(first + _ROWS, rows.weight_VD.shape[0]))
-        z_cv = _products(tokens.hidden_cD, rows.weight_VD[v].to(tokens.hidden_cD.dtype), tokens.dtype)
-        if rows.bias_V is not None:
-            z_cv += rows.bias_V[v].to(tokens.dtype)
-        z_cv *= rows.logit_scale
-        if rows.softcap is not None:
-            z_cv = rows.softcap * torch.tanh(z_cv / rows.softcap)
-        if tokens.temperature_c is not None:
-            z_cv /= tokens.temperature_c[:, None]
-        yield first, z_cv
-
-
-def _products(hidden_cD: Tensor, weight_vD: Tensor, dtype: torch.dtype) -> Tensor:
-    """[c, v] without rounding the sums to 16 bits."""
-    if hidden_cD.is_cuda and hidden_cD.dtype != dtype:
-        return torch.mm(hidden_cD, weight_vD.T, out_dtype=dtype)
-    return hidden_cD.to(dtype) @ weight_vD.to(dtype).T
-
-
-def _is_label(tokens: _Tokens, first: int, z_cv: Tensor) -> Tensor:
+def _is_label(tokens: Tokens, first: int, z_cv: Tensor) -> Tensor:
     assert tokens.column_c is not None
     return torch.arange(first, first + z_cv.shape[1], device=z_cv.device) == tokens.column_c[:, None]
 
 
-def _summarise(tokens: _Tokens, rows: _Rows) -> tuple[Tensor, Tensor]:
+def _summarise(tokens: Tokens, rows: Rows) -> tuple[Tensor, Tensor]:
     """[5 or 6, c]: m = max z, Σ e, Σ e·(z − m), Σ e², Σ z with e = exp(z − m), and the label's z where it is this
     rank's, else 0; and the global row of the max, int64 [c]."""
     hidden_cD, dtype = tokens.hidden_cD, tokens.dtype
@@ -178,7 +126,7 @@ def _summarise(tokens: _Tokens, rows: _Rows) -> tuple[Tensor, Tensor]:
         hidden_cD.new_zeros((5, hidden_cD.shape[0]), dtype=dtype),
     )
     argmax_c = torch.zeros_like(max_c, dtype=torch.int64)
-    for first, z_cv in _chunks(tokens, rows):
+    for first, z_cv in logits_of(tokens, rows):
         total_c = total_c + z_cv.sum(1)
         if tokens.column_c is not None:
             label_c = label_c + torch.where(_is_label(tokens, first, z_cv), z_cv, 0).sum(1)
@@ -194,23 +142,15 @@ def _summarise(tokens: _Tokens, rows: _Rows) -> tuple[Tensor, Tensor]:
         squares_c = squares_c * decay_c**2 + (e_cv * e_cv).sum(1)
         max_c = new_max_c
     floats = [max_c, sum_c, weighted_c, squares_c, total_c, *([label_c] if tokens.column_c is not None else [])]
-    return torch.stack(floats), _global_rows(argmax_c, rows.shard)
+    return torch.stack(floats), global_rows(argmax_c, rows.shard)
 
 
-def _above(tokens: _Tokens, label_c: Tensor, rows: _Rows) -> Tensor:
+def _above(tokens: Tokens, label_c: Tensor, rows: Rows) -> Tensor:
     """How many of this rank's rows have a larger logit than the label, int64 [c]."""
     above_c = torch.zeros_like(label_c, dtype=torch.int64)
-    for first, z_cv in _chunks(tokens, rows):
+    for first, z_cv in logits_of(tokens, rows):
         above_c += ((z_cv > label_c[:, None]) & ~_is_label(tokens, first, z_cv)).sum(1)
     return above_c
-
-
-def _global_rows(column_c: Tensor, shard: VocabShard) -> Tensor:
-    row_c, offset = column_c, 0
-    for start, stop in shard.runs:
-        row_c = torch.where((column_c >= offset) & (column_c < offset + stop - start), column_c + start - offset, row_c)
-        offset += stop - start
-    return row_c
 
 
 def _merge(floats_5N: Tensor, argmax_N: Tensor, shard: VocabShard) -> TokenStatistics:

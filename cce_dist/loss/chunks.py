@@ -1,0 +1,77 @@
+"""Logits of a chunk of tokens and of rows at a time: what is not worth a kernel of its own.
+
+Products are the library's, without rounding their sums to 16 bits; the same bits each time.
+
+Shapes: N tokens, D hidden, V local rows of the classifier; c tokens and v rows of a chunk.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cce_dist.shard import VocabShard
+
+_TOKENS, _ROWS = 4096, 2048
+"""Size of a chunk: 32 MiB of fp32, of which about four are alive at a time."""
+
+
+class Rows(NamedTuple):
+    """This rank's rows of the classifier, and what makes logits of their products."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    shard: VocabShard
+    logit_scale: float
+    softcap: float | None
+
+
+class Tokens(NamedTuple):
+    """A chunk of tokens; ``column_c``: the local row of the label, −1 where there is none."""
+
+    hidden_cD: Tensor
+    temperature_c: Tensor | None
+    column_c: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.hidden_cD.dtype, torch.float32)
+
+
+def split(tokens: Tokens) -> list[Tokens]:
+    """Into chunks; one of no token, if there is none."""
+    number = max(-(-tokens.hidden_cD.shape[0] // _TOKENS), 1)
+    parts = [(None,) * number if x is None else x.split(_TOKENS) for x in tokens]
+    return [Tokens(*chunk) for chunk in zip(*parts, strict=True)]
+
+
+def logits_of(tokens: Tokens, rows: Rows) -> Iterator[tuple[int, Tensor]]:
+    """(first row, logits [c, v]) of each chunk of rows: the same bits each time."""
+    for first in range(0, rows.weight_VD.shape[0], _ROWS):
+        v = slice(first, min(first + _ROWS, rows.weight_VD.shape[0]))
+        z_cv = _products(tokens.hidden_cD, rows.weight_VD[v].to(tokens.hidden_cD.dtype), tokens.dtype)
+        if rows.bias_V is not None:
+            z_cv += rows.bias_V[v].to(tokens.dtype)
+        z_cv *= rows.logit_scale
+        if rows.softcap is not None:
+            z_cv = rows.softcap * torch.tanh(z_cv / rows.softcap)
+        if tokens.temperature_c is not None:
+            z_cv /= tokens.temperature_c[:, None]
+        yield first, z_cv
+
+
+def _products(hidden_cD: Tensor, weight_vD: Tensor, dtype: torch.dtype) -> Tensor:
+    """[c, v] without rounding the sums to 16 bits."""
+    if hidden_cD.is_cuda and hidden_cD.dtype != dtype:
+        return torch.mm(hidden_cD, weight_vD.T, out_dtype=dtype)
+    return hidden_cD.to(dtype) @ weight_vD.to(dtype).T
+
+
+def global_rows(column_c: Tensor, shard: VocabShard) -> Tensor:
+    """The global row of each local one."""
+    row_c, offset = column_c, 0
+    for start, stop in shard.runs:
+        row_c = torch.where((column_c >= offset) & (column_c < offset + stop - start), column_c + start - offset, row_c)
+        offset += stop - start
+    return row_c
