@@ -1,9 +1,9 @@
 """The next token of a head, greedy or sampled, without logits of more than a chunk on any rank.
 
 argmax_j(z_j / τ − log E_j), E_j independent and exponentially distributed, is a draw from softmax(z / τ) (Gumbel 1954;
-as a race of exponentials: Yellott 1977). Each rank draws for its own rows, and the ranks compare their winners: a MAX of
-one number a token and a MIN of its id. Draws are the first word of Philox4x32-10 of (seed; token, global row), as in the
-loss: with one seed on all ranks, what is drawn does not depend on how the vocabulary is split.
+as a race of exponentials: Yellott 1977). Each rank draws for its own rows, and the ranks compare their winners: a MAX
+of one number a token and a MIN of its id. Draws are the first word of Philox4x32-10 of (seed; token, global row), as
+in the loss: with one seed on all ranks, what is drawn does not depend on how the vocabulary is split.
 
 Shapes: N tokens of the token group, D hidden, V local rows of the classifier; c tokens and v rows of a chunk.
 """
