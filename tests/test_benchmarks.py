@@ -18,7 +18,7 @@ from cce_dist.kernels.triton import tuning
 from cce_dist.kernels.triton.tuning import Row, Tuning
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("first_pass", "inputs", "loss", "methods", "scaling", "shards", "stages", "timing", "tune")
+MODULES = ("first_pass", "inputs", "logprobs", "loss", "methods", "scaling", "shards", "stages", "timing", "tune")
 
 
 @pytest.fixture(scope="module")
@@ -209,15 +209,21 @@ def test_the_commands_run_and_write_their_results(
     for name, options in {
         "loss": "--shapes 512x300x16 --only unbiased eager",
         "scaling": "--counts 512 1024 --vocabularies 300 512 --worlds 1 2 --num-tokens 512 --hidden 16",
+        "logprobs": "--shapes 512x300x16 --eps -3",
         "stages": "--shapes 512x300x16 --modes unbiased",
         "first_pass": "--shapes 512x200x16 --noise 512x200x16 --only 0.05",
     }.items():
         monkeypatch.setattr(sys, "argv", [name, *common, *options.split(), "--out", "results"])
         getattr(benchmarks, name).main()
     assert len(list(Path("cache").iterdir())) == 3, "stages takes the inputs that loss has trained"
-    first_pass, loss, scaling, stages = (json.loads(path.read_text()) for path in sorted(Path("results").iterdir()))
+    first_pass, logprobs, loss, scaling, stages = (
+        json.loads(path.read_text()) for path in sorted(Path("results").iterdir())
+    )
     assert {len(case["errors"]) for case in first_pass["cases"].values()} == {3}
     assert first_pass["times"]["512x200x16"]["forward, fp8"] > 0
+    rows = logprobs["shapes"]["512x300x16"]["methods"]
+    assert list(rows) == ["cce_dist", "cce_dist exact", "chunks of logits", "cce_dist eps 2^-3.0"]
+    assert all(row["policy_hidden_error"] < 1e-5 and row["logprob_largest_error"] < 1e-5 for row in rows.values())
     row = loss["shapes"]["512x300x16"]["methods"]["cce_dist unbiased"]
     assert row["launch_ms"] > 0 and {"forward_x", "both_x", "peak_mb", "least_workspace_peak_mb"} <= set(row)
     assert [row["num_tokens"] for row in scaling["tokens"]] == [512, 1024]
