@@ -33,21 +33,26 @@ class VocabParallelOptions:
         group: of the ranks that hold the others; None: all ranks.
         reduce_e_grad: False: the hidden gradient is left for the caller to sum over the ranks; each gets the sum,
             divided by their number.
+        vocab_size: of all ranks together; given on all of them, or on none: then each call asks the others for theirs.
     """
 
     start: int
     stop: int
     group: ProcessGroup | None = None
     reduce_e_grad: bool = True
+    vocab_size: int | None = None
 
     @classmethod
-    def for_vocab(
+    def from_vocab(
         cls, vocab_size: int, group: ProcessGroup | None = None, reduce_e_grad: bool = True
     ) -> "VocabParallelOptions":
         """Rows split as evenly as can be, the first ranks with one more."""
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         start = rank * (vocab_size // ranks) + min(rank, vocab_size % ranks)
-        return cls(start, start + vocab_size // ranks + int(rank < vocab_size % ranks), group, reduce_e_grad)
+        stop = start + vocab_size // ranks + int(rank < vocab_size % ranks)
+        return cls(start, stop, group, reduce_e_grad, vocab_size)
+
+    for_vocab = from_vocab  # its name for a while
 
 
 def linear_cross_entropy(
@@ -115,19 +120,22 @@ def linear_cross_entropy(
     )
 
 
-_shards: dict[tuple[tuple[int, ...], int, int], VocabShard] = {}
-"""By the group's ranks and this one's rows: ranks compare rows at the first use of a shard."""
+_shards: dict[tuple[tuple[int, ...], int, int, int], VocabShard] = {}
+"""By the group's ranks, this one's rows and the vocabulary: ranks compare rows at the first use of a shard."""
 
 
 def _shard_of(options: VocabParallelOptions) -> VocabShard:
     group = dist.group.WORLD if options.group is None else options.group
     if group is None:
         raise ValueError("vocab_parallel_options need process groups: call torch.distributed.init_process_group first.")
-    key = tuple(ranks_of(group)), options.start, options.stop
-    if key not in _shards or _shards[key].vocab_group is not group:  # of an earlier run, it may be
+    vocab_size = options.vocab_size
+    if vocab_size is None:  # it ends where the last rank's rows do; asked in each call, as another rank may have to
         hosts = host_group(group)
         said: list[Any] = [None] * dist.get_world_size(hosts)
-        dist.all_gather_object(said, options.stop, group=hosts)  # the vocabulary ends where the last rank's rows do
+        dist.all_gather_object(said, options.stop, group=hosts)
+        vocab_size = max(said)
+    key = tuple(ranks_of(group)), options.start, options.stop, vocab_size
+    if key not in _shards or _shards[key].vocab_group is not group:  # of an earlier run, it may be
         runs = ((options.start, options.stop),) if options.stop > options.start else ()
-        _shards[key] = VocabShard(runs, max(said), group)
+        _shards[key] = VocabShard(runs, vocab_size, group)
     return _shards[key]

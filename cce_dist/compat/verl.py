@@ -24,8 +24,8 @@ def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    temperature: float = 1.0,
-    reduction: str = "none",
+    temperature: float | None = 1.0,
+    reduction: str | None = "none",
     dist_process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of labels under softmax(hidden · weightᵀ / temperature), and the entropies.
@@ -38,8 +38,8 @@ def linear_cross_entropy(
         hidden: [N, D] or [..., D]; the same tokens on all ranks of the group.
         weight: [V, D]: equal parts of the vocabulary, in the order of ranks.
         labels: [N] or [...], over the whole vocabulary.
-        temperature: a positive float.
-        reduction: "none".
+        temperature: a positive float; None: 1.
+        reduction: "none" or None.
         dist_process_group: of the ranks that share the vocabulary; None: ``weight`` is all of it.
 
     Returns:
@@ -48,7 +48,7 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError: as `linear_logprobs`; another reduction.
     """
-    if reduction.lower() != "none":
+    if (reduction or "none").lower() != "none":
         raise ValueError(f'reduction must be "none", got {reduction!r}: sum what it returns.')
     shard: VocabShard | None = None
     if dist_process_group is not None:
@@ -62,7 +62,7 @@ def linear_cross_entropy(
         weight,
         labels,
         shard=shard,
-        temperature=float(temperature),
+        temperature=1.0 if temperature is None else float(temperature),
         entropy=True,
         ignore_index=_NONE_IS_IGNORED,
     )

@@ -62,7 +62,7 @@ def begin(
     """
     if shard is not None and not isinstance(shard, VocabShard):
         raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}.")
-    shard = shard if shard is not None else _own_shard(weight)
+    shard = shard if shard is not None else own_shard(weight)
     weight_VD, bias_V = local_rows(weight), local_rows(bias)
     checked: tuple[TokenSettings, Method, Tensor | None] | None = None
     fault: Exception | None = None
@@ -140,6 +140,8 @@ def _with_temperature(settings: TokenSettings, hidden: Tensor, labels: Tensor) -
         return settings.model_copy(update={"logit_scale": scale, "softcap": cap}), None
     if isinstance(labels, DTensor):
         raise ValueError("temperature must be a float where labels are a DTensor's parts.")
+    if isinstance(temperature, DTensor):
+        raise ValueError("temperature must be a float or a plain tensor, got a DTensor: pass its to_local().")
     shape = list(labels.shape)
     if temperature.device != hidden.device:
         raise ValueError(f"temperature must be on {hidden.device}, as hidden is; got {temperature.device}.")
@@ -161,7 +163,7 @@ _dtensor_shards: WeakIdKeyDictionary = WeakIdKeyDictionary()
 parameters and meshes, which users save."""
 
 
-def _own_shard(weight: Any) -> VocabShard:
+def own_shard(weight: Any) -> VocabShard:
     """The shard of a classifier that comes without one."""
     if not isinstance(weight, DTensor):
         rows = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else 1

@@ -4,7 +4,8 @@ The path of a token is that of the loss (`api`): the log-probability is the loss
 comes from the same pass. Forward takes the full precision of the hidden states, never 8 bits, so that values with and
 without a gradient have the same bits; without a gradient it keeps nothing.
 
-Collectives are those of the loss (see `api`), the packed SUM with one number a token more for the entropy; and with one
+Collectives are those of the loss (see `api`), the packed SUM with one number a token more for the entropy, and so the
+all-gather of upstream gradients in backward, where the entropy has one; and with one
 temperature for each token an all-gather of those, or, where ranks bring the same tokens, two numbers more in the MAX.
 Statistics gather the hidden states again, and make a MAX, a SUM and a MIN of a few numbers a token; "rank" two SUMs
 more.
@@ -34,10 +35,10 @@ class TokenLogprobs(NamedTuple):
         logprob: log p of the label; differentiable.
         lse: log Σ exp z; differentiable.
         entropy: −Σ p log p, in nats; differentiable with ``entropy=True``. None unless it is asked for.
-        top1: int64, the most likely id, the first of several; −1 where ignored. This and what follows are None unless
-            they are in ``statistics``, and have no gradient.
+        top1: int64, the most likely id, the first of several; −1 where ignored, or where logits are no numbers. This
+            and what follows are None unless they are in ``statistics``, and have no gradient.
         is_top1: bool, whether that is the label; given with ``top1``.
-        rank: int64, how many ids are more likely than the label.
+        rank: int64, how many ids are more likely than the label; −1 as for ``top1``.
         sum_sq_probs: Σ p².
         mean_logit: Σ z / vocab_size.
     """
@@ -82,7 +83,8 @@ def linear_logprobs(
         filter_eps: see there; None: with ``entropy=True`` a quarter of what the loss takes.
         first_pass: "auto" or "full": there is none in 8 bits.
         temperature: what the logits are divided by, after the softcap: a positive float, or a tensor of them that
-            broadcasts to labels, one for each position of hidden. It gets no gradient.
+            broadcasts to labels, one for each position of hidden. It gets no gradient. A float is part of what ranks
+            agree on: one that changes with each step is better a tensor.
         entropy: True: the entropy of each token's distribution is wanted. "value": without a gradient, as for a log.
         statistics: what else, out of "top1", "rank", "sum_sq_probs" and "mean_logit": a pass over chunks of logits, for
             "rank" two, without a gradient. Its products are the library's, whose last bits may differ from those of the
@@ -128,12 +130,13 @@ def _statistics(inputs: Inputs, settings: LogprobSettings) -> dict[str, Tensor]:
         temperature_n=call.temperature_n,
         ranked_n=torch.where(valid_n, labels_n, -1) if "rank" in wanted else None,
     )
+    known_n = valid_n & ~of_n.entropy.isnan()
     found = {
-        "top1": torch.where(valid_n, of_n.argmax, -1),
-        "is_top1": valid_n & (of_n.argmax == labels_n),
+        "top1": torch.where(known_n, of_n.argmax, -1),
+        "is_top1": known_n & (of_n.argmax == labels_n),
         "sum_sq_probs": torch.where(valid_n, of_n.log_sum_sq_probs.exp(), 0),
         "mean_logit": torch.where(valid_n, of_n.mean_logit, 0),
     }
     if rank_n is not None:
-        found["rank"] = rank_n
+        found["rank"] = torch.where(known_n, rank_n, -1)
     return {name: x_n for name, x_n in found.items() if name.replace("is_top1", "top1") in wanted}

@@ -133,6 +133,19 @@ class LogprobSettings(TokenSettings):
     )
 
 
+class SamplingSettings(BaseModel):
+    """What `linear_next_token` draws from, and by what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    softcap: _Float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a positive float or None")
+    logit_scale: _Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
+    temperature: _Float = Field(default=1.0, ge=0, allow_inf_nan=False, description="a finite float, 0 or more")
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | InstanceOf[Tensor] | None = Field(
+        default=None, description="a 64-bit int, a 0-d int64 tensor or None"
+    )
+
+
 Settings = TypeVar("Settings", bound=TokenSettings)
 
 
@@ -149,6 +162,14 @@ def check_settings(given: Mapping[str, Any], kind: type[Settings]) -> Settings:
         raise TypeError(
             f"{kind.function} takes no argument {', '.join(unknown)}; its settings are {', '.join(kind.model_fields)}."
         )
+    return checked(kind, given)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def checked(kind: type[Model], given: Mapping[str, Any]) -> Model:
+    """Raises ValueError by the name of a field that is not what its description says."""
     try:
         return kind(**given)
     except ValidationError as error:
@@ -202,13 +223,7 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
             'num_valid_tokens goes with reduction="mean"',
             repr(settings.reduction),
         )
-    if isinstance(settings.seed, Tensor):
-        seed = settings.seed
-        _require(
-            seed.ndim == 0 and seed.dtype == torch.int64 and seed.device == hidden.device,
-            f"a tensor as seed must be int64, 0-d, on {hidden.device}",
-            f"{seed.dtype} of shape {list(seed.shape)} on {seed.device}",
-        )
+    check_seed(settings.seed, hidden.device)
     tokens = labels.numel()
     _require(
         settings.max_tokens is None or settings.max_tokens >= tokens,
@@ -301,6 +316,16 @@ def check_tensors(hidden: Any, weight_VD: Any, labels: Any, bias_V: Any, shard: 
 def check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
     """Raises ValueError for a label out of range. On CUDA a device-side assertion does, which does not wait."""
     check_token_ids(labels, vocab_size, ignore_index, f"labels must be in [0, {vocab_size}) or ignore_index")
+
+
+def check_seed(seed: int | Tensor | None, device: torch.device) -> None:
+    """Raises ValueError for a tensor that is no seed."""
+    if isinstance(seed, Tensor):
+        _require(
+            seed.ndim == 0 and seed.dtype == torch.int64 and seed.device == device,
+            f"a tensor as seed must be int64, 0-d, on {device}",
+            f"{seed.dtype} of shape {list(seed.shape)} on {seed.device}",
+        )
 
 
 def check_temperatures(temperature_n: Tensor) -> None:

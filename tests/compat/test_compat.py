@@ -119,13 +119,35 @@ def test_apples_function_gives_the_loss() -> None:
 
 
 def _apple_on_ranks(given: dict[str, Tensor], reduce_e_grad: bool) -> dict[str, Tensor]:
-    options = apple.VocabParallelOptions.for_vocab(given["weight"].shape[0], reduce_e_grad=reduce_e_grad)
+    options = apple.VocabParallelOptions.from_vocab(given["weight"].shape[0], reduce_e_grad=reduce_e_grad)
     rows = given["weight"][options.start : options.stop]
     for _ in range(2):
         got = apple_outcome(given["hidden"], rows, given["labels"], vocab_parallel_options=options)
     if not reduce_e_grad:
         dist.all_reduce(got["hidden"])
     return {**got, "span": torch.tensor([options.start, options.stop])}
+
+
+def _two_vocabularies(by_hand: bool) -> list[dict[str, Tensor]]:
+    """Of which the first rank holds the same rows, and the second one another number."""
+    got = []
+    for vocab in (10, 9, 10):
+        given = problem(vocab)
+        options = apple.VocabParallelOptions.for_vocab(vocab)
+        if by_hand:
+            options = apple.VocabParallelOptions(options.start, options.stop)
+        rows = given["weight"][options.start : options.stop]
+        got.append(apple_outcome(given["hidden"], rows, given["labels"], vocab_parallel_options=options))
+    return got
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_vocabularies_that_share_a_ranks_rows_are_told_apart(ranks: RankPool, by_hand: bool) -> None:
+    for of_rank in ranks.run(2, _two_vocabularies, by_hand):
+        for got, vocab in zip(of_rank, (10, 9, 10), strict=True):
+            truth = apple_truth(problem(vocab))
+            assert relative_error(got["loss"], truth["loss"]) < 1e-6
+            assert relative_error(got["hidden"], truth["hidden"]) < 1e-6
 
 
 @pytest.mark.parametrize("reduce_e_grad", [True, False])

@@ -243,6 +243,17 @@ def test_pieces_of_a_call_share_one_pass() -> None:
     assert [found.entropy is not None for _, _, found in lazy._source._measured] == [False, True, False]
 
 
+def test_a_pass_over_all_tokens_of_a_call_may_be_longer_than_its_losses() -> None:
+    short = EXACT.model_copy(update={"max_tokens": BATCH * (LENGTH - 1)})
+    wanted = _head(None)(_hidden())[:, :-1].logsumexp(-1)
+    _assert_same([_head(short)(_hidden())[:, :-1].logsumexp(-1)], [wanted])
+
+
+def test_kernels_that_read_memory_are_told_that_there_is_none() -> None:
+    """TRL's own asks for the last stride, which must not be 1, before it reads the logits."""
+    assert _head(EXACT)(_hidden()).stride(-1) == 0
+
+
 def test_logprobs_of_lazy_logits_are_those_of_stock_logits() -> None:
     stock, labels = _head(None), _labels()
     lazy, hidden = _head(EXACT), [_hidden(), _hidden()]

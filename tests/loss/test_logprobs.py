@@ -155,7 +155,8 @@ def full_logits(case: Case, dtype: torch.dtype) -> Outcome:
             p_nV.square().sum(-1),
             z_nV.mean(-1),
         )
-        masked = (torch.where(valid_n, x, -1 if name == "top1" else 0) for name, x in zip(FIELDS, values, strict=True))
+        none = {"top1": -1, "rank": -1}
+        masked = (torch.where(valid_n, x, none.get(name, 0)) for name, x in zip(FIELDS, values, strict=True))
         found.append(TokenLogprobs(*masked))
     leaves = {"dhidden": hidden, "dweight": [weight], "dbias": [] if bias is None else [bias]}
     return differentiated(found, case, range(len(found)), leaves)
@@ -344,6 +345,8 @@ def test_a_nan_stays_with_its_token(gradient: str, backend: str) -> None:
     for name in ("logprob", "lse", "entropy", "sum_sq_probs", "mean_logit"):
         assert got[name][0].isnan().tolist() == [row == 3 for row in range(8)], name
     assert got["dhidden"][0].isnan().any(1).tolist() == [row == 3 for row in range(8)]
+    assert (got["top1"][0][3], got["is_top1"][0][3], got["rank"][0][3]) == (-1, False, -1)
+    assert (got["top1"][0] >= 0).sum() == (got["rank"][0] >= 0).sum() == 7
 
 
 # The sampled gradient (tests/kernels/test_unbiased.py shows that it is unbiased)

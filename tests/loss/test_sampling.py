@@ -9,6 +9,7 @@ from ranks import RankPool
 from reference import DEVICE
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from cce_dist import ShardedCCEHead, VocabShard, linear_next_token
 
@@ -85,6 +86,35 @@ def test_ranks_draw_what_one_process_draws(ranks: RankPool, world: int, vocab: i
     assert torch.equal(torch.cat(ranks.run(world, _on_rank, given, temperature, True)), alone)
 
 
+def _nan_on_ranks(given: dict[str, Tensor], temperature: float) -> Tensor:
+    shard = VocabShard.even(300, dist.group.WORLD)
+    bias = given["bias"].clone()
+    bias[250] = torch.nan  # on the last rank
+    hidden = torch.cat([given["hidden"], given["hidden"][:1] * torch.nan])
+    rows = slice(shard.start, shard.stop)
+    settings = {"shard": shard, "temperature": temperature}
+    with_bias = linear_next_token(hidden, given["weight"][rows], bias=bias[rows], **settings)
+    return torch.cat([with_bias, linear_next_token(hidden, given["weight"][rows], **settings)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_logits_are_no_numbers_there_is_no_token(ranks: RankPool, temperature: float) -> None:
+    for got in ranks.run(2, _nan_on_ranks, problem(), temperature):
+        assert (got[:6] == -1).all() and (got[6:11] >= 0).all() and got[11] == -1
+
+
+def _dtensor(given: dict[str, Tensor]) -> Tensor:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = distribute_tensor(given["weight"], mesh, [Shard(0)])
+    return linear_next_token(given["hidden"], weight, temperature=0.0)
+
+
+def test_a_dtensor_brings_its_rows_and_group_along(ranks: RankPool) -> None:
+    given = problem()
+    for got in ranks.run(2, _dtensor, given):
+        assert torch.equal(got, (given["hidden"] @ given["weight"].T).argmax(-1))
+
+
 def _head(given: dict[str, Tensor]) -> Tensor:
     linear = torch.nn.Linear(8, 300)
     with torch.no_grad():
@@ -101,9 +131,13 @@ def test_a_sharded_head_gives_its_next_token(ranks: RankPool) -> None:
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "negative": ({"temperature": -1.0}, "temperature must be a finite number, 0 or more, got -1.0"),
-    "a tensor": ({"temperature": torch.ones(5)}, "temperature must be a finite number"),
-    "other rows": ({"shard": VocabShard.whole(20)}, r"weight must be \[20, 8\]"),
+    "negative": ({"temperature": -1.0}, "temperature must be a finite float, 0 or more; got -1.0"),
+    "a tensor": ({"temperature": torch.ones(5)}, "temperature must be a finite float"),
+    "a softcap of 0": ({"softcap": 0.0}, "softcap must be a positive float or None"),
+    "a scale that is none": ({"logit_scale": float("nan")}, "logit_scale must be a finite float or None"),
+    "a seed too large": ({"seed": 2**63}, "seed must be a 64-bit int, a 0-d int64 tensor or None"),
+    "a seed of two": ({"seed": torch.zeros(2, dtype=torch.int64)}, "a tensor as seed must be int64, 0-d, on cpu"),
+    "other rows": ({"shard": VocabShard.whole(20)}, r"weight must be \[20, D\]"),
     "another bias": ({"bias": torch.zeros(3)}, r"bias must be \[300\]"),
 }
 
@@ -115,16 +149,25 @@ def test_what_is_not_allowed_is_named(arguments: dict[str, Any], says: str) -> N
         linear_next_token(given["hidden"], given["weight"], **arguments)
 
 
-def _other_temperatures() -> str:
+def _differing(settings: dict[str, Any]) -> str:
     given, shard = problem(), VocabShard.even(300, dist.group.WORLD)
     rows = given["weight"][shard.start : shard.stop]
     try:
-        linear_next_token(given["hidden"], rows, shard=shard, temperature=float(dist.get_rank()))
+        linear_next_token(given["hidden"], rows, shard=shard, **(settings if dist.get_rank() else {}))
     except ValueError as error:
         return str(error)
     return "nothing was raised"
 
 
-def test_ranks_that_differ_all_say_so(ranks: RankPool) -> None:
-    for text in ranks.run(2, _other_temperatures):
-        assert "temperature must be equal on all ranks, got rank 0: 0.0, rank 1: 1.0" in text
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"temperature": 0.0}, "temperature must be equal on all ranks, got rank 0: 1.0, rank 1: 0.0"),
+        ({"seed": "x"}, "rank 1: seed must be a 64-bit int, a 0-d int64 tensor or None; got 'x'."),
+        ({"softcap": -1.0}, "rank 1: softcap must be a positive float or None; got -1.0."),
+    ],
+    ids=str,
+)
+def test_what_one_rank_gets_wrong_is_an_error_on_all(ranks: RankPool, settings: dict[str, Any], says: str) -> None:
+    for text in ranks.run(2, _differing, settings):
+        assert says in text

@@ -2,9 +2,10 @@
 
 `make_lazy` swaps the class of one output layer. In training its call returns `LazyLogits`: the hidden states, and what
 the model has done to the logits since (scale, softcap, bias, views, slices, casts). Where `F.cross_entropy` meets
-them, `linear_cross_entropy` runs on the hidden states. Two things that trainers log are answered by a chunked pass over
-the hidden states: argmax, and, under no_grad, the entropy −(exp(log_softmax)·log_softmax).sum. Any other use computes
-the real logits with the stock forward and warns, or raises, naming the call site: there is no silent fallback.
+them, `linear_cross_entropy` runs on the hidden states. `linear_logprobs` answers log_softmax gathered at one id a
+token, gather, logsumexp, nll_loss and the entropy −(exp(log_softmax)·log_softmax).sum, with their gradients; a chunked
+pass argmax, and the entropy under no_grad. Any other use computes the real logits with the stock forward and warns, or
+raises, naming the call site: there is no silent fallback.
 
 The loss is of the logits that the head's call would have given. Forward hooks and pre-hooks run in that call, on lazy
 logits, whose hidden states and parameters are those of that moment (pruning, parametrizations and PEFT change the

@@ -159,7 +159,9 @@ class Source:
                 return found
         whole = form._replace(hidden_XD=self.form().hidden_XD)
         labels_X = torch.zeros(whole.shape[:-1], dtype=torch.int64, device=whole.hidden_XD.device)
-        found = self.logprobs(whole, labels_X, entropy=entropy, frequent_rows=0)  # labels that are not to be counted
+        # Labels that are not to be counted; and more tokens than those of a loss, on which ranks agreed before.
+        settings = {"frequent_rows": 0, "max_tokens": None, "agreement": "every_call"}
+        found = self.logprobs(whole, labels_X, entropy=entropy, **settings)
         self._measured.append((form._replace(hidden_XD=self.hidden_XD), self.with_graph(), found))
         return found
 
