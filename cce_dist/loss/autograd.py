@@ -342,7 +342,7 @@ def _upstream(grads_n: tuple[Tensor | None, ...], saved: Saved, call: Call, most
     wanted = grads_n if call.entropy is True else grads_n[:2]
     grads_nx = torch.stack([zero_n if grad is None else grad.to(dtype) for grad in wanted], dim=1)
     grads_Nx = saved.order.to_front(grads_nx if group is None else gather_tokens(grads_nx, most, group))
-    parts = [grads_Nx[:, :2].sum(1), grads_Nx[:, 0]]
+    parts = [(grads_Nx if saved.entropy_N is None else grads_Nx[:, :2]).sum(1), grads_Nx[:, 0]]
     if saved.entropy_N is not None:  # dH/dz_j = −p_j·(log p_j + H)
         parts[0] = parts[0] - grads_Nx[:, 2] * saved.entropy_N
         parts.append(-grads_Nx[:, 2])

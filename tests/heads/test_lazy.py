@@ -243,6 +243,27 @@ def test_pieces_of_a_call_share_one_pass() -> None:
     assert [found.entropy is not None for _, _, found in lazy._source._measured] == [False, True, False]
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_lazy_head_gives_log_probabilities_of_hidden_states(trains: bool) -> None:
+    labels, stock, lazy, hidden = _labels(), _head(None), _head(EXACT).train(trains), [_hidden(), _hidden()]
+    found = lazy.logprobs(hidden[0], labels, softcap=3.0, entropy=True)  # type: ignore[operator]
+    logits = torch.tanh(stock(hidden[1]) / 3) * 3
+    wanted = _selected(logits, labels.clamp(min=0)) * (labels != -100)
+    for x in (found.logprob, wanted):
+        x.sum().backward()
+    got = [found.logprob, hidden[0].grad, *(p.grad for p in lazy.parameters())]
+    _assert_same(got, [wanted, hidden[1].grad, *(p.grad for p in stock.parameters())])
+    with torch.no_grad():
+        assert torch.equal(lazy.logprobs(_hidden(), labels, softcap=3.0).logprob, found.logprob)  # type: ignore[operator]
+
+
+def test_a_lazy_head_whose_call_gives_logits_refuses_log_probabilities() -> None:
+    lazy = _head(WARN)
+    lazy.register_full_backward_hook(lambda *_: None)
+    with pytest.warns(MaterializedLogitsWarning), pytest.raises(RuntimeError, match="would compute logits of"):
+        lazy.logprobs(_hidden(), _labels())  # type: ignore[operator]
+
+
 def test_a_pass_over_all_tokens_of_a_call_may_be_longer_than_its_losses() -> None:
     short = EXACT.model_copy(update={"max_tokens": BATCH * (LENGTH - 1)})
     wanted = _head(None)(_hidden())[:, :-1].logsumexp(-1)

@@ -20,6 +20,7 @@ from cce_dist.heads.lazy.logits import LazyLogits
 from cce_dist.heads.lazy.materialize import report
 from cce_dist.heads.lazy.source import Binding, Source
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
+from cce_dist.loss import TokenLogprobs
 
 
 def make_lazy(head: nn.Module, owner: ShardOwner, config: CCEConfig, linear: type[nn.Module] = nn.Linear) -> None:
@@ -131,6 +132,24 @@ class _LazyHead(nn.Module):
             self._report(*obstacle)
             return super().__call__(*args, **kwargs)
         return hooks.call(self, self._lazy, args, kwargs, hooks.is_of_users)
+
+    def logprobs(self, hidden: Tensor, labels: Tensor, **settings: Any) -> TokenLogprobs:
+        """Log-probabilities of labels [...] at hidden states [..., D], in training and evaluation alike.
+
+        What a model does to its logits after this layer (softcap, scale) is not in them: pass it as ``settings``, the
+        keywords of `linear_logprobs`, or take `LazyLogits.logprobs` of what the model returns.
+
+        Raises:
+            RuntimeError: a call of this layer computes logits, for a reason that has been told.
+        """
+        with fused_evaluation(self):
+            logits = self(hidden)
+        if not isinstance(logits, LazyLogits):
+            raise RuntimeError(
+                f"logprobs() of this {self._cce.stock.__name__} would compute logits of {list(logits.shape)}: see the "
+                "warning, or, inside of a checkpoint, move it out."
+            )
+        return logits.logprobs(labels, **settings)
 
     def _lazy(self, input: Tensor) -> LazyLogits:
         if not torch.compiler.is_compiling():
