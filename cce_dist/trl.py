@@ -118,9 +118,6 @@ def trl_forward_of(model: nn.Module) -> Any:
     return None
 
 
-_STATISTICS = {"log_sum_sq_probs": "sum_sq_probs", "mean_logits": "mean_logit"}
-
-
 def _fused_output(
     logits: LazyLogits,
     labels: Tensor,
@@ -131,38 +128,28 @@ def _fused_output(
     """What TRL's own forward returns for logits [B, L, V] and labels [B, L]: [B, L] each, 0 where ignored."""
     mask = labels != -100
     flat: Any = logits.flatten(0, 1)
-    if "is_top1" not in outputs or entropy_bonus:
-        named = [_STATISTICS[name] for name in outputs if name in _STATISTICS] + ["top1"] * ("is_top1" in outputs)
-        found = flat.logprobs(
-            labels.flatten(),
-            entropy=(True if entropy_bonus else "value") if "entropy" in outputs else False,
-            statistics=named,
-        )
-        fused = utils.FusedCausalLMOutput(
-            loss=_mean(-found.logprob, mask, num_items_in_batch),
-            log_probs=found.logprob.view(labels.shape),
-            label_mask=mask,
-        )
-        if found.entropy is not None:
-            entropy = found.entropy.view(labels.shape)
-            fused.entropy = entropy if entropy_bonus else _ForTheLog.apply(entropy, fused.log_probs)
-        for name, ours in _STATISTICS.items():
-            if name in outputs:
-                fused[name] = getattr(found, ours).view(labels.shape)
-        if found.sum_sq_probs is not None:
-            fused.log_sum_sq_probs = torch.where(mask, fused.log_sum_sq_probs.log(), 0)
-        if found.is_top1 is not None:
-            fused.is_top1 = found.is_top1.view(labels.shape)
+    rest = set(outputs) - {"log_probs"}
+    if "is_top1" in outputs and not entropy_bonus:  # SFT's, which trains the loss
+        log_probs, entropy = -F.cross_entropy(flat, labels.flatten(), reduction="none").view(labels.shape), None
+    else:
+        wanted: Any = "entropy" in outputs and (True if entropy_bonus else "value")
+        found = flat.logprobs(labels.flatten(), entropy=wanted)
+        log_probs, entropy = found.logprob.view(labels.shape), found.entropy
+        rest -= {"entropy"}
+    loss = -log_probs.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    fused = utils.FusedCausalLMOutput(loss=loss, log_probs=log_probs, label_mask=mask)
+    if entropy is not None:
+        entropy = entropy.view(labels.shape)
+        fused.entropy = entropy if entropy_bonus else _ForTheLog.apply(entropy, log_probs)
+    if not rest:
         return fused
-    nll = F.cross_entropy(flat, labels.flatten(), reduction="none").view(labels.shape)
-    fused = utils.FusedCausalLMOutput(loss=_mean(nll, mask, num_items_in_batch), log_probs=-nll, label_mask=mask)
     statistics = flat[mask.flatten()].statistics()
 
     def everywhere(x_n: Tensor) -> Tensor:
         return x_n.new_zeros(mask.shape).masked_scatter_(mask, x_n)
 
-    if "entropy" in outputs:
-        fused.entropy = _ForTheLog.apply(everywhere(statistics.entropy), nll)
+    if "entropy" in rest:
+        fused.entropy = _ForTheLog.apply(everywhere(statistics.entropy), log_probs)
     if "log_sum_sq_probs" in outputs:
         fused.log_sum_sq_probs = everywhere(statistics.log_sum_sq_probs)
     if "mean_logits" in outputs:
@@ -170,10 +157,6 @@ def _fused_output(
     if "is_top1" in outputs:
         fused.is_top1 = everywhere(statistics.argmax == labels[mask])
     return fused
-
-
-def _mean(nll: Tensor, mask: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    return nll.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 class _ForTheLog(torch.autograd.Function):

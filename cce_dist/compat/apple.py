@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cce_dist.compat.shards import shard_of
 from cce_dist.heads.owner import divide_gradient
 from cce_dist.loss import linear_cross_entropy as loss_of_shards
 from cce_dist.shard import VocabShard
-from cce_dist.shard.groups import host_group, ranks_of
+from cce_dist.shard.groups import host_group
 
 _FILTERED = ("cce", "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e", "cce_kahan_full_c_full_e")
 _EXACT = ("cce_exact", "torch_compile")
@@ -120,10 +121,6 @@ def linear_cross_entropy(
     )
 
 
-_shards: dict[tuple[tuple[int, ...], int, int, int], VocabShard] = {}
-"""By the group's ranks, this one's rows and the vocabulary: ranks compare rows at the first use of a shard."""
-
-
 def _shard_of(options: VocabParallelOptions) -> VocabShard:
     group = dist.group.WORLD if options.group is None else options.group
     if group is None:
@@ -134,8 +131,4 @@ def _shard_of(options: VocabParallelOptions) -> VocabShard:
         said: list[Any] = [None] * dist.get_world_size(hosts)
         dist.all_gather_object(said, options.stop, group=hosts)
         vocab_size = max(said)
-    key = tuple(ranks_of(group)), options.start, options.stop, vocab_size
-    if key not in _shards or _shards[key].vocab_group is not group:  # of an earlier run, it may be
-        runs = ((options.start, options.stop),) if options.stop > options.start else ()
-        _shards[key] = VocabShard(runs, vocab_size, group)
-    return _shards[key]
+    return shard_of(options.start, options.stop, vocab_size, group)

@@ -10,14 +10,12 @@ Shapes: N tokens, D hidden, V local rows of the classifier.
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cce_dist.compat.shards import shard_of
 from cce_dist.heads.owner import divide_gradient
 from cce_dist.loss import linear_logprobs
 from cce_dist.shard import VocabShard
-from cce_dist.shard.groups import ranks_of
 
 _NONE_IS_IGNORED = -(2**31)
-_shards: dict[tuple[tuple[int, ...], int], VocabShard] = {}
-"""By the group's ranks and a rank's rows: ranks compare rows at the first use of a shard."""
 
 
 def linear_cross_entropy(
@@ -53,10 +51,9 @@ def linear_cross_entropy(
     shard: VocabShard | None = None
     if dist_process_group is not None:
         ranks, rows = dist_process_group.size(), weight.shape[0]
-        key = tuple(ranks_of(dist_process_group)), rows
-        if key not in _shards or _shards[key].vocab_group is not dist_process_group:  # of an earlier run, it may be
-            _shards[key] = VocabShard.even(rows * ranks, dist_process_group)
-        shard, hidden = _shards[key], divide_gradient(hidden, ranks)
+        start = dist_process_group.rank() * rows
+        shard = shard_of(start, start + rows, ranks * rows, dist_process_group)
+        hidden = divide_gradient(hidden, ranks)
     found = linear_logprobs(
         hidden,
         weight,

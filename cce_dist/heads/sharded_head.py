@@ -6,6 +6,7 @@ for them, real logits.
 Shapes: D hidden, V rows of the whole classifier, R local rows.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -119,11 +120,7 @@ class ShardedCCEHead(nn.Module):
         Returns:
             The loss; (loss, lse) with ``return_lse=True``.
         """
-        owner = ModuleOwner(self, self.shard)
-        settings = {"softcap": self.softcap, "logit_scale": self.logit_scale, **self.config.loss_kwargs(), **overrides}
-        return linear_cross_entropy(
-            hidden, owner.local_weight(), labels, bias=owner.local_bias(), shard=self.shard, **settings
-        )
+        return self._compute(linear_cross_entropy, hidden, labels, {**self.config.loss_kwargs(), **overrides})
 
     def logprobs(self, hidden: Tensor, labels: Tensor, **overrides: Any) -> TokenLogprobs:
         """Log-probabilities of this rank's tokens, see `linear_logprobs`. Every rank of the mesh must call it.
@@ -133,16 +130,14 @@ class ShardedCCEHead(nn.Module):
             labels: [...].
             overrides: keyword arguments of `linear_logprobs`, such as ``entropy`` or ``temperature``.
         """
-        owner = ModuleOwner(self, self.shard)
-        settings = {"softcap": self.softcap, "logit_scale": self.logit_scale, **self.config.logprobs_kwargs()}
-        return linear_logprobs(
-            hidden,
-            owner.local_weight(),
-            labels,
-            bias=owner.local_bias(),
-            shard=self.shard,
-            **{**settings, **overrides},
-        )
+        settings = {**self.config.logprobs_kwargs(), **overrides}
+        found: TokenLogprobs = self._compute(linear_logprobs, hidden, labels, settings)
+        return found
+
+    def _compute(self, function: Callable[..., Any], hidden: Tensor, labels: Tensor, settings: dict[str, Any]) -> Any:
+        owner, form = ModuleOwner(self, self.shard), {"softcap": self.softcap, "logit_scale": self.logit_scale}
+        weight, bias = owner.local_weight(), owner.local_bias()
+        return function(hidden, weight, labels, bias=bias, shard=self.shard, **{**form, **settings})
 
     def next_token(self, hidden: Tensor, temperature: float = 1.0, seed: int | Tensor | None = None) -> Tensor:
         """A token drawn for each hidden state, see `linear_next_token`; without logits, on every rank of the mesh.

@@ -112,14 +112,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         if labels_N.is_cuda:
             check_labels(labels_N, settings.ignore_index, shard.vocab_size)
         equal = {"labels": token_fingerprint(labels_N)} if shard.same_tokens else {}
-        inverse_temperature_N: Tensor | None = None
-        if call.temperature_n is not None:
-            temperature_N = gather_values(call.temperature_n, shard, most, 1.0)
-            if temperature_N.is_cuda:
-                check_temperatures(temperature_N)
-            if shard.same_tokens:
-                equal["temperatures"] = token_fingerprint(temperature_N.float().view(torch.int32))
-            inverse_temperature_N = 1 / temperature_N
         valid_N = labels_N != settings.ignore_index
         order = valid_first(valid_N)
         columns_N = torch.where(valid_N, labels_N if shard.is_whole else shard.local_columns(labels_N), -1)
@@ -127,8 +119,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden_ND = hidden_ND if hidden_ND.stride(1) == 1 else hidden_ND.contiguous()
 
         needs_grad = call.grad_enabled and any(ctx.needs_input_grad[:3])
-        if inverse_temperature_N is not None:
-            inverse_temperature_N = inverse_temperature_N[order.token_N]
+        inverse_temperature_N: Tensor | None = None
+        if call.temperature_n is not None:
+            temperature_N = gather_values(call.temperature_n, shard, most, 1.0)
+            if temperature_N.is_cuda:
+                check_temperatures(temperature_N)
+            if shard.same_tokens:
+                equal["temperatures"] = token_fingerprint(temperature_N.float().view(torch.int32))
+            inverse_temperature_N = 1 / temperature_N[order.token_N]
         logits = logits_of(hidden_ND, weight_VD, bias_V, target_N, order, call, inverse_temperature_N)
         with torch.autocast(hidden_nD.device.type, enabled=False):
             frequent: Frequent | None = None

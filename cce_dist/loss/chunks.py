@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cce_dist.shard import VocabShard
@@ -39,6 +40,15 @@ class Tokens(NamedTuple):
         return torch.promote_types(self.hidden_cD.dtype, torch.float32)
 
 
+def rows_of(
+    weight_VD: Tensor, bias_V: Tensor | None, shard: VocabShard, logit_scale: float | None, softcap: float | None
+) -> Rows:
+    """The real rows of the shard."""
+    real = shard.num_real_rows
+    scale = 1.0 if logit_scale is None else logit_scale
+    return Rows(weight_VD[:real], None if bias_V is None else bias_V[:real], shard, scale, softcap)
+
+
 def split(tokens: Tokens) -> list[Tokens]:
     """Into chunks; one of no token, if there is none."""
     number = max(-(-tokens.hidden_cD.shape[0] // _TOKENS), 1)
@@ -59,6 +69,13 @@ def logits_of(tokens: Tokens, rows: Rows) -> Iterator[tuple[int, Tensor]]:
         if tokens.temperature_c is not None:
             z_cv /= tokens.temperature_c[:, None]
         yield first, z_cv
+
+
+def first_row(row_N: Tensor, wins_N: Tensor, shard: VocabShard) -> Tensor:
+    """Of the ranks that win a token, the smallest global row: a MIN over the vocabulary group."""
+    row_N = torch.where(wins_N, row_N, shard.vocab_size - 1)
+    dist.all_reduce(row_N, dist.ReduceOp.MIN, group=shard.vocab_group)
+    return row_N
 
 
 def _products(hidden_cD: Tensor, weight_vD: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cce_dist.loss.autograd import LinearCrossEntropy
 from cce_dist.loss.call import Inputs, begin
+from cce_dist.loss.chunks import rows_of
 from cce_dist.loss.settings import LogprobSettings, takes_settings
 from cce_dist.loss.statistics import statistics_of
 from cce_dist.loss.tokens import unflatten
@@ -121,12 +122,8 @@ def _statistics(inputs: Inputs, settings: LogprobSettings) -> dict[str, Tensor]:
     wanted, valid_n = settings.statistics, labels_n != settings.ignore_index
     of_n, rank_n = statistics_of(
         torch.where(valid_n[:, None], hidden_nD, 0),  # what is ignored may hold anything
-        weight_VD,
-        bias=bias_V,
-        shard=call.shard,
-        logit_scale=1.0 if settings.logit_scale is None else settings.logit_scale,
-        softcap=settings.softcap,
-        most=call.most,
+        rows_of(weight_VD, bias_V, call.shard, settings.logit_scale, settings.softcap),
+        call.most,
         temperature_n=call.temperature_n,
         ranked_n=torch.where(valid_n, labels_n, -1) if "rank" in wanted else None,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cce_dist.kernels.torch_backend import philox
 from cce_dist.loss.call import own_shard
-from cce_dist.loss.chunks import Rows, Tokens, global_rows, logits_of, split
+from cce_dist.loss.chunks import Rows, Tokens, first_row, global_rows, logits_of, rows_of, split
 from cce_dist.loss.settings import SamplingSettings, check_seed, checked
 from cce_dist.loss.tokens import gather_values, own
 from cce_dist.shard import VocabShard
@@ -76,14 +76,7 @@ def linear_next_token(
         fault = error  # told to every rank, and raised there
     most = agree(shard, "the next tokens", number, alike, fault)
     tokens = Tokens(gather_values(hidden.reshape(-1, hidden.shape[-1]).contiguous(), shard, most, 0), None, None)
-    real = shard.num_real_rows
-    rows = Rows(
-        weight_VD[:real],
-        None if bias_V is None else bias_V[:real],
-        shard,
-        1.0 if settings.logit_scale is None else settings.logit_scale,
-        settings.softcap,
-    )
+    rows = rows_of(weight_VD, bias_V, shard, settings.logit_scale, settings.softcap)
     seed_1 = _seed(settings.seed, hidden.device) if settings.temperature > 0 else None
     best, first_token = [], 0
     with torch.autocast(hidden.device.type, enabled=False):
@@ -94,8 +87,7 @@ def linear_next_token(
     if shard.vocab_group is not None:
         own_score_N, score_2N = score_2N[0], score_2N.clone()
         dist.all_reduce(score_2N, dist.ReduceOp.MAX, group=shard.vocab_group)
-        row_N = torch.where(own_score_N == score_2N[0], row_N, shard.vocab_size - 1)
-        dist.all_reduce(row_N, dist.ReduceOp.MIN, group=shard.vocab_group)
+        row_N = first_row(row_N, own_score_N == score_2N[0], shard)
     row_N = torch.where(score_2N[1] > 0, -1, row_N)
     return own(row_N, number, most, shard).view(hidden.shape[:-1])
 

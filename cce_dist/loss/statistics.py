@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cce_dist.kernels.problem import FAR
-from cce_dist.loss.chunks import Rows, Tokens, global_rows, logits_of, split
+from cce_dist.loss.chunks import Rows, Tokens, first_row, global_rows, logits_of, rows_of, split
 from cce_dist.loss.tokens import gather_values, own
 from cce_dist.shard import VocabShard
 from cce_dist.shard.agreement import agree
@@ -58,20 +58,13 @@ def token_statistics(
         "softcap": softcap,
     }
     most = agree(shard, "statistics of tokens", hidden_nD.shape[0], alike)
-    return statistics_of(
-        hidden_nD, weight_VD, bias=bias, shard=shard, logit_scale=logit_scale, softcap=softcap, most=most
-    )[0]
+    return statistics_of(hidden_nD, rows_of(weight_VD, bias, shard, logit_scale, softcap), most)[0]
 
 
 @torch.no_grad()
 def statistics_of(
     hidden_nD: Tensor,
-    weight_VD: Tensor,
-    *,
-    bias: Tensor | None,
-    shard: VocabShard,
-    logit_scale: float,
-    softcap: float | None,
+    rows: Rows,
     most: int,
     temperature_n: Tensor | None = None,
     ranked_n: Tensor | None = None,
@@ -83,14 +76,13 @@ def statistics_of(
         temperature_n: what each token's logits are divided by.
         ranked_n: int64, the labels whose rank is wanted, negative where there is none (their rank is 0). None: of none.
     """
+    shard = rows.shard
     ranked_N = None if ranked_n is None else gather_values(ranked_n, shard, most, -1)
     tokens = Tokens(
         gather_values(hidden_nD.contiguous(), shard, most, 0),
         None if temperature_n is None else gather_values(temperature_n, shard, most, 1),
         None if ranked_N is None else shard.local_columns(ranked_N),
     )
-    real = shard.num_real_rows
-    rows = Rows(weight_VD[:real], None if bias is None else bias[:real], shard, logit_scale, softcap)
     chunks = split(tokens)
     with torch.autocast(hidden_nD.device.type, enabled=False):
         summaries = [_summarise(chunk, rows) for chunk in chunks]
@@ -166,8 +158,7 @@ def _merge(floats_5N: Tensor, argmax_N: Tensor, shard: VocabShard) -> TokenStati
         packed_4N = torch.stack((sum_N * decay_N, weighted_N, squares_N * decay_N**2, total_N))
         dist.all_reduce(packed_4N, group=shard.vocab_group)
         sums = list(packed_4N)
-        argmax_N = torch.where(own_max_N == max_N, argmax_N, shard.vocab_size - 1)
-        dist.all_reduce(argmax_N, dist.ReduceOp.MIN, group=shard.vocab_group)
+        argmax_N = first_row(argmax_N, own_max_N == max_N, shard)
     sum_N, weighted_N, squares_N, total_N = sums
     return TokenStatistics(
         argmax_N, sum_N.log() - weighted_N / sum_N, squares_N.log() - 2 * sum_N.log(), total_N / shard.vocab_size

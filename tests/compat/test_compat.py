@@ -85,7 +85,7 @@ def test_another_reduction_of_verls_is_refused() -> None:
 # Apple's: the loss, with any rows of the vocabulary on each rank
 
 
-def apple_truth(given: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+def apple_truth(given: dict[str, Tensor]) -> dict[str, Tensor]:
     hidden, weight = leaf(given["hidden"].double()), leaf(given["weight"].double())
     logits = 3 * torch.tanh(hidden @ weight.T / 3)
     loss = F.cross_entropy(logits[:-1], given["labels"][1:], ignore_index=7, reduction="sum")

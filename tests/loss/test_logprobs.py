@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import RankPool
 from reference import DEVICE, ROUNDING, TRITON_DTYPES, assert_bitwise, fixed_draws, grad_of, leaf, relative_error
-from sharded import Layout, Runs, device_of, local_rows, part_of
+from sharded import Layout, Runs, device_of, local_rows, make_shard, part_of
 from torch import Tensor
 
 from cce_dist import TokenLogprobs, VocabShard, linear_cross_entropy, linear_logprobs
@@ -49,6 +49,10 @@ class Case:
     @property
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
 
     def of(self, part: int) -> float | Tensor:
         return self.temperature if isinstance(self.temperature, float) else self.temperature[part]
@@ -516,21 +520,9 @@ def test_settings_of_the_loss_alone_are_refused_by_name() -> None:
 every_layout = pytest.mark.parametrize("layout", ["replicated", "sharded", "grid"])
 
 
-def shard_of(case: Case, layout: Layout, runs: Runs | None) -> VocabShard:
-    world = dist.group.WORLD
-    assert world is not None
-    token_group = world if layout == "sharded" else None
-    if layout == "grid":
-        token_group = [dist.new_group([0, 2]), dist.new_group([1, 3])][dist.get_rank() % 2]
-    vocab = case.weight.shape[0]
-    if runs is None:
-        return VocabShard.even(vocab, world, token_group)
-    return VocabShard(tuple(runs[dist.get_rank()]), vocab, world, token_group)
-
-
 def on_rank(case: Case, layout: Layout, runs: Runs | None, given: dict[str, Any]) -> Outcome:
     case = case.to(device_of(given))
-    got = ours(case, part_of(dist.get_rank(), layout), shard_of(case, layout, runs), **given)
+    got = ours(case, part_of(dist.get_rank(), layout), make_shard(case, layout, runs), **given)
     return {name: tuple(x.cpu() for x in xs) for name, xs in got.items()}
 
 

@@ -224,26 +224,23 @@ def _split(logits: LazyLogits, call: Call) -> tuple[LazyLogits, ...] | None:
 
 
 def _statistic(logits: LazyLogits, call: Call) -> Tensor | None:
-    """What a chunked pass answers: argmax, and the sum of p·log p, over the vocabulary."""
+    """What passes over all tokens of the call answer, over the vocabulary: the loss's own logsumexp, and the sum of
+    p·log p in a graph; a chunked one argmax, and that sum without."""
     form, source = logits._form, logits._source
     if not is_last_dim(form, call.dim()) or set(call.kwargs) - {"dim"} or len(call.args) > 2:
         return None
-    if call.function in (torch.logsumexp, Tensor.logsumexp) and form.of == "logits" and _can_be_measured(logits):
+    can_be_measured = not source.misses_a_gradient(form)
+    if call.function in (torch.logsumexp, Tensor.logsumexp) and form.of == "logits" and can_be_measured:
         return source.measured(form, entropy=False).lse.flatten()[logits._tokens]
     is_entropy = call.function in (torch.sum, Tensor.sum) and form.of == "p log p"
     if is_entropy and source.with_graph():
-        entropy_X = source.measured(form, entropy=True).entropy if _can_be_measured(logits) else None
+        entropy_X = source.measured(form, entropy=True).entropy if can_be_measured else None
         return None if entropy_X is None else -entropy_X.flatten()[logits._tokens]
     if call.function in (torch.argmax, Tensor.argmax) and form.of != "p log p":
         return source.statistics(form).argmax.flatten()[logits._tokens]
     if is_entropy:
         return -source.statistics(form).entropy.flatten()[logits._tokens].to(form.dtype)
     return None
-
-
-def _can_be_measured(logits: LazyLogits) -> bool:
-    """Whether the loss's own pass can answer: a bias that is not sharded as the head is would get no gradient of it."""
-    return logits._source.shard.vocab_group is None or not any(bias.requires_grad for bias in logits._form.biases)
 
 
 def _gathered(logits: LazyLogits, call: Call) -> Tensor | None:
@@ -254,7 +251,7 @@ def _gathered(logits: LazyLogits, call: Call) -> Tensor | None:
     fits = isinstance(index, Tensor) and index.shape == (*logits.shape[:-1], 1) and is_last_dim(form, dim)
     if not fits or set(named) != {"input", "dim", "index"} or form.of not in ("logits", "log p"):
         return None
-    if not _can_be_measured(logits):
+    if logits._source.misses_a_gradient(form):
         return None
     assert isinstance(index, Tensor)
     # No id is ignored: -100 is out of range here, as it is for a tensor.
@@ -297,7 +294,7 @@ def _obstacle(
         return f"target of shape {list(target.shape)} (wanted: [] or [N] for logits [V] or [N, V])"
     if size_average is not None or reduce is not None or reduction not in ("mean", "sum", "none"):
         return f"size_average={size_average}, reduce={reduce}, reduction={reduction!r}"
-    if logits._source.shard.vocab_group is not None and any(bias.requires_grad for bias in logits._form.biases):
+    if logits._source.misses_a_gradient(logits._form):
         return "a trained bias that is not sharded as the head is"
     return None
 
@@ -307,23 +304,10 @@ def _cross_entropy(
     logits: LazyLogits, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean", **_: Any
 ) -> Tensor:
     """F.cross_entropy; "mean" is over this rank's valid tokens, as the stock loss has it."""
-    form, source = logits._form, logits._source
-    settings = source.binding.config.loss_kwargs()
-    if not source.head.training:
-        # Those are of a micro-step in training; batches of evaluation may be larger, and their number is exchanged.
-        settings |= {"max_tokens": None, "agreement": "every_call"}
-    with torch.autocast(target.device.type, enabled=False), torch.set_grad_enabled(source.with_graph()):
-        terms = source.terms(form)
-        # Always "none": the ranks of a shard agree on one reduction, and a caller may change between mean and sum.
-        loss_N = linear_cross_entropy(
-            form.hidden_XD,
-            terms.pop("weight"),
-            target,
-            ignore_index=ignore_index,
-            reduction="none",
-            **terms,
-            **settings,
-        )
+    source = logits._source
+    # Always "none": the ranks of a shard agree on one reduction, and a caller may change between mean and sum.
+    settings = {**source.binding.config.loss_kwargs(), "ignore_index": ignore_index, "reduction": "none"}
+    loss_N: Tensor = source.compute(linear_cross_entropy, logits._form, target, settings)
     if reduction == "none":
         return loss_N
     return loss_N.sum() if reduction == "sum" else loss_N.sum() / (target != ignore_index).sum()

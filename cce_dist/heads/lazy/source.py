@@ -133,23 +133,37 @@ class Source:
     def with_graph(self) -> bool:
         return self.has_graph and torch.is_grad_enabled()
 
+    def misses_a_gradient(self, form: LogitForm) -> bool:
+        """Whether a bias was added that is trained and not sharded as the head is: on a rank's rows alone it would get
+        a part of its gradient."""
+        return self.shard.vocab_group is not None and any(bias.requires_grad for bias in form.biases)
+
+    def compute(self, function: Callable[..., Any], form: LogitForm, labels_X: Tensor, settings: dict[str, Any]) -> Any:
+        """`linear_cross_entropy`, or another of its arguments, of the form's tokens; in the graph of the call.
+
+        In evaluation without the limits of a micro-step in training: batches may be larger, and their number is
+        exchanged.
+        """
+        if not self.head.training:
+            settings = {**settings, "max_tokens": None, "agreement": "every_call"}
+        with torch.autocast(labels_X.device.type, enabled=False), torch.set_grad_enabled(self.with_graph()):
+            terms = self.terms(form)
+            return function(form.hidden_XD, terms.pop("weight"), labels_X, **{**terms, **settings})
+
     def logprobs(self, form: LogitForm, labels_X: Tensor, **given: Any) -> TokenLogprobs:
         """Of the form's tokens [X], differentiable; on every rank of the shard's group.
 
         Raises:
             ValueError: a bias that a gradient is wanted of, which is not sharded as the head is.
         """
-        if self.shard.vocab_group is not None and any(bias.requires_grad for bias in form.biases):
+        if self.misses_a_gradient(form):
             raise ValueError(
                 "a bias was added to the logits that requires a gradient and is not sharded as the head is: make it "
                 "the head's own bias, or freeze it."
             )
         settings = {**self.binding.config.logprobs_kwargs(), **given}
-        if not self.head.training:
-            settings |= {"max_tokens": None, "agreement": "every_call"}  # batches of evaluation may be larger
-        with torch.autocast(labels_X.device.type, enabled=False), torch.set_grad_enabled(self.with_graph()):
-            terms = self.terms(form)
-            return linear_logprobs(form.hidden_XD, terms.pop("weight"), labels_X, **{**terms, **settings})
+        found: TokenLogprobs = self.compute(linear_logprobs, form, labels_X, settings)
+        return found
 
     def measured(self, form: LogitForm, entropy: bool) -> TokenLogprobs:
         """lse and, if asked for, entropy of all tokens of the call [X], differentiable; computed once, as `statistics`
