@@ -164,6 +164,50 @@ class Filter(NamedTuple):
     uniform: float | None = None
 
 
+class Order(NamedTuple):
+    """A permutation that brings the valid tokens to the front, in their order.
+
+    Attributes:
+        token_N: int32, where the tokens at the front come from.
+        place_N: int32, the inverse: where each token went.
+        n_valid: int32 [1], on the device.
+    """
+
+    token_N: Tensor
+    place_N: Tensor
+    n_valid: Tensor
+
+    def restore(self, values_N: Tensor) -> Tensor:
+        """Values [N] back in the order before, 0 where not valid."""
+        values_N = values_N.index_select(0, self.place_N)
+        return values_N.masked_fill_(self.place_N >= self.n_valid, 0)
+
+
+class Ordered(NamedTuple):
+    """What comes of labels.
+
+    Attributes:
+        target_N: int32, the column of each token of the order; −1 of those that are not valid or have none here.
+        legal: 0-d, on the device: whether all labels are allowed.
+    """
+
+    order: Order
+    target_N: Tensor
+    legal: Tensor
+
+
+class OutputGradients(NamedTuple):
+    """The upstream gradients of nll, lse and entropy of each token [N], in the order before compaction; None: 0."""
+
+    nll_N: Tensor | None
+    lse_N: Tensor | None = None
+    entropy_N: Tensor | None = None
+
+
+LARGEST_SCALE = 60
+"""Power of two; see `Upstream.scale`."""
+
+
 class Upstream(NamedTuple):
     """dL/d(s(e·c + bias))_ij = scale·(p_ij·(softmax_N[i] + log_N[i]·log p_ij) − target_N[i]·1[j = y_i])·f'_ij.
 
@@ -174,7 +218,7 @@ class Upstream(NamedTuple):
             0 in rows that are not valid.
         target_N: τ_i·b_i / scale, b the upstream of nll.
         scale: 0-d power of two on the device, the next above the largest of them, so that the rest is at most 1 in 16
-            bits.
+            bits; at most 2^60, so that what it multiplies does not overflow.
         log_N: −τ_i·g_i / scale, g the upstream of the entropy; None where there is none.
     """
 

@@ -13,7 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .problem import FAR, Filter, Gradients, Logits, Normaliser, Share, Summary, Tiles, Upstream, Wanted
+from .problem import (
+    FAR,
+    LARGEST_SCALE,
+    Filter,
+    Gradients,
+    Logits,
+    Normaliser,
+    Order,
+    Ordered,
+    OutputGradients,
+    Share,
+    Summary,
+    Tiles,
+    Upstream,
+    Wanted,
+)
 
 SAMPLED_ROWS = 128
 SMALLEST_DRAW = 2.0**-32
@@ -132,6 +147,54 @@ def add_rows(
     for rows_K, out_V in zip(got[1:], out[1:], strict=True):
         if rows_K is not None and out_V is not None:
             write_rows(out_V, rows_K, row_K)
+
+
+def valid_first(labels_N: Tensor, column_N: Tensor, ignore_index: int, vocab_size: int) -> Ordered:
+    """The order of the tokens whose label is not ``ignore_index``, and their targets; ``column_N``: of the labels."""
+    valid_N = labels_N != ignore_index
+    before_N = valid_N.cumsum(0)
+    n_valid = before_N[-1:] if valid_N.shape[0] else before_N.new_zeros(1)
+    index_N = torch.arange(valid_N.shape[0], device=valid_N.device)
+    place_N = torch.where(valid_N, before_N - 1, n_valid + index_N - before_N)
+    token_N = torch.empty_like(index_N).scatter_(0, place_N, index_N)
+    order = Order(token_N.to(torch.int32), place_N.to(torch.int32), n_valid.to(torch.int32))
+    target_N = column_N.masked_fill(~valid_N, -1)[token_N].to(torch.int32)
+    return Ordered(order, target_N, (~valid_N | ((labels_N >= 0) & (labels_N < vocab_size))).all())
+
+
+def losses(normaliser: Normaliser, target_logit_N: Tensor, order: Order) -> tuple[Tensor, Tensor]:
+    """(nll [N], lse [N]) in the order before compaction, 0 where not valid."""
+    return order.restore(normaliser.nll(target_logit_N)), order.restore(normaliser.lse_N)
+
+
+def upstream(
+    gradients: OutputGradients,
+    order: Order,
+    dtype: torch.dtype,
+    entropy_N: Tensor | None = None,
+    inverse_temperature_N: Tensor | None = None,
+) -> Upstream:
+    """What the kernels take of the outputs' gradients. ``entropy_N``: of each token, where its gradient is wanted."""
+    index_N = torch.arange(order.token_N.shape[0], device=order.token_N.device)
+
+    def to_front(grad_N: Tensor | None) -> Tensor:
+        if grad_N is None:
+            return torch.zeros(index_N.shape, dtype=dtype, device=index_N.device)
+        return torch.where(index_N < order.n_valid, grad_N.to(dtype)[order.token_N], 0)
+
+    nll_N, lse_N, of_entropy_N = (to_front(grad_N) for grad_N in gradients)
+    parts = [nll_N + lse_N, nll_N]
+    if entropy_N is not None:  # dH/dz_j = −p_j·(log p_j + H)
+        parts[0] = parts[0] - of_entropy_N * entropy_N
+        parts.append(-of_entropy_N)
+    if inverse_temperature_N is not None:
+        parts = [part_N * inverse_temperature_N for part_N in parts]
+    scale = torch.ones((), dtype=dtype, device=index_N.device)
+    if index_N.shape[0]:
+        largest = torch.stack(parts).nan_to_num(0.0, 0.0, 0.0).abs().amax()
+        scale = torch.exp2(largest.frexp().exponent.clamp(max=LARGEST_SCALE).to(dtype))  # 1 for 0
+    softmax_N, target_N, *log = (part_N / scale for part_N in parts)
+    return Upstream(softmax_N, target_N, scale, log[0] if log else None)
 
 
 def scatter_rows(rows_ND: Tensor, token_N: Tensor, n_valid: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,6 @@ the tokens, their gradients.
 Shapes: n tokens of this rank, N tokens of the token group, D hidden, V local rows, T tiles, S splits.
 """
 
-import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -23,19 +22,33 @@ from cce_dist.collectives import (
     start_reduce_scatter,
     token_fingerprint,
 )
+from cce_dist.device_check import device_check
 from cce_dist.kernels import torch_backend
-from cce_dist.kernels.problem import MOST_DRAWN, TILE, Filter, Gradients, Logits, Normaliser, Tiles, Upstream, Wanted
+from cce_dist.kernels.problem import (
+    MOST_DRAWN,
+    TILE,
+    Filter,
+    Gradients,
+    Logits,
+    Normaliser,
+    Order,
+    Ordered,
+    OutputGradients,
+    Tiles,
+    Upstream,
+    Wanted,
+)
 from cce_dist.loss import frequent as frequent_rows
 from cce_dist.loss.frequent import Frequent, LabelCounts
 from cce_dist.loss.settings import (
     FREQUENT_WORKSPACE,
     Method,
     TokenSettings,
-    check_labels,
     check_temperatures,
+    legal_labels,
     workspace_bytes,
 )
-from cce_dist.loss.tokens import Order, gather, gather_values, own, valid_first
+from cce_dist.loss.tokens import gather, gather_values, own
 from cce_dist.shard import VocabShard
 
 
@@ -109,13 +122,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             most = call.most if settings.max_tokens is None else settings.max_tokens
         hidden_ND, labels_N = gather(hidden_nD, call.labels_n, shard, most, settings.ignore_index)
         workspace = workspace_bytes(settings.workspace_mb, method, labels_N.shape[0], hidden_ND.element_size())
-        if labels_N.is_cuda:
-            check_labels(labels_N, settings.ignore_index, shard.vocab_size)
         equal = {"labels": token_fingerprint(labels_N)} if shard.same_tokens else {}
-        valid_N = labels_N != settings.ignore_index
-        order = valid_first(valid_N)
-        columns_N = torch.where(valid_N, labels_N if shard.is_whole else shard.local_columns(labels_N), -1)
-        target_N = columns_N[order.token_N].to(torch.int32)
+        column_N = labels_N if shard.is_whole else shard.local_columns(labels_N)
+        ordered: Ordered = call.backend.valid_first(labels_N, column_N, settings.ignore_index, shard.vocab_size)
+        order, target_N, legal = ordered
+        if legal.is_cuda:
+            device_check(legal, legal_labels(settings.ignore_index, shard.vocab_size))
         hidden_ND = hidden_ND if hidden_ND.stride(1) == 1 else hidden_ND.contiguous()
 
         needs_grad = call.grad_enabled and any(ctx.needs_input_grad[:3])
@@ -133,7 +145,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             others = logits
             if call.counts is not None:
                 frequent, target_N, equal["frequent rows"] = frequent_rows.find(
-                    target_N, labels_N, valid_N, order, call.counts, method.frequent_rows, shard
+                    target_N, labels_N, settings.ignore_index, order, call.counts, method.frequent_rows, shard
                 )
                 exchange = frequent_rows.start_exchange(frequent, logits.weight_VD, logits.bias_V, shard)
                 others = logits._replace(target_N=target_N, frequent_V=frequent.slot_v)
@@ -182,11 +194,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(*saved, *(frequent or _NOT_FREQUENT))
             ctx.counted = False
 
-        def restored(values_N: Tensor) -> Tensor:
-            return own(order.restore(values_N), num_tokens, most, shard)
+        def in_own(values_N: Tensor) -> Tensor:
+            return own(values_N, num_tokens, most, shard)
 
-        nll_n, lse_n = restored(normaliser.nll(target_logit_N)), restored(normaliser.lse_N)
-        entropy_n = None if entropy_N is None else restored(entropy_N)
+        nll_n, lse_n = (in_own(x_N) for x_N in call.backend.losses(normaliser, target_logit_N, order))
+        entropy_n = None if entropy_N is None else in_own(order.restore(entropy_N))
         if entropy_n is not None and call.entropy == "value":
             ctx.mark_non_differentiable(entropy_n)
         return nll_n, lse_n, entropy_n
@@ -336,24 +348,15 @@ def _upstream(grads_n: tuple[Tensor | None, ...], saved: Saved, call: Call, most
     """The upstream gradients of nll, lse and entropy of every token of the group, compacted, as the kernels take them:
     scaled to at most about 1."""
     dtype, group = saved.max_N.dtype, call.shard.token_group
-    zero_n = torch.zeros(call.labels_n.shape[0], dtype=dtype, device=saved.max_N.device)
     wanted = grads_n if call.entropy is True else grads_n[:2]
-    grads_nx = torch.stack([zero_n if grad is None else grad.to(dtype) for grad in wanted], dim=1)
-    grads_Nx = saved.order.to_front(grads_nx if group is None else gather_tokens(grads_nx, most, group))
-    parts = [(grads_Nx if saved.entropy_N is None else grads_Nx[:, :2]).sum(1), grads_Nx[:, 0]]
-    if saved.entropy_N is not None:  # dH/dz_j = −p_j·(log p_j + H)
-        parts[0] = parts[0] - grads_Nx[:, 2] * saved.entropy_N
-        parts.append(-grads_Nx[:, 2])
-    if saved.inverse_temperature_N is not None:
-        parts = [part_N * saved.inverse_temperature_N for part_N in parts]
-    if grads_Nx.shape[0] == 0:
-        return Upstream(parts[0], parts[1], zero_n.new_ones(()), parts[2] if len(parts) > 2 else None)
-    all_xN = torch.stack(parts)
-    largest = all_xN.nan_to_num(0.0, 0.0, 0.0).abs().amax()
-    highest = math.frexp(torch.finfo(dtype).max)[1] - 1  # the next power of two is infinite
-    scale = torch.exp2(largest.frexp().exponent.clamp(max=highest).to(dtype))  # 1 for 0
-    softmax_N, target_N, *log = (part_N / scale for part_N in parts)
-    return Upstream(softmax_N, target_N, scale, log[0] if log else None)
+    if group is not None:
+        zero_n = torch.zeros(call.labels_n.shape[0], dtype=dtype, device=saved.max_N.device)
+        grads_nx = torch.stack([zero_n if grad is None else grad.to(dtype) for grad in wanted], dim=1)
+        wanted = gather_tokens(grads_nx, most, group).unbind(1)
+    upstream: Upstream = call.backend.upstream(
+        OutputGradients(*wanted), saved.order, dtype, saved.entropy_N, saved.inverse_temperature_N
+    )
+    return upstream
 
 
 def _start_reduction(partial_ND: Tensor, saved: Saved, call: Call) -> Callable[[], Tensor]:

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cce_dist.collectives import start_sum_of_one, token_fingerprint
-from cce_dist.kernels.problem import Logits, Normaliser, Share, Upstream
-from cce_dist.loss.tokens import Order
+from cce_dist.kernels.problem import Logits, Normaliser, Order, Share, Upstream
 from cce_dist.shard import VocabShard
 
 MOST_COUNTED = 1 << 26
@@ -180,7 +179,7 @@ class Frequent(NamedTuple):
 def find(
     target_N: Tensor,
     labels_N: Tensor,
-    valid_N: Tensor,
+    ignore_index: int,
     order: Order,
     counts: LabelCounts,
     number: int,
@@ -188,15 +187,16 @@ def find(
 ) -> tuple[Frequent, Tensor, Tensor]:
     """Chooses ``number`` rows and deals the tokens: (what the call's frequent rows are, not exchanged yet; targets [N]
     that are none of them; the choice's fingerprint)."""
-    label_N = torch.where(valid_N, labels_N, shard.vocab_size)
+    ignored_N = labels_N == ignore_index
+    label_N = labels_N.masked_fill(ignored_N, shard.vocab_size)
     choice = counts.choose(number, label_N, shard)
-    slot_M = slot_N = choice.slot_V[label_N][order.token_N]
+    slot_M = slot_N = choice.slot_V.index_select(0, label_N.index_select(0, order.token_N))
     token_M, place_M, first, valid_M = order.token_N, None, None, order.n_valid
     if shard.vocab_group is not None:
-        place_M, first, valid_M = _dealt(valid_N, order, shard)
-        token_M, slot_M = token_M[place_M], slot_N[place_M]
+        place_M, first, valid_M = _dealt(~ignored_N, order, shard)
+        token_M, slot_M = token_M.index_select(0, place_M), slot_N.index_select(0, place_M)
     frequent = Frequent(choice.row_K, choice.slot_v, slot_M, token_M, place_M, first, valid_M, None, None, label_N)
-    return frequent, torch.where(slot_N >= 0, -1, target_N), choice.fingerprint
+    return frequent, target_N.masked_fill(slot_N >= 0, -1), choice.fingerprint
 
 
 def _turn(shard: VocabShard) -> tuple[int, int]:
@@ -238,7 +238,7 @@ def start_exchange(
 
 def _start_exchange(rows_v: Tensor, row_K: Tensor, shard: VocabShard) -> Callable[[], Tensor]:
     if shard.vocab_group is None:
-        return lambda: rows_v[row_K]
+        return lambda: rows_v.index_select(0, row_K)
     own_K = (row_K >= 0).view(-1, *(1,) * (rows_v.ndim - 1))
     if rows_v.shape[0]:
         part_K = torch.where(own_K, rows_v[row_K.clamp(min=0)], 0)
@@ -263,13 +263,13 @@ def only(logits: Logits, frequent: Frequent) -> Logits:
 
 def _at(values_N: Tensor | None, place_M: Tensor | None) -> Tensor | None:
     """Values of the tokens at ``place_M``; of all, where that is None."""
-    return values_N if values_N is None or place_M is None else values_N[place_M]
+    return values_N if values_N is None or place_M is None else values_N.index_select(0, place_M)
 
 
 def picked(normaliser: Normaliser, upstream: Upstream, place_M: Tensor) -> tuple[Normaliser, Upstream]:
     """Both, of the tokens at ``place_M``."""
     values_4N = torch.stack((normaliser.max_N, normaliser.log_sum_N, upstream.softmax_N, upstream.target_N))
-    max_M, log_sum_M, softmax_M, target_M = values_4N[:, place_M]
+    max_M, log_sum_M, softmax_M, target_M = values_4N.index_select(1, place_M)
     return (
         normaliser._replace(max_N=max_M, log_sum_N=log_sum_M),
         Upstream(softmax_M, target_M, upstream.scale, _at(upstream.log_N, place_M)),

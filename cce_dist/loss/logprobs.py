@@ -81,7 +81,7 @@ def linear_logprobs(
             agreement: see `linear_cross_entropy`.
         gradient: "exact", "unbiased" or "filtered", see there; of the entropy too. "filtered" is meant for losses: the
             entropy gets much of its gradient from what it leaves to a mean.
-        filter_eps: see there; None: with ``entropy=True`` a quarter of what the loss takes.
+        filter_eps: see there; None: with ``entropy=True`` half of what the loss takes.
         first_pass: "auto" or "full": there is none in 8 bits.
         temperature: what the logits are divided by, after the softcap: a positive float, or a tensor of them that
             broadcasts to labels, one for each position of hidden. It gets no gradient. A float is part of what ranks

@@ -5,7 +5,7 @@ In: hidden states and labels of any leading shape, plain or DTensors. Out: losse
 Shapes: n tokens of this rank, N tokens of the token group, D hidden.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,38 +16,6 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from cce_dist.collectives import gather_tokens
 from cce_dist.shard import VocabShard
 from cce_dist.shard.groups import ranks_of
-
-
-class Order(NamedTuple):
-    """A permutation that brings the valid tokens to the front, in their order.
-
-    Attributes:
-        token_N: int32, where the tokens at the front come from.
-        place_N: int32, the inverse: where each token went.
-        n_valid: int32 [1], on the device.
-    """
-
-    token_N: Tensor
-    place_N: Tensor
-    n_valid: Tensor
-
-    def to_front(self, values_N: Tensor) -> Tensor:
-        """Values [N, ...] in the new order, 0 where not valid."""
-        valid_N = torch.arange(self.token_N.shape[0], device=self.token_N.device) < self.n_valid
-        return torch.where(valid_N.view(-1, *(1,) * (values_N.ndim - 1)), values_N[self.token_N], 0)
-
-    def restore(self, values_N: Tensor) -> Tensor:
-        """Values [N] back in the order before, 0 where not valid."""
-        return torch.where(self.place_N < self.n_valid, values_N[self.place_N], 0)
-
-
-def valid_first(valid_N: Tensor) -> Order:
-    before_N = valid_N.cumsum(0)
-    n_valid = before_N[-1:] if valid_N.shape[0] else before_N.new_zeros(1)
-    index_N = torch.arange(valid_N.shape[0], device=valid_N.device)
-    place_N = torch.where(valid_N, before_N - 1, n_valid + index_N - before_N)
-    token_N = torch.empty_like(index_N).scatter_(0, place_N, index_N)
-    return Order(token_N.to(torch.int32), place_N.to(torch.int32), n_valid.to(torch.int32))
 
 
 def gather(

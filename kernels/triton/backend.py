@@ -10,8 +10,22 @@ from collections.abc import Callable
 
 import torch
 
-from ..problem import Estimate, Filter, Gradients, Logits, Normaliser, Share, Summary, Tiles, Upstream, Wanted
-from . import compact
+from ..problem import (
+    Estimate,
+    Filter,
+    Gradients,
+    Logits,
+    Normaliser,
+    Order,
+    Ordered,
+    OutputGradients,
+    Share,
+    Summary,
+    Tiles,
+    Upstream,
+    Wanted,
+)
+from . import compact, tokens
 from . import estimate as estimate_stage
 from . import refine as refine_stage
 from . import summarise as summarise_stage
@@ -49,6 +63,31 @@ def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: floa
         return estimate.summary
     with torch.cuda.device_of(logits.hidden_ND):
         return refine_stage.refine(logits, estimate, normaliser, eps)
+
+
+def valid_first(labels_N: torch.Tensor, column_N: torch.Tensor, ignore_index: int, vocab_size: int) -> Ordered:
+    """The order of the tokens whose label is not ``ignore_index``, and their targets; ``column_N``: of the labels."""
+    with torch.cuda.device_of(labels_N):
+        return tokens.valid_first(labels_N, column_N, ignore_index, vocab_size)
+
+
+def losses(normaliser: Normaliser, target_logit_N: torch.Tensor, order: Order) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nll [N], lse [N]) in the order before compaction, 0 where not valid."""
+    with torch.cuda.device_of(target_logit_N):
+        return tokens.losses(normaliser, target_logit_N, order)
+
+
+def upstream(
+    gradients: OutputGradients,
+    order: Order,
+    dtype: torch.dtype,
+    entropy_N: torch.Tensor | None = None,
+    inverse_temperature_N: torch.Tensor | None = None,
+) -> Upstream:
+    """What the kernels take of the outputs' gradients. ``entropy_N``: of each token, where its gradient is wanted."""
+    assert dtype == torch.float32
+    with torch.cuda.device_of(order.token_N):
+        return tokens.upstream(gradients, order, entropy_N, inverse_temperature_N)
 
 
 def scatter_rows(

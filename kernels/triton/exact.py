@@ -68,13 +68,6 @@ def _not_zero(factor: torch.Tensor) -> torch.Tensor:
     return torch.where(factor == 0, 1.0, factor)
 
 
-def _at_most_2_60(factor: torch.Tensor, upstream: Upstream) -> tuple[torch.Tensor, Upstream]:
-    """What is beyond it in the factor goes into the upstream gradients."""
-    beyond = (factor / 2.0**60).clamp(min=1.0)
-    log_N = None if upstream.log_N is None else upstream.log_N * beyond
-    return factor / beyond, Upstream(upstream.softmax_N * beyond, upstream.target_N * beyond, upstream.scale, log_N)
-
-
 def _probabilities(
     p_Nv: torch.Tensor,
     logits: Logits,
@@ -134,12 +127,10 @@ def differentiate_exactly(
     workspace = torch.empty(rows * min(chunk, vocab), dtype=hidden_ND.dtype, device=hidden_ND.device)
     # In bf16 a factor that is a power of two is exact in the hidden states, and spares a pass over dC (of fewer rows
     # than there are tokens that pass is the smaller one).
-    # What is beyond 2^60 in it goes into the probabilities, so that hidden states do not overflow.
     scaled_ND = None
     exact_factor = hidden_ND.dtype == torch.bfloat16 and logits.logit_scale == 1.0
     writes_bf16 = dweight_VD is not None and dweight_VD.dtype == torch.bfloat16
     if exact_factor and writes_bf16 and vocab > rows:
-        factor, upstream = _at_most_2_60(factor, upstream)
         scaled_ND = hidden_ND * factor.to(torch.bfloat16)
     if dhidden_ND is not None and hidden_begun:
         dhidden_ND /= _not_zero(factor)
@@ -183,16 +174,15 @@ def differentiate_rows(
     rows, dtype = hidden_ND.shape[0], hidden_ND.dtype
     factor = upstream.scale * (logits.logit_scale / headroom)
     exact_factor = dtype == torch.bfloat16 and logits.logit_scale == 1.0  # see differentiate_exactly
-    if exact_factor:
-        factor, upstream = _at_most_2_60(factor, upstream)
     if dhidden_ND is not None and not exact_factor:
         dhidden_ND /= _not_zero(factor)
     chunk = max(workspace_bytes // max(rows * hidden_ND.element_size(), 1) // logits.tile, 1) * logits.tile
     memory = torch.empty(rows * min(chunk, row_K.shape[0]), dtype=dtype, device=hidden_ND.device)
     for row_k, first in zip(row_K.split(chunk), range(0, row_K.shape[0], chunk), strict=True):
-        weight_kD = logits.weight_VD[row_k]
-        bias_k = None if logits.bias_V is None else logits.bias_V[row_k]
-        part = logits._replace(weight_VD=weight_kD, bias_V=bias_k, target_N=logits.target_N - first, frequent_V=None)
+        weight_kD = logits.weight_VD.index_select(0, row_k)
+        bias_k = None if logits.bias_V is None else logits.bias_V.index_select(0, row_k)
+        target_N = logits.target_N - first if first else logits.target_N
+        part = logits._replace(weight_VD=weight_kD, bias_V=bias_k, target_N=target_N, frequent_V=None)
         p_Nk = memory[: rows * row_k.shape[0]].view(rows, -1)
         _probabilities(p_Nk, part, hidden_ND, upstream, normaliser, 0, headroom)
         if out.weight_VD is not None:

@@ -39,12 +39,14 @@ H100."""
 _MOST_FACTOR = tl.constexpr(2.0**126)  # its inverse is the smallest normal number: rows of less lose bits
 _NOISE = 0.037
 """Relative error of a rounded product e_d·c_d; a sum's is at most NOISE·‖e‖₄·‖c‖₄ (Cauchy-Schwarz on Σ e²c²)."""
-_DEVIATIONS, _TOLERATED = 4.0, 0.9
+_DEVIATIONS = 4.0
+_TOLERATED = tl.constexpr(0.9)
 """Four times the bound on the standard deviation (1.7 times it, for rows like noise) may be so many nats."""
 _MOST_TAKEN_OUT = tl.constexpr(0.04)
 """Of log2 exp(σ²/2), by columns and by tokens: what more noise leaves to estimates counts for nothing."""
 _HOPELESS = tl.constexpr(4.0)
 """Nats above the tolerated ones, and above twice the deviation of the logits, at which most pairs would be refined."""
+_MARGIN_TOKENS = 1024
 _ROWS, _SAMPLES, _SAMPLED_AT_ONCE, _SAMPLED_D = 4, 1024, 128, 32
 
 
@@ -189,7 +191,6 @@ def _quantise_hidden_kernel(
     scale,
     correction,
     deviations,
-    tolerated,
     HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -253,7 +254,18 @@ def _quantise_hidden_kernel(
     tl.store(out.offset_N + n, offset, mask=n < N)
     tl.store(out.variance_N + n, tl.minimum(variance, _MOST_TAKEN_OUT), mask=n < N)
     tl.store(out.deviation_N + n, deviation, mask=n < N)
-    tl.store(out.hopeless_N + n, deviation / (tolerated + _HOPELESS + 2 * spread), mask=n < N)
+    tl.store(out.hopeless_N + n, deviation / (_TOLERATED + _HOPELESS + 2 * spread), mask=n < N)
+
+
+@triton.jit
+def _margin_kernel(margin_N, deviation_N, hopeless_N, largest_norm_ptr, N, TOKENS: tl.constexpr):
+    """See `QuantisedHidden.margin`. Grid: blocks of tokens. Bytes: 12·N."""
+    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    largest_norm = tl.load(largest_norm_ptr)
+    deviation = tl.load(deviation_N + n, mask=n < N, other=0.0) * largest_norm
+    is_hopeless = tl.load(hopeless_N + n, mask=n < N, other=0.0) * largest_norm > 1
+    margin = tl.where(deviation < _TOLERATED, 0.0, deviation - _TOLERATED)  # a NaN stays one
+    tl.store(margin_N + n, tl.where(is_hopeless, float("inf"), margin), mask=n < N)
 
 
 class Moments(NamedTuple):
@@ -300,8 +312,12 @@ class QuantisedHidden(NamedTuple):
 
     def margin(self, largest_norm: torch.Tensor) -> torch.Tensor:
         """Nats by which a pair's mass may be more than estimated; infinite where nothing was estimated."""
-        margin_N = (self.deviation_N * largest_norm - _TOLERATED).clamp_(min=0)
-        return torch.where(self.hopeless_N * largest_norm > 1, torch.inf, margin_N)
+        margin_N = torch.empty_like(self.deviation_N)
+        tokens = margin_N.shape[0]
+        _margin_kernel[(triton.cdiv(tokens, _MARGIN_TOKENS),)](
+            margin_N, self.deviation_N, self.hopeless_N, largest_norm, tokens, TOKENS=_MARGIN_TOKENS, **LAUNCH
+        )
+        return margin_N
 
 
 class InEightBits(NamedTuple):
@@ -419,7 +435,6 @@ def quantise_hidden(
         logit_scale,
         1 + _CUT_PER_COLUMN * columns,
         _DEVIATIONS * _NOISE,
-        _TOLERATED,
         HAS_SOFTCAP=has_softcap,
         ROWS=_ROWS,
         BLOCK_D=_block_d(columns),

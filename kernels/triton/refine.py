@@ -115,13 +115,30 @@ def _sum_kernel(
     tl.store(sumexp_BN + place, tl.where(valid, sum_n, 1.0), mask=n < N)
 
 
+@triton.jit
+def _sum_blocks_kernel(out_2N, max_BN, sumexp_BN, B, N, TOKENS: tl.constexpr):
+    """The blocks' sums put together, always in their order. Grid: blocks of tokens. Bytes: 8·B·N."""
+    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    max_n = tl.full([TOKENS], -float("inf"), tl.float32)
+    sum_n = tl.zeros([TOKENS], tl.float32)
+    for block in range(B):
+        block_max_n = tl.load(max_BN + block * N + n, mask=n < N, other=0.0)
+        new_max_n = tl.maximum(max_n, block_max_n)
+        shift_n = finite(new_max_n)
+        block_sum_n = tl.load(sumexp_BN + block * N + n, mask=n < N, other=0.0)
+        sum_n = sum_n * tl.exp2(max_n - shift_n) + block_sum_n * tl.exp2(block_max_n - shift_n)
+        max_n = new_max_n
+    tl.store(out_2N + n, max_n, mask=n < N)
+    tl.store(out_2N + N + n, sum_n, mask=n < N)
+
+
 def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: float) -> Summary:
     """The estimate's summary with max, Σ exp and large tiles refined; ``normaliser``: all shards' estimates merged."""
     weight_VD, tiles, operands = logits.weight_VD, estimate.summary.tiles, operands_of(logits)
     assert tiles is not None
     tuning = tuning_for(logits.hidden_ND)
     tma = tuning.tma and can_use_tma(weight_VD)
-    lse2_N = normaliser.max_N + normaliser.log_sum_N - estimate.margin_N / LN_2
+    lse2_N = (normaliser.max_N + normaliser.log_sum_N).sub_(estimate.margin_N, alpha=1 / LN_2)
     pairs = select(logits, tiles, lse2_N, Filter("filtered", eps))
     exact_TN = torch.empty(tiles.lse_TN.shape, dtype=torch.float32, device=weight_VD.device)
     _large_pairs_kernel[(logits.num_tiles, _PROGRAMS_PER_TILE)](
@@ -152,7 +169,8 @@ def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: floa
         TILES=_TILES,
         **LAUNCH,
     )
-    max_N = max_BN.amax(0)
-    shift_N = torch.where(max_N == -torch.inf, 0.0, max_N)
-    sumexp_N = (sumexp_BN * torch.exp2(max_BN - shift_N)).sum(0)
-    return estimate.summary._replace(max_N=max_N, sumexp_N=sumexp_N)
+    out_2N = max_BN.new_empty((2, operands.N))
+    _sum_blocks_kernel[(triton.cdiv(operands.N, _TOKENS),)](
+        out_2N, max_BN, sumexp_BN, blocks, operands.N, TOKENS=_TOKENS, **LAUNCH
+    )
+    return estimate.summary._replace(max_N=out_2N[0], sumexp_N=out_2N[1])

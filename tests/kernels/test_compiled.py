@@ -53,9 +53,13 @@ def compile_only(self, *arguments, grid, warmup, **options):
 
 
 jit.JITFunction.run = compile_only
-from cce_dist.kernels.triton import compact, differentiate, exact, quantise, refine, select, summarise, tail, tuning
+from cce_dist.kernels.triton import (
+    compact, differentiate, exact, quantise, refine, select, summarise, tail, tokens, tuning
+)
 from cce_dist.kernels.triton.operands import Tail
-from cce_dist.kernels.problem import TILE, Estimate, Filter, Gradients, Logits, Normaliser, Share, Upstream
+from cce_dist.kernels.problem import (
+    TILE, Estimate, Filter, Gradients, Logits, Normaliser, OutputGradients, Share, Upstream
+)
 
 V = 16 * TILE
 table = tuning.choose((f"sm_{arch}" if kind == "cuda" else arch,), DTYPE.itemsize, D)
@@ -83,6 +87,7 @@ with tuning.forced(table):
         copy = weight.to(torch.float8_e4m3fn)
         common = quantise.Common(floats(D), floats(D), floats(1))
         c = quantise.quantise_weight(weight, logits.bias_V, logits.frequent_V, common, *form, floats(1), copy)
+        e.margin(floats(1))
         numbers = e.scale_N, c.scale_V, e.offset_N, c.offset_V, e.variance_N, e.hopeless_N, floats(1)
         summarise.launch(
             logits._replace(hidden_ND=e.rows_ND, weight_VD=c.rows_VD, bias_V=None),
@@ -117,6 +122,11 @@ with tuning.forced(table):
         out = Gradients(floats(N, D), weight.clone(), floats(V) if BIAS else None)
         differentiate.differentiate(warm, pairs, normaliser, of_entropy, out, whole_tail, 1.0, 1 << 20)
         exact.differentiate_exactly(warm, normaliser, of_entropy, None, None, floats(V), 1.0, 1 << 20)
+    labels = torch.zeros(N, dtype=torch.int64)
+    order = tokens.valid_first(labels, labels, -100, V).order
+    tokens.losses(normaliser, floats(N), order)
+    tokens.upstream(OutputGradients(floats(N), None), order)
+    tokens.upstream(OutputGradients(floats(N), floats(N), floats(N)), order, floats(N), floats(N))
     compact.compacted(logits)
     compact.scatter_rows(floats(N, D), ints(N), ints(1), DTYPE)
     compact.write_rows(weight, floats(N, D), ints(N))

@@ -212,7 +212,7 @@ def test_a_full_pass_rounds_alike_with_and_without_a_gradient(dim: int, dtype: t
     assert all(torch.equal(got, expected) for got, expected in zip(trained, evaluated, strict=True))
     if dtype != torch.float32:
         _, lse = linear_cross_entropy(hidden, weight, labels, first_pass="fp8", **settings)
-        assert 1e-5 < (lse.detach() - evaluated[1]).square().mean().sqrt() < 5e-3
+        assert 1e-6 < (lse.detach() - evaluated[1]).square().mean().sqrt() < 5e-3  # another way, and a near one
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

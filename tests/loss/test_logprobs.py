@@ -187,8 +187,8 @@ def ours(case: Case, part: int = 0, shard: VocabShard | None = None, **given: An
 
 
 def assert_no_worse(got: Outcome, case: Case) -> None:
-    """All numbers within 1.5 times the error of full logits at the case's dtype, plus rounding; ids and ranks are those
-    of fp64, in 16 bits for most tokens."""
+    """All numbers within 1.5 times the error of full logits at the case's dtype, plus rounding, which counts twice in a
+    square; ids and ranks are those of fp64, in 16 bits for most tokens."""
     truth, plain = full_logits(case, torch.float64), full_logits(case, case.dtype)
     faults = []
     for name in (*OUTPUTS, "sum_sq_probs", "dhidden", "dweight", "dbias"):
@@ -196,7 +196,8 @@ def assert_no_worse(got: Outcome, case: Case) -> None:
             continue
         g, t, p = (torch.cat([x.reshape(-1) for x in of[name]]) for of in (got, truth, plain))
         assert g.shape == t.shape, f"{name}: {list(g.shape)}, not {list(t.shape)}"
-        bound = 1.5 * relative_error(p, t) + 2 * ROUNDING[got[name][0].dtype]
+        roundings = 4 if name == "sum_sq_probs" else 2
+        bound = 1.5 * relative_error(p, t) + roundings * ROUNDING[got[name][0].dtype]
         if relative_error(g, t) > bound:
             faults.append(f"{name}: {relative_error(g, t):.2e}, allowed {bound:.2e}")
     for name in ("top1", "is_top1", "rank"):
@@ -427,10 +428,10 @@ def test_a_call_keeps_no_more_for_backward_than_the_loss_does() -> None:
 
 @pytest.mark.parametrize("capability", [(9, 0)])
 def test_there_is_no_8_bit_pass(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, shard = torch.zeros(3, 8, dtype=torch.float16), VocabShard.whole(1 << 17)
+    hidden, shard = torch.zeros(3, 8, dtype=torch.float16, device=DEVICE), VocabShard.whole(1 << 17)
     settings = check_settings({"backend": "triton"}, LogprobSettings)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    method = resolve(settings, hidden, torch.zeros(3, dtype=torch.int64), shard, True)
+    method = resolve(settings, hidden, torch.zeros(3, dtype=torch.int64, device=DEVICE), shard, True)
     assert method.first_pass == "full"
     with pytest.raises(ValueError, match='first_pass must be "auto" or "full"; got \'?fp8'):
         check_settings({"first_pass": "fp8"}, LogprobSettings)
@@ -444,7 +445,7 @@ def test_the_entropy_takes_a_smaller_eps() -> None:
         ).filter_eps
         for given in ({}, {"entropy": True}, {"entropy": True, "filter_eps": 0.25}, {"entropy": "value"})
     ]
-    assert eps[1] == eps[0] / 4
+    assert eps[1] == eps[0] / 2
     assert eps[2] == 0.25
     assert eps[3] == eps[0]
 

@@ -27,7 +27,6 @@ from cce_dist import VocabShard, linear_cross_entropy
 from cce_dist.kernels.problem import MOST_DRAWN, TILE
 from cce_dist.loss.autograd import Call, filter_of, logits_of
 from cce_dist.loss.settings import CallSettings, check_settings, resolve
-from cce_dist.loss.tokens import valid_first
 
 ALL = {
     "bias": True,
@@ -348,6 +347,6 @@ def test_a_shard_draws_its_share_of_the_most_pairs_that_a_token_draws(rows: int)
     hidden, weight, labels = torch.zeros(3, 8), torch.zeros(rows, 8), torch.zeros(3, dtype=torch.int64)
     method = resolve(settings, hidden, labels, shard, needs_grad=True)
     call = Call(labels, shard, settings, method, 3, True)
-    order = valid_first(labels == 0)
+    order = call.backend.valid_first(labels, labels, -100, 600).order
     logits = logits_of(hidden, weight, None, labels.to(torch.int32), order, call)
     assert filter_of(call, logits, None).most_drawn == pytest.approx(MOST_DRAWN * rows / 600)
