@@ -103,9 +103,10 @@ def losses(normaliser: Normaliser, target_logit_N: torch.Tensor, order: Order) -
 
 @triton.jit
 def _grad_of(grad_N, stride, token, valid):
-    if grad_N is None:
-        return tl.zeros(token.shape, tl.float32)
-    return tl.load(grad_N + token.to(tl.int64) * stride, mask=valid, other=0.0).to(tl.float32)
+    grad = tl.where(valid, 0.0, 0.0)
+    if grad_N is not None:
+        grad = tl.load(grad_N + token.to(tl.int64) * stride, mask=valid, other=0.0).to(tl.float32)
+    return grad
 
 
 @triton.jit
@@ -115,7 +116,7 @@ def _parts(nll_N, nll_stride, lse_N, lse_stride, of_entropy_N, entropy_stride, o
     token = tl.load(order.token_N + n, mask=valid, other=0)
     target = _grad_of(nll_N, nll_stride, token, valid)
     softmax = target + _grad_of(lse_N, lse_stride, token, valid)
-    log = tl.zeros(token.shape, tl.float32)
+    log = tl.where(valid, 0.0, 0.0)
     if entropy_N is not None:
         log -= _grad_of(of_entropy_N, entropy_stride, token, valid)
         softmax += log * tl.load(entropy_N + n, mask=valid, other=0.0)
