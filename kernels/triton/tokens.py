@@ -161,17 +161,18 @@ def _upstream_kernel(
     # The next power of two, by its exponent's bits; 1 for 0.
     size = tl.max(largest, 0)
     exponent = tl.minimum((size.to(tl.int32, bitcast=True) >> 23) + 1, 127 + _LARGEST_SCALE)
-    scale = tl.where(size == 0.0, 1.0, (exponent << 23).to(tl.float32, bitcast=True))
-    tl.store(scale_ptr, scale)
+    exponent = tl.where(size == 0.0, 127, exponent)
+    tl.store(scale_ptr, (exponent << 23).to(tl.float32, bitcast=True))
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     for first in range(0, N, BLOCK):
         n = first + tl.arange(0, BLOCK)
         softmax, target, log = _parts(
             nll_N, nll_stride, lse_N, lse_stride, of_entropy_N, entropy_stride, order, entropy_N, inverse_N, n, N
         )
-        tl.store(softmax_N + n, softmax / scale, mask=n < N)
-        tl.store(target_N + n, target / scale, mask=n < N)
+        tl.store(softmax_N + n, softmax * inverse, mask=n < N)
+        tl.store(target_N + n, target * inverse, mask=n < N)
         if log_N is not None:
-            tl.store(log_N + n, log / scale, mask=n < N)
+            tl.store(log_N + n, log * inverse, mask=n < N)
 
 
 def upstream(

@@ -63,8 +63,7 @@ def loss_bytes(
     of_frequent = 0
     if frequent and ranks == 1:
         rows_at_once = min(FREQUENT_WORKSPACE // (ELEMENT * tokens), frequent)
-        # Two chunks of probabilities, as when benchmarks/results was measured; the code has dropped one since.
-        of_frequent = ELEMENT * (elements + rows_at_once * (2 * tokens + 2 * hidden))
+        of_frequent = ELEMENT * (elements + rows_at_once * (tokens + 2 * hidden))
     elif frequent:
         at_work += (ELEMENT + 4) * frequent * hidden
     summaries = 0 if exact else ELEMENT * tiles * tokens
