@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import transformers
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from ranks import RankPool
+from ranks import RankPool, device
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -115,7 +115,7 @@ def make_batch(case: Case, micro_step: int, rank: int) -> dict[str, Tensor]:
     draws = torch.Generator().manual_seed(100 * micro_step + rank)
     ids = torch.randint(case.vocab_size, (2, 6 + (3 * rank + micro_step) % 7), generator=draws)
     labels = torch.where(torch.rand(ids.shape, generator=draws) < 0.3, -100, ids)
-    return {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids.to(device()), "labels": labels.to(device())}
 
 
 def data_rank(case: Case) -> int:
@@ -190,11 +190,11 @@ def weights_of(engine: Any) -> dict[str, Tensor]:
     """All weights; under tensor parallelism those of this rank."""
     if engine.zero_optimization_stage() < 3:
         whole = engine.module.state_dict()
-        return {name: whole[name].detach().float().clone() for name, _ in engine.module.named_parameters()}
+        return {name: whole[name].detach().float().cpu().clone() for name, _ in engine.module.named_parameters()}
     weights = {}
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter):
-            weights[name] = parameter.detach().float().clone()
+            weights[name] = parameter.detach().float().cpu().clone()
     return weights
 
 
@@ -216,7 +216,8 @@ def train(case: Case) -> dict[str, Any]:
     for micro_step in range(STEPS * ACCUMULATION):
         losses += take_steps(engine, case, range(micro_step, micro_step + 1))
         if micro_step % ACCUMULATION:
-            norms.append(engine.get_global_grad_norm())
+            norm = engine.get_global_grad_norm()
+            norms.append(norm if norm is None else torch.as_tensor(norm).cpu())
             if case.evaluates:
                 evaluated += _evaluate(engine, make_batch(case, 1000, rank))
     return {"losses": losses, "norms": norms, "evaluated": evaluated, "weights": weights_of(engine)}
@@ -312,7 +313,7 @@ class Meter(TorchDispatchMode):
 
 def measure_a_step(case: Case) -> dict[str, Any]:
     engine = make_engine(case)
-    inputs = torch.randn(2, 8, HIDDEN), torch.randint(case.vocab_size, (2, 8))
+    inputs = torch.randn(2, 8, HIDDEN, device=device()), torch.randint(case.vocab_size, (2, 8), device=device())
     with Meter() as meter:
         loss = engine(inputs_embeds=inputs[0], labels=inputs[1])
         engine.backward(loss)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import device
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
@@ -143,6 +144,11 @@ class Case:
 
 
 def build(case: Case) -> nn.Module:
+    """With weights drawn on the CPU, the same wherever it then is."""
+    return model_of(case).to(device())
+
+
+def model_of(case: Case) -> nn.Module:
     torch.manual_seed(3)
     sizes = {"vocab_size": case.vocab, "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": case.tied}
@@ -173,7 +179,7 @@ def batch(case: Case, step: int, micro: int, rank: int) -> tuple[Tensor, Tensor]
     labels = torch.randint(case.vocab, shape, generator=generator)
     labels[torch.rand(shape, generator=generator) < 0.2 * rank] = -100
     labels[0, 0] = 1
-    return ids, labels
+    return ids.to(device()), labels.to(device())
 
 
 def loss_of(model: nn.Module, case: Case, ids: Tensor, labels: Tensor, past_head: bool = False) -> Tensor:
@@ -243,8 +249,8 @@ def mesh_of(case: Case) -> DeviceMesh:
     ranks = case.mesh or (dist.get_world_size() // case.tp,)
     names = ("replicate", "shard") if len(ranks) == 2 else ("shard",)
     if case.tp > 1:
-        return init_device_mesh("cpu", (*ranks, case.tp), mesh_dim_names=(*names, "tp"))
-    return init_device_mesh("cpu", ranks, mesh_dim_names=names)
+        return init_device_mesh(device(), (*ranks, case.tp), mesh_dim_names=(*names, "tp"))
+    return init_device_mesh(device(), ranks, mesh_dim_names=names)
 
 
 def _parallelize(model: PlainLM, case: Case, tp: DeviceMesh) -> None:
@@ -289,7 +295,7 @@ def shard_model(
         _parallelize(model, case, mesh["tp"])
         mesh = mesh[mesh.mesh_dim_names[:-1]]
     if case.cp > 1:
-        every = init_device_mesh("cpu", (mesh.size() // case.cp, case.cp), mesh_dim_names=("dp", "cp"))
+        every = init_device_mesh(device(), (mesh.size() // case.cp, case.cp), mesh_dim_names=("dp", "cp"))
         for layer in _layers(model):
             layer.context = every["cp"]  # type: ignore[assignment]
     if case.offload:
@@ -337,7 +343,7 @@ def by_reader(own: float, case: Case) -> list[float]:
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}  # type: ignore[operator]
+    return {name: p.detach().full_tensor().cpu().clone() for name, p in model.named_parameters()}  # type: ignore[operator]
 
 
 def assert_equal(actual: Record, expected: Record) -> None:

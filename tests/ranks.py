@@ -1,4 +1,4 @@
-"""A pool of spawned gloo ranks that runs many distributed cases, one process group per case.
+"""A pool of spawned ranks that runs many distributed cases, one process group per case.
 
 Starting processes that import torch costs seconds; a case here costs milliseconds. In a test file::
 
@@ -14,6 +14,8 @@ Starting processes that import torch costs seconds; a case here costs millisecon
 What a case may rely on:
 - The default process group is fresh and holds exactly the ``world`` ranks; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
   and MASTER_PORT (free) are set. Further groups are the case's own; all are destroyed afterwards.
+- Groups are gloo's; where there are as many GPUs as ranks, gloo moves CPU tensors and NCCL those of a GPU of its own
+  that each rank has (``cpu:gloo,cuda:nccl``). `device` says where a case that knows both is to compute.
 - The random generators of torch and Python are seeded with 0, the same on every rank; torch uses one thread.
 - The function and its arguments are found by the path of their file, so the importlib import mode of pytest works.
   Arguments and results are pickled by value: return plain tensors (`.to_local()`, `.detach()`), not modules or groups.
@@ -73,6 +75,11 @@ _SLOW_IMPORTS = (
     "transformers.models.llama.modeling_llama",
     "deepspeed.runtime.zero.muon.original_muon",  # and torch.compile with it
 )
+
+
+def device() -> str:
+    """In a case: "cuda" where its ranks have a GPU each. In the test's own process: "cpu"."""
+    return "cuda" if dist.is_initialized() and "nccl" in str(dist.get_backend_config()) else "cpu"
 
 
 class _RankTraceback(Exception):
@@ -242,8 +249,11 @@ def _run_case(rank: int, case: dict[str, Any], arguments: bytes) -> Any:
     args = pickle.loads(arguments)
     random.seed(0)
     torch.manual_seed(0)
+    has_gpus = torch.cuda.device_count() >= case["world"]
+    if has_gpus:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if has_gpus else "gloo",
         store=dist.FileStore(case["store"], case["world"]),
         rank=rank,
         world_size=case["world"],

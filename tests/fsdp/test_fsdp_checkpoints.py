@@ -17,11 +17,12 @@ from fsdp_runs import (
     full_weights,
     losses_of,
     mesh_of,
+    model_of,
     reader,
     shard_model,
     train_plain,
 )
-from ranks import RankPool
+from ranks import RankPool, device
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -148,10 +149,10 @@ def test_the_full_state_dict_is_that_of_the_plain_model(ranks: RankPool, entry: 
 
 def _meta(case: Case) -> tuple[bool, float]:
     with torch.device("meta"):
-        model = build(case)
+        model = model_of(case)
     shard_model(model, case, mesh_of(case))
     on_meta = all(p.is_meta for p in model.parameters())
-    model.to_empty(device="cpu")
+    model.to_empty(device=device())
     _load_full(model, case)
     return on_meta, float(losses_of(model, case, 0, 0, reader(case)))
 

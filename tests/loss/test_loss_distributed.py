@@ -871,7 +871,7 @@ def test_a_later_fault_in_one_vocabulary_group_ends_the_others_by_the_launcher(t
     arguments = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", *RENDEZVOUS, script]
     with Command(arguments, tmp_path / "log") as command:
         assert command.wait(120) != 0
-        assert "rank 3: labels must be in [0, 40) or ignore_index, got [77]" in command.said
+        assert "rank 3: labels must be in [0, 40) or ignore_index = -100, got [77]" in command.said
         assert command.said.count("done with step 0") == 4
         assert "done with step 1" not in command.said
         assert command.alive() == []
