@@ -61,7 +61,8 @@ class CausalBlock(Block):
         query, key, value = self.query(y), self._whole(self.key(y)), self._whole(self.value(y))
         own, every = query.shape[1], key.shape[1]
         first = 0 if self.context is None else own * self.context.get_local_rank()
-        seen = torch.arange(first, first + own)[:, None] >= torch.arange(every)
+        place = torch.arange(every, device=x.device)
+        seen = place[first : first + own, None] >= place
         return super().forward(x + F.scaled_dot_product_attention(query, key, value, attn_mask=seen))
 
     def _whole(self, x: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ In: the size of the vocabulary groups, the device. Out: a `Report` of the larges
 Shapes: n tokens of this rank, N of the token group, D hidden, V vocabulary.
 """
 
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from cce_dist.loss import linear_cross_entropy
 from cce_dist.shard import VocabShard
+from cce_dist.shard.groups import new_subgroup
 from cce_dist.tools.doctor.reports import Faults, Report
 
 
@@ -41,10 +44,12 @@ def examine(size: int, device: torch.device) -> Report:
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         dtypes.append(torch.bfloat16)
     cases = [Case(s, dtype, g) for s in (False, True) for dtype in dtypes for g in ("exact", "unbiased")]
+    if device.type == "cuda":
+        _compile(cases, group, device)
     faults: Faults = []
     worst = 0.0
     for case in cases:
-        errors = loss_errors(case, group, device)
+        errors = loss_errors(_problem(case, group), case, device)
         worst = max(worst, *(error / _ALLOWED[case.dtype] for error in errors.values()))
         wrong = {name: error for name, error in errors.items() if not error <= _ALLOWED[case.dtype]}
         if wrong:
@@ -60,28 +65,63 @@ def examine(size: int, device: torch.device) -> Report:
     return Report({"cases": len(cases), "worst": worst, "size": size, "world": world}, faults, [])
 
 
-def loss_errors(case: Case, group: ProcessGroup, device: torch.device) -> dict[str, float]:
-    """Relative errors of this rank's loss, dE and dC against all logits in fp64. All ranks draw the same problem."""
+def _compile(cases: Sequence[Case], group: ProcessGroup, device: torch.device) -> None:
+    """The kernels, into Triton's cache of each node: every rank of it compiles those of some cases, in calls of its own
+    with as many rows and tokens. All ranks compiling everything, one case after the other, takes over a minute."""
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    alone = new_subgroup([dist.get_rank()], group)
+    if dist.get_rank() == 0:
+        print("cce-dist doctor: compiling kernels, which takes half a minute on a fresh machine.", file=sys.stderr)
+    # The longest ones, those of "unbiased", to different ranks.
+    for case in sorted(cases, key=lambda case: case.gradient)[local_rank::local_world]:
+        problem = _problem(case, group)
+        rows = problem.shard.num_rows
+        shard = VocabShard.even(rows, alone, alone if case.sharded else None)
+        loss_errors(_drawn(rows, problem.labels_N.shape[0], case, shard), case, device)
+
+
+class _Problem(NamedTuple):
+    """Drawn alike on all ranks, in fp64; ``own``: the tokens that this rank brings."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    labels_N: Tensor
+    shard: VocabShard
+    own: slice
+
+
+def _problem(case: Case, group: ProcessGroup) -> _Problem:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    draw = torch.Generator().manual_seed(7)
-    per_rank = max(64 // world, 1)
+    per_rank, vocab = max(64 // world, 1), max(600, 2 * world + 3)
     counts = [per_rank + r % 2 for r in range(world)] if case.sharded else [per_rank * world]
-    vocab, hidden_size = max(600, 2 * world + 3), 32
+    shard = VocabShard.even(vocab, group, group if case.sharded else None)
+    problem = _drawn(vocab, sum(counts), case, shard)
+    return problem._replace(own=slice(sum(counts[:rank]), sum(counts[: rank + 1])) if case.sharded else slice(None))
+
+
+def _drawn(vocab: int, tokens: int, case: Case, shard: VocabShard) -> _Problem:
+    draw, hidden_size = torch.Generator().manual_seed(7), 32
     # So flat a softmax that nothing is sampled: "unbiased" is exact here, by its own path.
     hidden_ND, weight_VD = (
         (scale * torch.randn(rows, hidden_size, generator=draw)).to(case.dtype).double()
-        for rows, scale in ((sum(counts), 1.0), (vocab, hidden_size**-0.5))
+        for rows, scale in ((tokens, 1.0), (vocab, hidden_size**-0.5))
     )
-    labels_N = torch.randint(vocab, (sum(counts),), generator=draw)
+    labels_N = torch.randint(vocab, (tokens,), generator=draw)
     labels_N[::7] = -100
-    truth_ND, truth_VD = hidden_ND.requires_grad_(), weight_VD.requires_grad_()
+    return _Problem(hidden_ND, weight_VD, labels_N, shard, slice(None))
+
+
+def loss_errors(problem: _Problem, case: Case, device: torch.device) -> dict[str, float]:
+    """Relative errors of this rank's loss, dE and dC against all logits in fp64."""
+    shard, own, labels_N = problem.shard, problem.own, problem.labels_N
+    truth_ND, truth_VD = (x.clone().requires_grad_() for x in problem[:2])
     truth_N = torch.nn.functional.cross_entropy(truth_ND @ truth_VD.T, labels_N, reduction="none")
     truth_N.sum().backward()
 
-    shard = VocabShard.even(vocab, group, group if case.sharded else None)
-    own = slice(sum(counts[:rank]), sum(counts[: rank + 1])) if case.sharded else slice(None)
     rows = slice(shard.start, shard.stop)
-    hidden_nD, rows_VD = (x.detach().to(device, case.dtype).requires_grad_() for x in (hidden_ND[own], weight_VD[rows]))
+    hidden_nD, rows_VD = (
+        x.detach().to(device, case.dtype).requires_grad_() for x in (problem.hidden_ND[own], problem.weight_VD[rows])
+    )
     loss_n = linear_cross_entropy(
         hidden_nD, rows_VD, labels_N[own].to(device), shard=shard, reduction="none", gradient=case.gradient
     )  # type: ignore[call-overload]
