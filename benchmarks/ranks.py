@@ -5,11 +5,13 @@
 Layouts: "one" (each rank alone, the whole vocabulary), "same tokens" (tensor parallel: N tokens on all ranks together),
 "own tokens" (N on each rank). Methods: cce_dist unbiased, with and without frequent rows, and, with the same tokens,
 logits that are kept in bf16 on each rank (Megatron-style: column-parallel product, all-reduces of a number a token, its
-elementwise parts compiled). Per layout and method: milliseconds of forward and of both (median; of each run the slowest
-rank, all started together behind work that hides their launches), multiples of one cuBLAS product hidden · weightᵀ and
-of its W-th part, peak MB beyond the returned gradients, and errors of dE and dC against fp32 logits, the largest of the
-ranks. Efficiency: of W ranks with the same tokens, time of one / (W · time); with own tokens, time of one / time. Rank
-0 writes the JSON after each shape.
+elementwise parts compiled), and DeepSpeed's vocabulary-parallel loss where that is installed; with own tokens, the
+classifier gathered from its shards and the loss compiled, as under FSDP. Per layout and method: milliseconds of forward
+and of both (median; of each run the slowest rank, all started together behind work that hides their launches),
+multiples of one cuBLAS product hidden · weightᵀ and of its W-th part, peak MB beyond the returned gradients, errors of
+dE and dC against fp32 logits, the largest of the ranks; and, of each rank, what `overlap` sees. Efficiency: of W ranks
+with the same tokens, time of one / (W · time); with own tokens, time of one / time. Rank 0 writes the JSON after each
+shape.
 
 Shapes: N tokens of a rank, D hidden, V vocabulary, W ranks, v rows of a rank.
 """
@@ -26,6 +28,7 @@ import torch
 import torch.distributed as dist
 from inputs import Inputs, load_tokens, set_counts, trained_inputs
 from loss import dtype_on, environment, peak_mb, reference, relative_error, result_path, shape_name, shape_of
+from overlap import OnTheWire, profiled_ms
 from timing import WARM_UP, once_ms
 from torch import Tensor, nn
 
@@ -109,6 +112,33 @@ def _probabilities(logits_Nv: Tensor, lse_N: Tensor, column_N: Tensor, scale: Te
     return (p_Nv * scale).to(logits_Nv.dtype)
 
 
+class _Gathered(torch.autograd.Function):
+    """The whole classifier from the ranks' rows; its gradient is summed and cut again. As FSDP does, in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_vD: Tensor, vocab: int) -> Tensor:
+        ctx.own, ctx.rows = weight_vD.shape[0], -(-vocab // dist.get_world_size())
+        weight_VD = weight_vD.new_empty((ctx.rows * dist.get_world_size(), weight_vD.shape[1]))
+        dist.all_gather_into_tensor(weight_VD, _padded(weight_vD, ctx.rows))
+        return weight_VD[:vocab]
+
+    @staticmethod
+    def backward(ctx: Any, grad_VD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad_vD = grad_VD.new_empty((ctx.rows, grad_VD.shape[1]))
+        dist.reduce_scatter_tensor(grad_vD, _padded(grad_VD, ctx.rows * dist.get_world_size()))
+        return grad_vD[: ctx.own], None
+
+
+def _padded(rows_vD: Tensor, rows: int) -> Tensor:
+    if rows_vD.shape[0] == rows:
+        return rows_vD.contiguous()
+    return torch.cat([rows_vD, rows_vD.new_zeros((rows - rows_vD.shape[0], rows_vD.shape[1]))])
+
+
+def _plain_loss(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy((hidden_ND @ weight_VD.T).float(), labels_N)
+
+
 def methods_of(layout: str, device: str) -> dict[str, Callable[[Case, Inputs], Tensor]]:
     """Functions (case, inputs) -> mean loss. On a CPU the torch backend, to try the command out."""
     settings: dict[str, Any] = (
@@ -129,7 +159,30 @@ def methods_of(layout: str, device: str) -> dict[str, Callable[[Case, Inputs], T
         methods["logits kept"] = lambda case, _: _KeptLogits.apply(
             case.hidden_ND, case.weight_vD, case.shard.local_columns(case.labels_N)
         )
+        if (deepspeed_loss := _deepspeed_loss()) is not None:
+            methods["DeepSpeed"] = deepspeed_loss
+    if layout == "own tokens":
+        methods["classifier gathered"] = lambda case, _: _plain_loss(
+            case.hidden_ND, _Gathered.apply(case.weight_vD, case.shard.vocab_size), case.labels_N
+        )
     return methods
+
+
+def _deepspeed_loss() -> Callable[[Case, Inputs], Tensor] | None:
+    """Of tensor parallelism; None where it is not installed."""
+    try:
+        from deepspeed import comm
+        from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy as function
+    except ImportError:
+        return None
+    if not comm.is_initialized():
+        comm.init_distributed()
+
+    def loss(case: Case, _: Inputs) -> Tensor:
+        bounds = {"vocab_start_index": case.shard.start, "vocab_end_index": case.shard.stop}
+        return function(case.hidden_ND, case.weight_vD, case.labels_N, tp_group=dist.group.WORLD, **bounds)
+
+    return loss
 
 
 def slowest(number: float, device: str) -> float:
@@ -155,6 +208,9 @@ def measure(layout: str, inputs: Inputs, tokens: int, rounds: int, gemm_ms: floa
         def both(method: Callable[[Case, Inputs], Tensor] = method) -> tuple[Tensor, ...]:
             return torch.autograd.grad(method(case, inputs), (case.hidden_ND, case.weight_vD))
 
+        wire = OnTheWire()
+        with wire:
+            both()
         (hidden, weight), peak = peak_mb(both, device)
         errors = relative_error(hidden, case.true_hidden_ND), relative_error(weight, case.true_weight_vD)
         del hidden, weight
@@ -164,12 +220,19 @@ def measure(layout: str, inputs: Inputs, tokens: int, rounds: int, gemm_ms: floa
             "peak_mb": slowest(peak, device),
             **{f"{x}_error": slowest(error, device) for x, error in zip(("hidden", "weight"), errors, strict=True)},
         }
+        row["wire_mb"] = slowest(wire.bytes / 1e6, device)
+        if device == "cuda":
+            seen: list[Any] = [None] * world
+            dist.all_gather_object(seen, profiled_ms(both))
+            row["ranks"] = seen
         row["both_x"], row["of_share"] = row["both_ms"] / gemm_ms, row["both_ms"] * world / gemm_ms
         result[name] = row
         if dist.get_rank() == 0:
             times = f"forward {row['forward_ms']:.2f} ms, both {row['both_ms']:.2f} ms = {row['both_x']:.2f}x"
             accuracy = f"dE {row['hidden_error']:.1e}, dC {row['weight_error']:.1e}"
             print(f"  {layout}, {name}: {times}; {row['peak_mb']:.0f} MB; {accuracy}", flush=True)
+            for seen in row.get("ranks", ()):
+                print("    " + ", ".join(f"{key} {ms:.2f}" for key, ms in seen.items()), flush=True)
     return result
 
 
@@ -199,8 +262,8 @@ def main() -> None:
     device = arguments.device
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        global _sums, _probabilities
-        _sums, _probabilities = torch.compile(_sums), torch.compile(_probabilities)
+        global _sums, _probabilities, _plain_loss
+        _sums, _probabilities, _plain_loss = (torch.compile(f) for f in (_sums, _probabilities, _plain_loss))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     world = dist.get_world_size()
     report: dict[str, Any] = {**environment(), "ranks": world, "steps": arguments.steps, "shapes": {}}
