@@ -22,8 +22,6 @@ MODULES = (
     *("first_pass", "inputs", "logprobs", "loss", "methods", "overlap", "scaling", "shards", "stages", "timing"),
     "tune",
 )
-    ["first_pass", "inputs", "logprobs", "loss", "methods", "overlap", "scaling", "shards", "stages", "timing", "tune"]
-)
 
 
 @pytest.fixture(scope="module")
