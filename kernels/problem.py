@@ -204,8 +204,10 @@ class OutputGradients(NamedTuple):
     entropy_N: Tensor | None = None
 
 
-LARGEST_SCALE = 60
-"""Power of two; see `Upstream.scale`."""
+def largest_scale(hidden_dtype: torch.dtype, dtype: torch.dtype) -> int:
+    """The largest power of two that `Upstream.scale` is, whose upstream gradients are of ``dtype``: the next one is
+    infinite. With bf16 it is 2^60, since hidden states and rows are multiplied with it, and must not overflow."""
+    return 60 if hidden_dtype == torch.bfloat16 else math.frexp(torch.finfo(dtype).max)[1] - 1
 
 
 class Upstream(NamedTuple):
@@ -218,7 +220,7 @@ class Upstream(NamedTuple):
             0 in rows that are not valid.
         target_N: τ_i·b_i / scale, b the upstream of nll.
         scale: 0-d power of two on the device, the next above the largest of them, so that the rest is at most 1 in 16
-            bits; at most 2^60, so that what it multiplies does not overflow.
+            bits, but at most that of `largest_scale`.
         log_N: −τ_i·g_i / scale, g the upstream of the entropy; None where there is none.
     """
 

@@ -15,7 +15,6 @@ from torch.nn.functional import pad
 
 from .problem import (
     FAR,
-    LARGEST_SCALE,
     Filter,
     Gradients,
     Logits,
@@ -28,6 +27,7 @@ from .problem import (
     Tiles,
     Upstream,
     Wanted,
+    largest_scale,
 )
 
 SAMPLED_ROWS = 128
@@ -170,6 +170,7 @@ def losses(normaliser: Normaliser, target_logit_N: Tensor, order: Order) -> tupl
 def upstream(
     gradients: OutputGradients,
     order: Order,
+    hidden_dtype: torch.dtype,
     dtype: torch.dtype,
     entropy_N: Tensor | None = None,
     inverse_temperature_N: Tensor | None = None,
@@ -192,7 +193,7 @@ def upstream(
     scale = torch.ones((), dtype=dtype, device=index_N.device)
     if index_N.shape[0]:
         largest = torch.stack(parts).nan_to_num(0.0, 0.0, 0.0).abs().amax()
-        scale = torch.exp2(largest.frexp().exponent.clamp(max=LARGEST_SCALE).to(dtype))  # 1 for 0
+        scale = torch.exp2(largest.frexp().exponent.clamp(max=largest_scale(hidden_dtype, dtype)).to(dtype))  # 1 for 0
     softmax_N, target_N, *log = (part_N / scale for part_N in parts)
     return Upstream(softmax_N, target_N, scale, log[0] if log else None)
 

@@ -354,7 +354,12 @@ def _upstream(grads_n: tuple[Tensor | None, ...], saved: Saved, call: Call, most
         grads_nx = torch.stack([zero_n if grad is None else grad.to(dtype) for grad in wanted], dim=1)
         wanted = gather_tokens(grads_nx, most, group).unbind(1)
     upstream: Upstream = call.backend.upstream(
-        OutputGradients(*wanted), saved.order, dtype, saved.entropy_N, saved.inverse_temperature_N
+        OutputGradients(*wanted),
+        saved.order,
+        saved.hidden_ND.dtype,
+        dtype,
+        saved.entropy_N,
+        saved.inverse_temperature_N,
     )
     return upstream
 

@@ -80,6 +80,7 @@ def losses(normaliser: Normaliser, target_logit_N: torch.Tensor, order: Order) -
 def upstream(
     gradients: OutputGradients,
     order: Order,
+    hidden_dtype: torch.dtype,
     dtype: torch.dtype,
     entropy_N: torch.Tensor | None = None,
     inverse_temperature_N: torch.Tensor | None = None,
@@ -87,7 +88,7 @@ def upstream(
     """What the kernels take of the outputs' gradients. ``entropy_N``: of each token, where its gradient is wanted."""
     assert dtype == torch.float32
     with torch.cuda.device_of(order.token_N):
-        return tokens.upstream(gradients, order, entropy_N, inverse_temperature_N)
+        return tokens.upstream(gradients, order, hidden_dtype, entropy_N, inverse_temperature_N)
 
 
 def scatter_rows(

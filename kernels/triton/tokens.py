@@ -12,12 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..problem import LARGEST_SCALE, Normaliser, Order, Ordered, OutputGradients, Upstream
+from ..problem import Normaliser, Order, Ordered, OutputGradients, Upstream, largest_scale
 from .operands import LAUNCH
 
 _WALK, _WALK_WARPS = 4096, 16
 _BLOCK = 1024
-_LARGEST_SCALE = tl.constexpr(LARGEST_SCALE)
 
 
 @triton.jit
@@ -148,6 +147,7 @@ def _upstream_kernel(
     entropy_N,
     inverse_N,
     N,
+    LARGEST_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     largest = tl.zeros([BLOCK], tl.float32)
@@ -160,24 +160,28 @@ def _upstream_kernel(
         largest = tl.maximum(largest, _finite_abs(log))
     # The next power of two, by its exponent's bits; 1 for 0.
     size = tl.max(largest, 0)
-    exponent = tl.minimum((size.to(tl.int32, bitcast=True) >> 23) + 1, 127 + _LARGEST_SCALE)
+    exponent = tl.minimum((size.to(tl.int32, bitcast=True) >> 23) + 1, 127 + LARGEST_SCALE)
     exponent = tl.where(size == 0.0, 127, exponent)
     tl.store(scale_ptr, (exponent << 23).to(tl.float32, bitcast=True))
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    # Its inverse in two, since that of 2^127 is no normal number.
+    half = (exponent - 127) >> 1
+    inverse = ((127 - half) << 23).to(tl.float32, bitcast=True)
+    other = ((254 - exponent + half) << 23).to(tl.float32, bitcast=True)
     for first in range(0, N, BLOCK):
         n = first + tl.arange(0, BLOCK)
         softmax, target, log = _parts(
             nll_N, nll_stride, lse_N, lse_stride, of_entropy_N, entropy_stride, order, entropy_N, inverse_N, n, N
         )
-        tl.store(softmax_N + n, softmax * inverse, mask=n < N)
-        tl.store(target_N + n, target * inverse, mask=n < N)
+        tl.store(softmax_N + n, softmax * inverse * other, mask=n < N)
+        tl.store(target_N + n, target * inverse * other, mask=n < N)
         if log_N is not None:
-            tl.store(log_N + n, log * inverse, mask=n < N)
+            tl.store(log_N + n, log * inverse * other, mask=n < N)
 
 
 def upstream(
     gradients: OutputGradients,
     order: Order,
+    hidden_dtype: torch.dtype,
     entropy_N: torch.Tensor | None = None,
     inverse_temperature_N: torch.Tensor | None = None,
 ) -> Upstream:
@@ -198,6 +202,7 @@ def upstream(
         entropy_N,
         inverse_temperature_N,
         tokens,
+        LARGEST_SCALE=largest_scale(hidden_dtype, torch.float32),
         BLOCK=_WALK,
         num_warps=_WALK_WARPS,
         **LAUNCH,

@@ -125,8 +125,8 @@ with tuning.forced(table):
     labels = torch.zeros(N, dtype=torch.int64)
     order = tokens.valid_first(labels, labels, -100, V).order
     tokens.losses(normaliser, floats(N), order)
-    tokens.upstream(OutputGradients(floats(N), None), order)
-    tokens.upstream(OutputGradients(floats(N), floats(N), floats(N)), order, floats(N), floats(N))
+    tokens.upstream(OutputGradients(floats(N), None), order, DTYPE)
+    tokens.upstream(OutputGradients(floats(N), floats(N), floats(N)), order, DTYPE, floats(N), floats(N))
     compact.compacted(logits)
     compact.scatter_rows(floats(N, D), ints(N), ints(1), DTYPE)
     compact.write_rows(weight, floats(N, D), ints(N))

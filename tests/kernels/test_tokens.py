@@ -6,7 +6,7 @@ from reference import DEVICE
 from torch import Tensor
 
 from cce_dist.kernels import torch_backend
-from cce_dist.kernels.problem import LARGEST_SCALE, Normaliser, Order, OutputGradients
+from cce_dist.kernels.problem import Normaliser, Order, OutputGradients
 from cce_dist.kernels.triton import backend as triton_backend
 
 BACKENDS = {"torch": torch_backend, "triton": triton_backend}
@@ -68,7 +68,12 @@ def test_losses_go_back_to_where_their_tokens_were(name: str) -> None:
 @every_backend
 @pytest.mark.parametrize("largest", [0.0, 1e-40, 1e-30, 0.75, 1.0, 3e4, 3e38])
 @pytest.mark.parametrize("with_entropy", [False, True], ids=["", "entropy"])
-def test_gradients_of_the_outputs_are_scaled_to_at_most_one(name: str, largest: float, with_entropy: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "power"), [(torch.bfloat16, 60), (torch.float16, 127), (torch.float32, 127)], ids=str
+)
+def test_gradients_of_the_outputs_are_scaled_to_at_most_one(
+    name: str, largest: float, with_entropy: bool, dtype: torch.dtype, power: int
+) -> None:
     labels_N = labels_of(5000, 0.4)
     order = order_of(labels_N)
     draw = torch.Generator().manual_seed(0)
@@ -77,7 +82,7 @@ def test_gradients_of_the_outputs_are_scaled_to_at_most_one(name: str, largest: 
     entropy_N = torch.rand(5000, generator=draw).to(DEVICE) if with_entropy else None
     inverse_N = (torch.rand(5000, generator=draw) / 2 + 0.25).to(DEVICE) if with_entropy else None
     grads = OutputGradients(grads_N3[:, 0], grads_N3[:, 1], grads_N3[:, 2] if with_entropy else None)
-    got = BACKENDS[name].upstream(grads, order, torch.float32, entropy_N, inverse_N)
+    got = BACKENDS[name].upstream(grads, order, dtype, torch.float32, entropy_N, inverse_N)
     tokens = order.token_N[: int(order.n_valid)].long()
     nll, lse, entropy = grads_N3.double()[tokens].unbind(1)
     more = [x.double()[: tokens.shape[0]] for x in (entropy_N, inverse_N) if x is not None]
@@ -91,9 +96,9 @@ def test_gradients_of_the_outputs_are_scaled_to_at_most_one(name: str, largest: 
     if largest == 0:
         assert scale == 1
     elif largest > 1e-37:  # smaller ones have no power of two of their own in every backend
-        assert greatest / scale < 1 or scale == 2.0**LARGEST_SCALE
+        assert greatest / scale < 1 or scale == 2.0**power
         assert greatest / scale >= 0.5
-    assert scale <= 2.0**LARGEST_SCALE
+    assert scale <= 2.0**power
     for part, wanted in ((got.softmax_N, softmax), (got.target_N, nll), (got.log_N, -entropy)):
         if part is None:
             assert not with_entropy
@@ -108,7 +113,7 @@ def test_what_is_not_finite_stays_so_and_scales_nothing(name: str) -> None:
     labels_N = labels_of(300, 0.0)
     grad_N = torch.full((300,), 0.25, device=DEVICE)
     grad_N[5], grad_N[9] = torch.nan, torch.inf
-    got = BACKENDS[name].upstream(OutputGradients(grad_N, None), order_of(labels_N), torch.float32)
+    got = BACKENDS[name].upstream(OutputGradients(grad_N, None), order_of(labels_N), torch.bfloat16, torch.float32)
     assert float(got.scale) == 0.5
     assert got.target_N[5].isnan() and got.target_N[9].isinf()
     assert got.target_N.isfinite().sum() == 298
@@ -119,10 +124,10 @@ def test_gradients_may_be_expanded_or_missing(name: str) -> None:
     labels_N = labels_of(100, 0.3)
     order = order_of(labels_N)
     one = torch.full((), 0.5, device=DEVICE)
-    got = BACKENDS[name].upstream(OutputGradients(None, one.expand(100)), order, torch.float32)
+    got = BACKENDS[name].upstream(OutputGradients(None, one.expand(100)), order, torch.bfloat16, torch.float32)
     valid = int(order.n_valid)
     assert (got.softmax_N * got.scale)[:valid].eq(0.5).all() and not got.softmax_N[valid:].any()
     assert not got.target_N.any()
     assert got.log_N is None
-    none = BACKENDS[name].upstream(OutputGradients(None, None), order, torch.float32)
+    none = BACKENDS[name].upstream(OutputGradients(None, None), order, torch.bfloat16, torch.float32)
     assert float(none.scale) == 1 and not none.softmax_N.any()
