@@ -2,6 +2,7 @@
 
 python benchmarks/report.py benchmarks/results/loss-*.json --plot benchmarks/results/loss.png
 python benchmarks/report.py benchmarks/results/scaling-*.json --plot benchmarks/results/scaling.png
+python benchmarks/report.py benchmarks/results/ranks-*.json
 python benchmarks/report.py benchmarks/results/shards-*-262144x2304.json
 python benchmarks/report.py benchmarks/results/stages-*.json
 """
@@ -59,6 +60,26 @@ def plot(shapes: dict[str, dict[str, Any]], path: Path) -> None:
     axes[0][0].set_ylabel("relative error of dE")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+RANKS_HEADER = """\
+| shape | layout | method | forward + backward | of one GEMM | efficiency | busy ms, by rank | exposed ms, by rank \
+| peak MB |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def ranks_table(result: dict[str, Any]) -> str:
+    """What `ranks.py` found: a line for each shape, layout and method."""
+    lines = [RANKS_HEADER]
+    for shape, of in result["shapes"].items():
+        for layout, methods in of["layouts"].items():
+            for name, row in methods.items():
+                gained = of["efficiency"].get(layout, {}).get(name)
+                seen = [", ".join(f"{r[f'{x}_ms']:.1f}" for r in row.get("ranks", ())) for x in ("busy", "exposed")]
+                cells = [shape, layout, name, f"{row['both_ms']:.1f} ms", f"{row['both_x']:.2f}x"]
+                cells += ["" if gained is None else f"{gained:.2f}", *seen, f"{row['peak_mb']:.0f}"]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 SCALING_HEADER = """\
@@ -138,7 +159,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG to write")
     arguments = parser.parse_args()
     contents = [json.loads(path.read_text()) for path in arguments.results]
-    if all("shapes" in content for content in contents):
+    if all("ranks" in content for content in contents):
+        print("\n\n".join(ranks_table(content) for content in contents))
+    elif all("shapes" in content for content in contents):
         shapes = load(arguments.results)
         print(table(shapes))
         if arguments.plot:

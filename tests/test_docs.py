@@ -204,7 +204,10 @@ def test_the_paths_that_a_document_names_exist(document: str) -> None:
 
 def test_the_measured_figures_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
     report = pytest.importorskip("matplotlib") and _benchmark_report(monkeypatch)
-    stored = report.table(report.load(sorted((ROOT / "benchmarks/results").glob("loss-*.json")))).splitlines()
+    results = ROOT / "benchmarks/results"
+    stored = report.table(report.load(sorted(results.glob("loss-*.json")))).splitlines()
+    for path in results.glob("ranks-*.json"):
+        stored += report.ranks_table(json.loads(path.read_text())).splitlines()
     measured = README.split("## Measured")[1].split("## More")[0]
     quoted = [line for line in measured.splitlines() if line.startswith("|")]
     assert len(quoted) > 10
