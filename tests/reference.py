@@ -45,7 +45,8 @@ class Problem:
         labels: [...] each, global ids.
         weight, bias: all rows, [V, D] and [V], padding rows last.
         vocab_size: rows without padding.
-        options: ignore_index, shift, softcap, logit_scale, reduction, num_valid_tokens of `linear_cross_entropy`.
+        options: ignore_index, shift, softcap, logit_scale, reduction, num_valid_tokens, label_smoothing and z_loss of
+            `linear_cross_entropy`.
         upstream: of each part's loss, in its shape.
         lse_upstream: of each part's log-sum-exps, or empty.
     """
@@ -138,7 +139,7 @@ def with_upstream(problem: Problem, draw: torch.Generator, lse_gradient: bool) -
 def plain_tokens(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(nll, lse, valid), each [..., L - shift], from full logits rounded to hidden's dtype; 0 where not valid."""
+    """(loss, lse, valid), each [..., L - shift], from full logits rounded to hidden's dtype; 0 where not valid."""
     shift = options.get("shift", 0)
     hidden = hidden[..., : max(labels.shape[-1] - shift, 0), :] if shift else hidden
     labels = labels[..., shift:] if shift else labels
@@ -153,7 +154,11 @@ def plain_tokens(
         logits = options["softcap"] * torch.tanh(logits / options["softcap"])
     lse = logits.logsumexp(-1)
     nll = -logits.log_softmax(-1).gather(-1, torch.where(valid, labels, 0)[..., None])[..., 0]
-    return torch.where(valid, nll, 0), torch.where(valid, lse, 0), valid
+    smoothing, z_loss = options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)
+    loss = (1 - smoothing) * nll + z_loss * lse**2
+    if smoothing:  # −log p of all classes
+        loss = loss + smoothing * -logits.log_softmax(-1).mean(-1)
+    return torch.where(valid, loss, 0), torch.where(valid, lse, 0), valid
 
 
 def plain_outcome(problem: Problem, dtype: torch.dtype | None = None) -> Outcome:

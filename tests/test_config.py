@@ -179,7 +179,11 @@ def test_every_setting_of_a_config_reaches_the_loss_and_the_ranks_agree_on_it(
     shard = VocabShard.whole(40)
     alike = contract(hidden, weight, None, shard, settings, resolve(settings, hidden, labels, shard, True))
     may_differ = {name for name, field in kind.model_fields.items() if field.json_schema_extra}
-    assert set(kind.model_fields) - set(alike) == may_differ == {"seed", "num_valid_tokens"} & set(kind.model_fields)
+    assert (
+        set(kind.model_fields) - set(alike)
+        == may_differ
+        == {"seed", "num_valid_tokens", "token_weights"} & set(kind.model_fields)
+    )
 
 
 def test_readmes_table_has_every_key_with_its_default() -> None:

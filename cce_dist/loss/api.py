@@ -21,20 +21,23 @@ Collectives of a call, with N tokens in all, n of each of W ranks, D hidden; fp3
 With frequent rows ([K, D], `frequent`) on several ranks there are also, forward: SUM [K, D] in weight's dtype, beside
 the 8-bit pass, and 2 numbers in the MAX, which compare the choice; backward: SUM [K, D], beside the other rows.
 The 8-bit pass adds a MAX and a SUM of the same sizes before the refinement; a mean over ranks, a SUM of two fp64
-numbers in forward and of one in backward. Before all of them the hosts exchange seven integers.
+numbers in forward and of one in backward; label smoothing, a SUM [D + 1] in forward over the vocabulary group, and in
+backward over the token group. Before all of them the hosts exchange seven integers.
 
 Shapes: n tokens of this rank, D hidden, V local rows of the classifier.
 """
 
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from cce_dist.collectives import group_mean
 from cce_dist.loss.autograd import LinearCrossEntropy
 from cce_dist.loss.call import begin
 from cce_dist.loss.settings import CallSettings, takes_settings
-from cce_dist.loss.tokens import unflatten
+from cce_dist.loss.smoothing import MeanLogit
+from cce_dist.loss.tokens import shifted, unflatten
 from cce_dist.shard import VocabShard
 from cce_dist.shard.agreement import A_LOSS
 
@@ -93,6 +96,12 @@ def linear_cross_entropy(
         softcap, logit_scale: None leaves them out.
         reduction: "none": [..., L - shift], 0 where ignored. "sum": over this rank's tokens. "mean": over the valid
             tokens of ``shard.count_group``, the same value on every rank of it; NaN where there is no valid token.
+        label_smoothing: of this share the loss is the mean over all classes, lse − mean logit, as F.cross_entropy has
+            it; without a softcap.
+        z_loss: times lse², this is added to the loss of each token (PaLM, arXiv 2204.02311, section 5; with
+            ``return_lse`` it can be told apart).
+        token_weights: [...], floats that the tokens' losses are multiplied with; "mean" still divides by the number of
+            valid tokens, or by ``num_valid_tokens``. No gradient is theirs.
         num_valid_tokens: with "mean", divide this rank's sum by this instead (an int, or a 0-d tensor).
         gradient: "exact"; "unbiased": negligible parts of the softmax are sampled, exact in expectation; "filtered":
             they are replaced by their mean. None: "exact" with the torch backend, "unbiased" with Triton's kernels or
@@ -129,17 +138,33 @@ def linear_cross_entropy(
             rank. A ``shard`` that is none, and what happens in backward, concern the rank alone.
     """
     inputs, labels = begin(hidden, weight, labels, bias, shard, settings, CallSettings, A_LOSS)
-    nll_n, lse_n, _ = LinearCrossEntropy.apply(*inputs)
     call = inputs.call
     assert isinstance(call.settings, CallSettings)
-    loss = _reduce(nll_n, call.labels_n, labels, call.shard, call.settings)
+    # Before the loss: backward comes to it after, and adds to dC in place.
+    mean_logit_n = MeanLogit.apply(*inputs) if call.settings.label_smoothing else None
+    nll_n, lse_n, _ = LinearCrossEntropy.apply(*inputs)
+    loss_n = _with_options(nll_n, lse_n, mean_logit_n, call.settings)
+    loss = _reduce(loss_n, call.labels_n, labels, call.shard, call.settings)
     return (loss, unflatten(lse_n, labels, call.settings.shift)) if return_lse else loss
 
 
-def _reduce(nll_n: Tensor, labels_n: Tensor, labels: Tensor, shard: VocabShard, settings: CallSettings) -> Tensor:
+def _with_options(nll_n: Tensor, lse_n: Tensor, mean_logit_n: Tensor | None, settings: CallSettings) -> Tensor:
+    """The loss of each token, 0 where ignored."""
+    loss_n = nll_n
+    if mean_logit_n is not None:
+        loss_n = torch.lerp(loss_n, lse_n - mean_logit_n, settings.label_smoothing)
+    if settings.z_loss:
+        loss_n = loss_n + settings.z_loss * lse_n.square()
+    if settings.token_weights is not None:
+        weights_n = shifted(settings.token_weights, settings.shift, 0).reshape(-1)
+        loss_n = loss_n * weights_n.to(loss_n.dtype)
+    return loss_n
+
+
+def _reduce(loss_n: Tensor, labels_n: Tensor, labels: Tensor, shard: VocabShard, settings: CallSettings) -> Tensor:
     if settings.reduction == "none":
-        return unflatten(nll_n, labels, settings.shift)
-    own_sum = nll_n.sum()
+        return unflatten(loss_n, labels, settings.shift)
+    own_sum = loss_n.sum()
     if settings.reduction == "sum":
         return own_sum
     if settings.num_valid_tokens is not None:

@@ -59,6 +59,12 @@ def _is_scalar(x: Tensor) -> Tensor:
     return x
 
 
+def _of_floats(x: Tensor) -> Tensor:
+    if not x.is_floating_point() or x.requires_grad:
+        raise ValueError("a tensor must be of floats, without a gradient")
+    return x
+
+
 class LossSettings(BaseModel):
     """How the loss is computed. A description completes "... must be"; None leaves the choice to the loss."""
 
@@ -98,18 +104,17 @@ class CallSettings(TokenSettings):
     function: ClassVar[str] = "linear_cross_entropy"
 
     reduction: Reduction = Field(default="mean", description='"mean", "sum" or "none"')
+    label_smoothing: _Float = Field(default=0.0, ge=0, le=1, description="a float in [0, 1]")
+    z_loss: _Float = Field(default=0.0, ge=0, allow_inf_nan=False, description="a finite float, 0 or more")
+    token_weights: Annotated[InstanceOf[Tensor], AfterValidator(_of_floats)] | None = Field(
+        default=None, description="a tensor of floats that requires no gradient, or None", json_schema_extra=_MAY_DIFFER
+    )
     num_valid_tokens: Annotated[int, Field(ge=0)] | Annotated[InstanceOf[Tensor], AfterValidator(_is_scalar)] | None = (
         Field(None, description="an int, 0 or more, a 0-d tensor or None", json_schema_extra=_MAY_DIFFER)
     )
 
 
 Statistic = Literal["top1", "rank", "sum_sq_probs", "mean_logit"]
-
-
-def _positive(x: Tensor) -> Tensor:
-    if not x.is_floating_point() or x.requires_grad:
-        raise ValueError("a temperature must be of floats, without a gradient")
-    return x
 
 
 def _each_once(names: tuple[Statistic, ...]) -> tuple[Statistic, ...]:
@@ -126,7 +131,7 @@ class LogprobSettings(TokenSettings):
 
     first_pass: Literal["auto", "full"] = Field(default="auto", description='"auto" or "full"')
     temperature: (
-        Annotated[float, Field(gt=0, allow_inf_nan=False)] | Annotated[InstanceOf[Tensor], AfterValidator(_positive)]
+        Annotated[float, Field(gt=0, allow_inf_nan=False)] | Annotated[InstanceOf[Tensor], AfterValidator(_of_floats)]
     ) = Field(default=1.0, description="a positive float, or a tensor of them that requires no gradient")
     entropy: bool | Literal["value"] = Field(default=False, description='True, "value" or False')
     statistics: Annotated[tuple[Statistic, ...], BeforeValidator(tuple), AfterValidator(_each_once)] = Field(
@@ -224,6 +229,12 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
             'num_valid_tokens goes with reduction="mean"',
             repr(settings.reduction),
         )
+        _require(
+            settings.label_smoothing == 0 or settings.softcap is None,
+            "label_smoothing goes without a softcap, which leaves no mean row of the classifier",
+            f"label_smoothing={settings.label_smoothing}, softcap={settings.softcap}",
+        )
+        _check_token_weights(settings.token_weights, hidden, labels)
     check_seed(settings.seed, hidden.device)
     tokens = labels.numel()
     _require(
@@ -250,6 +261,16 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
     if exact:
         return Method("exact", eps, backend, "full", 0)
     return Method(gradient, eps, backend, first_pass, frequent)
+
+
+def _check_token_weights(token_weights: Tensor | None, hidden: Tensor, labels: Tensor) -> None:
+    if token_weights is None:
+        return
+    _require(
+        token_weights.device == hidden.device and token_weights.shape == labels.shape,
+        f"token_weights must be {list(labels.shape)}, one for each label, on {hidden.device}",
+        f"{list(token_weights.shape)} on {token_weights.device}",
+    )
 
 
 def contract(

@@ -286,8 +286,8 @@ def _obstacle(
     """What keeps this F.cross_entropy or F.nll_loss from being fused, if anything does."""
     if weight is not None:
         return "class weights"
-    if label_smoothing != 0.0:
-        return f"label_smoothing={label_smoothing}"
+    if label_smoothing != 0.0 and logits._form.cap is not None:
+        return f"label_smoothing={label_smoothing} with a softcap"
     if target.is_floating_point():
         return "class probabilities as target"
     if logits.ndim > 2 or target.shape != logits.shape[:-1]:
@@ -301,12 +301,19 @@ def _obstacle(
 
 @torch.compiler.disable  # one graph break, in place of one wherever the loss asks the device or the ranks
 def _cross_entropy(
-    logits: LazyLogits, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean", **_: Any
+    logits: LazyLogits,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    **_: Any,
 ) -> Tensor:
     """F.cross_entropy; "mean" is over this rank's valid tokens, as the stock loss has it."""
     source = logits._source
     # Always "none": the ranks of a shard agree on one reduction, and a caller may change between mean and sum.
     settings = {**source.binding.config.loss_kwargs(), "ignore_index": ignore_index, "reduction": "none"}
+    settings["label_smoothing"] = label_smoothing
     loss_N: Tensor = source.compute(linear_cross_entropy, logits._form, target, settings)
     if reduction == "none":
         return loss_N

@@ -1,0 +1,180 @@
+"""What the loss of a token can be beside its cross-entropy: label smoothing, a z-loss, weights of tokens."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import RankPool
+from reference import (
+    DEVICE,
+    TRITON_DTYPES,
+    assert_bitwise,
+    assert_no_worse,
+    cce_outcome,
+    leaf,
+    make_problem,
+    relative_error,
+)
+from sharded import Layout, assert_ranks_no_worse, make_rank_problem, part_of
+
+from cce_dist import linear_cross_entropy
+
+UNEVEN = ((13,), (5,), (2, 4), (9,))
+every_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
+
+
+def test_label_smoothing_is_that_of_torch() -> None:
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=draw).double() for shape in ((7, 16), (90, 16), (90,)))
+    labels = torch.tensor([0, 5, -100, 89, 2, 2, 7])
+    for smoothing in (0.1, 1.0):
+        leaves = [leaf(x) for x in (hidden, weight, bias)]
+        stock = F.cross_entropy(leaves[0] @ leaves[1].T + leaves[2], labels, label_smoothing=smoothing)
+        ours = [leaf(x) for x in (hidden, weight, bias)]
+        loss = linear_cross_entropy(ours[0], ours[1], labels, bias=ours[2], label_smoothing=smoothing)
+        assert float(loss) == pytest.approx(float(stock), rel=1e-12)
+        pairs = zip(torch.autograd.grad(loss, ours), torch.autograd.grad(stock, leaves), strict=True)
+        assert all(relative_error(got, wanted) < 1e-12 for got, wanted in pairs)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "smoothing": {"label_smoothing": 0.1},
+    "smoothing, scale, bias": {"label_smoothing": 0.3, "logit_scale": 0.7, "bias": True},
+    "z-loss": {"z_loss": 1e-2},
+    "z-loss, softcap": {"z_loss": 1e-2, "softcap": 5.0, "reduction": "none"},
+    "both": {"label_smoothing": 0.1, "z_loss": 1e-3, "reduction": "sum", "shift": 1, "lse_gradient": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("mode", [{"gradient": "exact"}, {"gradient": "unbiased", "filter_eps": 1e-9}], ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@every_backend
+def test_options_match_full_logits(
+    options: dict[str, Any], mode: dict[str, Any], backend: str, dtype: torch.dtype
+) -> None:
+    problem = make_problem(((3, 17),), 300, 24, dtype=dtype, **options)
+    assert_no_worse(cce_outcome(problem, backend=backend, **mode), problem)
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded", "grid"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_smoothing_over_uneven_shards_is_that_of_the_whole_vocabulary(
+    ranks: RankPool, world: int, layout: Layout
+) -> None:
+    """Megatron smooths within each rank's part of the vocabulary; here the mean is that of all rows."""
+    if layout == "grid" and world != 4:
+        pytest.skip("a grid has 4 ranks")
+    shapes = UNEVEN[: part_of(world - 1, layout) + 1]
+    problem = make_rank_problem(
+        shapes, 301, bias=True, padding_rows=7, lse_gradient=True, label_smoothing=0.2, z_loss=1e-2, logit_scale=0.9
+    )
+    assert_ranks_no_worse(ranks, world, problem, layout, gradient="exact")
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+def test_a_rank_without_rows_smooths_with_the_others(ranks: RankPool, layout: Layout) -> None:
+    problem = make_rank_problem(UNEVEN[: part_of(1, layout) + 1], 60, bias=True, label_smoothing=0.2)
+    assert_ranks_no_worse(ranks, 2, problem, layout, [((0, 60),), ((60, 60),)], gradient="exact")
+
+
+@every_backend
+def test_weights_of_tokens_multiply_their_losses(backend: str) -> None:
+    problem = make_problem(((4, 9),), 300, 24, shift=1, z_loss=1e-2)
+    weights = torch.rand(4, 9, device=DEVICE)
+    hidden, weight = leaf(problem.hidden[0]), leaf(problem.weight)
+
+    def loss(reduction: str, **given: Any) -> torch.Tensor:
+        return linear_cross_entropy(
+            hidden, weight, problem.labels[0], shift=1, z_loss=1e-2, reduction=reduction, backend=backend, **given
+        )
+
+    mean, each = loss("mean", token_weights=weights, gradient="exact"), loss("none", gradient="exact")
+    valid = problem.labels[0][:, 1:] != -100
+    wanted = (each * weights[:, 1:]).sum() / valid.sum()
+    assert float(mean) == pytest.approx(float(wanted), rel=1e-5)
+    for got, expected in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (mean, wanted)), strict=True):
+        assert relative_error(got, expected) < 1e-5
+
+
+def test_weights_that_follow_from_the_log_probability() -> None:
+    """As in DFT (arXiv 2508.05629): the loss of a token counts as much as the token is likely."""
+    problem = make_problem(((11,),), 300, 24)
+    hidden, labels = leaf(problem.hidden[0]), problem.labels[0]
+    with torch.no_grad():
+        nll = linear_cross_entropy(hidden, problem.weight, labels, reduction="none", gradient="exact")
+    loss = linear_cross_entropy(hidden, problem.weight, labels, token_weights=torch.exp(-nll), gradient="exact")
+    log_p = -F.cross_entropy(hidden @ problem.weight.T, labels, reduction="none")
+    wanted = -(log_p.exp().detach() * log_p).sum() / (labels != -100).sum()
+    got, expected = (torch.autograd.grad(x, hidden)[0] for x in (loss, wanted))
+    assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"label_smoothing": 1.5}, "label_smoothing must be a float in"),
+        ({"label_smoothing": 0.1, "softcap": 30.0}, "label_smoothing goes without a softcap"),
+        ({"z_loss": -1.0}, "z_loss must be a finite float, 0 or more"),
+        ({"token_weights": torch.ones(4)}, r"token_weights must be \[3\], one for each label"),
+        ({"token_weights": torch.ones(3).long()}, "token_weights must be a tensor of floats"),
+        ({"token_weights": torch.ones(3, requires_grad=True)}, "token_weights must be a tensor of floats"),
+    ],
+    ids=str,
+)
+def test_what_is_not_allowed_is_named(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        linear_cross_entropy(torch.zeros(3, 8), torch.zeros(40, 8), torch.zeros(3).long(), **given)
+
+
+def test_hidden_states_of_ignored_tokens_may_be_anything() -> None:
+    hidden, weight = torch.randn(4, 8), leaf(torch.randn(40, 8))
+    hidden[2] = torch.nan
+    hidden = leaf(hidden)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, -100, 3]), label_smoothing=0.1)
+    loss.backward()
+    assert loss.isfinite() and weight.grad is not None and weight.grad.isfinite().all()
+    assert hidden.grad is not None and not hidden.grad[2].any()
+
+
+@every_backend
+def test_options_that_are_off_change_no_bit(backend: str) -> None:
+    problem = make_problem(((13,),), 300, 24)
+    plain, off = (
+        cce_outcome(problem, backend=backend, gradient="exact", **given)
+        for given in ({}, {"label_smoothing": 0.0, "z_loss": 0.0, "token_weights": None})
+    )
+    for got, expected in zip(plain, off, strict=True):
+        for x, y in zip(got, expected, strict=True):
+            assert_bitwise(x, y)
+
+
+@settings(derandomize=True, deadline=None, max_examples=25, database=None)
+@given(st.data())
+def test_any_options_match_full_logits(data: st.DataObject) -> None:
+    softcap = data.draw(st.sampled_from([None, 3.0]), "softcap")
+    problem = make_problem(
+        ((data.draw(st.integers(2, 40), "tokens"),),),
+        data.draw(st.integers(2, 400), "vocabulary"),
+        data.draw(st.integers(1, 40), "dim"),
+        bias=data.draw(st.booleans(), "bias"),
+        softcap=softcap,
+        logit_scale=data.draw(st.sampled_from([None, 0.5, -1.5]), "scale"),
+        label_smoothing=0.0 if softcap else data.draw(st.sampled_from([0.0, 0.1, 1.0]), "smoothing"),
+        z_loss=data.draw(st.sampled_from([0.0, 1e-3]), "z_loss"),
+        reduction=data.draw(st.sampled_from(["none", "sum", "mean"]), "reduction"),
+        ignored=data.draw(st.sampled_from([0.0, 0.3]), "ignored"),
+        seed=data.draw(st.integers(0, 1000), "seed"),
+    )
+    problem = replace(
+        problem,
+        hidden=tuple(x.double() for x in problem.hidden),
+        weight=problem.weight.double(),
+        bias=None if problem.bias is None else problem.bias.double(),
+        upstream=tuple(x.double() for x in problem.upstream),
+    )
+    assert_no_worse(cce_outcome(problem, gradient="exact"), problem)
