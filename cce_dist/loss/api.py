@@ -22,7 +22,8 @@ With frequent rows ([K, D], `frequent`) on several ranks there are also, forward
 the 8-bit pass, and 2 numbers in the MAX, which compare the choice; backward: SUM [K, D], beside the other rows.
 The 8-bit pass adds a MAX and a SUM of the same sizes before the refinement; a mean over ranks, a SUM of two fp64
 numbers in forward and of one in backward; label smoothing, a SUM [D + 1] in forward over the vocabulary group, and in
-backward over the token group. Before all of them the hosts exchange seven integers.
+backward over the token group; class weights, an all-gather of the labels over the token group and a SUM [N]. Before
+all of them the hosts exchange seven integers.
 
 Shapes: n tokens of this rank, D hidden, V local rows of the classifier.
 """
@@ -38,6 +39,7 @@ from cce_dist.loss.call import begin
 from cce_dist.loss.settings import CallSettings, takes_settings
 from cce_dist.loss.smoothing import MeanLogit
 from cce_dist.loss.tokens import shifted, unflatten
+from cce_dist.loss.weights import weights_of_labels
 from cce_dist.shard import VocabShard
 from cce_dist.shard.agreement import A_LOSS
 
@@ -100,6 +102,8 @@ def linear_cross_entropy(
             it; without a softcap.
         z_loss: times lse², this is added to the loss of each token (PaLM, arXiv 2204.02311, section 5; with
             ``return_lse`` it can be told apart).
+        class_weights: [V], this rank's: a token's cross-entropy counts as much as its label's entry, and "mean" divides
+            by the sum of these, as F.cross_entropy has it; without label smoothing. No gradient is theirs.
         token_weights: [...], floats that the tokens' losses are multiplied with; "mean" still divides by the number of
             valid tokens, or by ``num_valid_tokens``. No gradient is theirs.
         num_valid_tokens: with "mean", divide this rank's sum by this instead (an int, or a 0-d tensor).
@@ -143,14 +147,19 @@ def linear_cross_entropy(
     # Before the loss: backward comes to it after, and adds to dC in place.
     mean_logit_n = MeanLogit.apply(*inputs) if call.settings.label_smoothing else None
     nll_n, lse_n, _ = LinearCrossEntropy.apply(*inputs)
-    loss_n = _with_options(nll_n, lse_n, mean_logit_n, call.settings)
-    loss = _reduce(loss_n, call.labels_n, labels, call.shard, call.settings)
+    class_n = None
+    if call.settings.class_weights is not None:
+        class_n = weights_of_labels(call.settings.class_weights, call, nll_n.dtype)
+    loss_n = _with_options(nll_n, lse_n, mean_logit_n, class_n, call.settings)
+    loss = _reduce(loss_n, call.labels_n, class_n, labels, call.shard, call.settings)
     return (loss, unflatten(lse_n, labels, call.settings.shift)) if return_lse else loss
 
 
-def _with_options(nll_n: Tensor, lse_n: Tensor, mean_logit_n: Tensor | None, settings: CallSettings) -> Tensor:
-    """The loss of each token, 0 where ignored."""
-    loss_n = nll_n
+def _with_options(
+    nll_n: Tensor, lse_n: Tensor, mean_logit_n: Tensor | None, class_n: Tensor | None, settings: CallSettings
+) -> Tensor:
+    """The loss of each token, 0 where ignored; ``class_n``: the weight of its label."""
+    loss_n = nll_n if class_n is None else nll_n * class_n
     if mean_logit_n is not None:
         loss_n = torch.lerp(loss_n, lse_n - mean_logit_n, settings.label_smoothing)
     if settings.z_loss:
@@ -161,7 +170,14 @@ def _with_options(nll_n: Tensor, lse_n: Tensor, mean_logit_n: Tensor | None, set
     return loss_n
 
 
-def _reduce(loss_n: Tensor, labels_n: Tensor, labels: Tensor, shard: VocabShard, settings: CallSettings) -> Tensor:
+def _reduce(
+    loss_n: Tensor,
+    labels_n: Tensor,
+    class_n: Tensor | None,
+    labels: Tensor,
+    shard: VocabShard,
+    settings: CallSettings,
+) -> Tensor:
     if settings.reduction == "none":
         return unflatten(loss_n, labels, settings.shift)
     own_sum = loss_n.sum()
@@ -169,6 +185,6 @@ def _reduce(loss_n: Tensor, labels_n: Tensor, labels: Tensor, shard: VocabShard,
         return own_sum
     if settings.num_valid_tokens is not None:
         return own_sum / settings.num_valid_tokens
-    own_count = (labels_n != settings.ignore_index).sum()
+    own_count = (labels_n != settings.ignore_index).sum() if class_n is None else class_n.sum()
     group = shard.count_group if shard.count_group is not None else shard.token_group
     return own_sum / own_count if group is None else group_mean(own_sum, own_count, group)

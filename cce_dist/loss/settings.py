@@ -106,6 +106,9 @@ class CallSettings(TokenSettings):
     reduction: Reduction = Field(default="mean", description='"mean", "sum" or "none"')
     label_smoothing: _Float = Field(default=0.0, ge=0, le=1, description="a float in [0, 1]")
     z_loss: _Float = Field(default=0.0, ge=0, allow_inf_nan=False, description="a finite float, 0 or more")
+    class_weights: Annotated[InstanceOf[Tensor], AfterValidator(_of_floats)] | None = Field(
+        default=None, description="a tensor of floats that requires no gradient, or None", json_schema_extra=_MAY_DIFFER
+    )
     token_weights: Annotated[InstanceOf[Tensor], AfterValidator(_of_floats)] | None = Field(
         default=None, description="a tensor of floats that requires no gradient, or None", json_schema_extra=_MAY_DIFFER
     )
@@ -234,7 +237,14 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
             "label_smoothing goes without a softcap, which leaves no mean row of the classifier",
             f"label_smoothing={settings.label_smoothing}, softcap={settings.softcap}",
         )
-        _check_token_weights(settings.token_weights, hidden, labels)
+        _require(
+            settings.label_smoothing == 0 or settings.class_weights is None,
+            "label_smoothing goes without class_weights, by which rows would differ in the mean",
+            f"label_smoothing={settings.label_smoothing} and class weights",
+        )
+        _check_weights("token_weights", settings.token_weights, labels.shape, "one for each label", hidden.device)
+        rows = torch.Size([shard.num_rows])
+        _check_weights("class_weights", settings.class_weights, rows, "one for each row of weight", hidden.device)
     check_seed(settings.seed, hidden.device)
     tokens = labels.numel()
     _require(
@@ -263,14 +273,13 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
     return Method(gradient, eps, backend, first_pass, frequent)
 
 
-def _check_token_weights(token_weights: Tensor | None, hidden: Tensor, labels: Tensor) -> None:
-    if token_weights is None:
-        return
-    _require(
-        token_weights.device == hidden.device and token_weights.shape == labels.shape,
-        f"token_weights must be {list(labels.shape)}, one for each label, on {hidden.device}",
-        f"{list(token_weights.shape)} on {token_weights.device}",
-    )
+def _check_weights(name: str, given: Tensor | None, shape: torch.Size, what: str, device: torch.device) -> None:
+    if given is not None:
+        _require(
+            given.device == device and given.shape == shape,
+            f"{name} must be {list(shape)}, {what}, on {device}",
+            f"{list(given.shape)} on {given.device}",
+        )
 
 
 def contract(
@@ -284,6 +293,8 @@ def contract(
     }
     if isinstance(settings, CallSettings) and settings.num_valid_tokens is not None:
         alike["reduction"] += " with num_valid_tokens"
+    if isinstance(settings, CallSettings) and settings.class_weights is not None:
+        alike["reduction"] += " with class_weights"
     if isinstance(settings, LogprobSettings):
         each = isinstance(settings.temperature, Tensor)
         alike["temperature"] = "one for each token" if each else settings.temperature

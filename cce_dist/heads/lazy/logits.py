@@ -284,8 +284,8 @@ def _obstacle(
     label_smoothing: float = 0.0,
 ) -> str | None:
     """What keeps this F.cross_entropy or F.nll_loss from being fused, if anything does."""
-    if weight is not None:
-        return "class weights"
+    if weight is not None and (weight.shape != logits.shape[-1:] or weight.requires_grad or label_smoothing != 0.0):
+        return "class weights that are trained, of another shape, or beside label smoothing"
     if label_smoothing != 0.0 and logits._form.cap is not None:
         return f"label_smoothing={label_smoothing} with a softcap"
     if target.is_floating_point():
@@ -303,11 +303,12 @@ def _obstacle(
 def _cross_entropy(
     logits: LazyLogits,
     target: Tensor,
-    *,
+    weight: Tensor | None = None,
+    size_average: None = None,
     ignore_index: int = -100,
+    reduce: None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    **_: Any,
 ) -> Tensor:
     """F.cross_entropy; "mean" is over this rank's valid tokens, as the stock loss has it."""
     source = logits._source
@@ -315,9 +316,14 @@ def _cross_entropy(
     settings = {**source.binding.config.loss_kwargs(), "ignore_index": ignore_index, "reduction": "none"}
     settings["label_smoothing"] = label_smoothing
     loss_N: Tensor = source.compute(linear_cross_entropy, logits._form, target, settings)
+    count_N: Tensor = target != ignore_index
+    if weight is not None:  # of all rows, on every rank
+        weights_N = weight.index_select(0, target.masked_fill(~count_N, 0).reshape(-1)).view(target.shape)
+        count_N = weights_N.masked_fill(~count_N, 0.0)
+        loss_N = loss_N * count_N
     if reduction == "none":
         return loss_N
-    return loss_N.sum() if reduction == "sum" else loss_N.sum() / (target != ignore_index).sum()
+    return loss_N.sum() if reduction == "sum" else loss_N.sum() / count_N.sum()
 
 
 def _with_own_labels(
