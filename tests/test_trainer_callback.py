@@ -81,7 +81,7 @@ def _ddp_outside_of_forward(folder: str, ours: bool, smoothed: bool) -> Log:
     """DDP looks for unused parameters in what forward returns, and the loss is computed later."""
     model = architectures.build("qwen3")  # untied
     settings = {"label_smoothing_factor": 0.1} if smoothed else {}
-    callbacks = [CCECallback(gradient="exact", materialize="warn" if smoothed else "raise")] if ours else []
+    callbacks = [CCECallback(gradient="exact", materialize="raise")] if ours else []
     trainer = Trainer(
         model, _arguments(folder, ddp_find_unused_parameters=True, **settings), train_dataset=_data(),
         callbacks=callbacks, compute_loss_func=None if smoothed else _mean_of_logits,

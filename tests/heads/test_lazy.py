@@ -99,12 +99,24 @@ def _selected_in_16_bits(logits: Any, labels: Tensor) -> Tensor:
     return torch.stack(of_each).squeeze(-1)
 
 
+def _smoothed(logits: Any, labels: Tensor) -> Tensor:
+    """Of transformers.trainer_pt_utils.LabelSmoother."""
+    log_p, labels = -F.log_softmax(logits[..., :-1, :].contiguous(), dim=-1), labels[..., 1:, None]
+    ignored, labels = labels.eq(-100), labels.clamp(min=0)
+    nll, rest = log_p.gather(dim=-1, index=labels), log_p.sum(dim=-1, keepdim=True, dtype=torch.float32)
+    nll.masked_fill_(ignored, 0.0)
+    rest.masked_fill_(ignored, 0.0)
+    count = ignored.numel() - ignored.long().sum()
+    return 0.9 * nll.sum() / count + 0.1 * rest.sum() / (count * log_p.shape[-1])
+
+
 FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "mean": _flat,
     "sum": lambda z, y: _flat(z, y, reduction="sum"),
     "none": lambda z, y: _flat(z, y, reduction="none"),
     "module": lambda z, y: nn.CrossEntropyLoss()(z.reshape(-1, VOCAB), y.view(-1)),
     "label smoothing": lambda z, y: _flat(z * 0.5 + _vocab_vector(), y, label_smoothing=0.1),
+    "label smoothing in the words of transformers": lambda z, y: _smoothed(z, y),
     "class weights": lambda z, y: _flat(z, y, weight=_vocab_vector().abs()),
     "class weights by their place": lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten(), _vocab_vector().abs()),
     "class weights, sum": lambda z, y: _flat(z, y, weight=_vocab_vector().abs(), reduction="sum"),

@@ -46,7 +46,8 @@ class Call(NamedTuple):
 class LogitForm(NamedTuple):
     """Recorded logits in the terms of the loss: x = scale·(hidden · weightᵀ + biases), or cap·tanh(x) if cap is set.
 
-    ``of`` says what was made of them since: nothing, their log-probabilities, probabilities, or the product of both.
+    ``of`` says what was made of them since: nothing, their log-probabilities, also negated, probabilities, or the
+    product of both.
     """
 
     hidden_XD: Tensor
@@ -55,7 +56,7 @@ class LogitForm(NamedTuple):
     scale: float = 1.0
     cap: float | None = None
     biases: tuple[Tensor, ...] = ()
-    of: Literal["logits", "log p", "p", "p log p"] = "logits"
+    of: Literal["logits", "log p", "-log p", "p", "p log p"] = "logits"
 
     @property
     def shape(self) -> torch.Size:
@@ -144,6 +145,10 @@ def _log_softmax(form: LogitForm, call: Call) -> LogitForm | None:
     return form._replace(of="log p", dtype=call.on(form.meta()).dtype)
 
 
+def _negate(form: LogitForm, call: Call) -> LogitForm | None:
+    return form._replace(of="-log p") if form.of == "log p" else None
+
+
 def _exp(form: LogitForm, call: Call) -> LogitForm | None:
     return form._replace(of="p") if form.of == "log p" and len(call.args) == 1 and not call.kwargs else None
 
@@ -191,6 +196,7 @@ _RECORDERS: dict[Callable[..., Any], Callable[[LogitForm, Call], LogitForm | Non
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten), _reshape),
     Tensor.__getitem__: _index,
     **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
+    **dict.fromkeys((torch.neg, torch.negative, Tensor.neg, Tensor.negative, Tensor.__neg__), _negate),
     **dict.fromkeys((torch.exp, Tensor.exp), _exp),
     p_log_p: _p_log_p,
 }

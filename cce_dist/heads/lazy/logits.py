@@ -188,6 +188,8 @@ def _dispatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
             return iter([_dispatch(Tensor.__getitem__, (logits, i), {}) for i in range(logits.shape[0])])
         if function in _GATHER and (gathered := _gathered(logits, call)) is not None:
             return gathered
+        if (total := _sum_of_log_p(logits, call)) is not None:
+            return total
         statistic = _statistic(logits, call)
         if statistic is not None:
             return statistic
@@ -249,15 +251,32 @@ def _gathered(logits: LazyLogits, call: Call) -> Tensor | None:
     named = dict(zip(("input", "dim", "index"), call.args, strict=False)) | dict(call.kwargs)
     index, dim = named.get("index"), named.get("dim")
     fits = isinstance(index, Tensor) and index.shape == (*logits.shape[:-1], 1) and is_last_dim(form, dim)
-    if not fits or set(named) != {"input", "dim", "index"} or form.of not in ("logits", "log p"):
+    if not fits or set(named) != {"input", "dim", "index"} or form.of not in ("logits", "log p", "-log p"):
         return None
     if logits._source.misses_a_gradient(form):
         return None
     assert isinstance(index, Tensor)
     # No id is ignored: -100 is out of range here, as it is for a tensor.
     found = logits._source.logprobs(form, index[..., 0], ignore_index=_NO_ID)
-    values_X = found.logprob if form.of == "log p" else found.logprob + found.lse
-    return values_X[..., None]
+    values_X = found.logprob + found.lse if form.of == "logits" else found.logprob
+    return (-values_X if form.of == "-log p" else values_X)[..., None]
+
+
+def _sum_of_log_p(logits: LazyLogits, call: Call) -> Tensor | None:
+    """Σ log p over the vocabulary of each token, as label smoothing in steps takes it; None for another sum."""
+    form, source = logits._form, logits._source
+    if call.function not in (torch.sum, Tensor.sum) or form.of not in ("log p", "-log p") or form.cap is not None:
+        return None
+    fits = is_last_dim(form, call.dim()) and not set(call.kwargs) - {"dim", "keepdim", "dtype"} and len(call.args) <= 2
+    if not fits or source.misses_a_gradient(form):
+        return None
+    # Smoothed altogether, the loss is its mean, whatever the labels, which are not to be counted.
+    settings = {"label_smoothing": 1.0, "reduction": "none", "frequent_rows": 0}
+    labels_X = torch.zeros(form.shape[:-1], dtype=torch.int64, device=form.hidden_XD.device)
+    settings = {**source.binding.config.loss_kwargs(), **settings}
+    sum_X: Tensor = source.compute(linear_cross_entropy, form, labels_X, settings) * float(form.rows)
+    sum_X = (sum_X if form.of == "-log p" else -sum_X).to(call.kwargs.get("dtype") or form.dtype)
+    return sum_X[..., None] if call.kwargs.get("keepdim") else sum_X
 
 
 def _factor_of_p_log_p(factors: list[LazyLogits]) -> LazyLogits | None:
