@@ -15,13 +15,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from cce_dist import CCEConfig
+from cce_dist import CCEConfig, VocabShard, linear_cross_entropy
 from cce_dist.cli import main
+from cce_dist.loss.settings import CallSettings, LossSettings
 
 ROOT = Path(__file__).parent.parent
 LOGPROBS = (ROOT / "docs/reinforcement-learning.md").read_text()
-EXAMPLES, OF_LOGPROBS = (
-    dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", text, re.S)) for text in (README, LOGPROBS)
+OPTIONS = (ROOT / "docs/options.md").read_text()
+EXAMPLES, OF_LOGPROBS, OF_OPTIONS = (
+    dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", text, re.S)) for text in (README, LOGPROBS, OPTIONS)
 )
 VOCAB, HIDDEN = 96, 16
 
@@ -44,7 +46,7 @@ def _ids() -> torch.Tensor:
 
 def _run_example(name: str, **given: Any) -> dict[str, Any]:
     names = {"torch": torch, "dist": dist, "fully_shard": fully_shard, **given}
-    exec(compile({**EXAMPLES, **OF_LOGPROBS}[name], f"example {name}", "exec"), names)
+    exec(compile({**EXAMPLES, **OF_LOGPROBS, **OF_OPTIONS}[name], f"example {name}", "exec"), names)
     return names
 
 
@@ -89,6 +91,52 @@ def test_every_python_example_is_tested() -> None:
         "grpo",
     }  # that of GRPO in test_trl.py
     assert LOGPROBS.count("```python") == len(OF_LOGPROBS)
+    assert set(OF_OPTIONS) == {"class_weights", "token_weights", "several"}
+    assert OPTIONS.count("```python") == len(OF_OPTIONS)
+
+
+def _options() -> None:
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(3, 7, HIDDEN), torch.randn(VOCAB, HIDDEN), torch.randint(VOCAB, (3, 7))
+    shard, class_weights = VocabShard.even(VOCAB, dist.group.WORLD), torch.rand(VOCAB)
+    rows, logits = weight[shard.start : shard.stop], (hidden @ weight.T).flatten(0, 1)
+    given = {"hidden": hidden, "rows": rows, "labels": labels, "shard": shard}
+    given["linear_cross_entropy"] = linear_cross_entropy
+    weighted = _run_example("class_weights", class_weights=class_weights, **given)["loss"]
+    torch.testing.assert_close(weighted, F.cross_entropy(logits, labels.flatten(), weight=class_weights))
+    nll = F.cross_entropy(logits, labels.flatten(), reduction="none")
+    torch.testing.assert_close(_run_example("token_weights", **given)["loss"], (torch.exp(-nll) * nll).mean())
+    ahead = [
+        F.cross_entropy((hidden @ weight.T)[:, :-shift].flatten(0, 1), labels[:, shift:].flatten())
+        for shift in (1, 2, 3)
+    ]
+    torch.testing.assert_close(_run_example("several", **given)["loss"], ahead[0] + 0.3 * (ahead[1] + ahead[2]))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_examples_of_options_are_those_of_all_logits(ranks: RankPool, world: int) -> None:
+    ranks.run(world, _options)
+
+
+def test_the_page_of_options_has_every_one_and_what_it_refuses_is_refused() -> None:
+    table = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", OPTIONS, re.M))
+    assert set(table) == set(CallSettings.model_fields) - set(LossSettings.model_fields) - {"reduction"}
+    given: dict[str, Any] = {
+        "softcap": 3.0,
+        "label_smoothing": 0.1,
+        "class_weights": torch.ones(VOCAB),
+        "num_valid_tokens": 4,
+        "reduction": "sum",
+    }
+    refused = {
+        frozenset((name, other)) for name, row in table.items() for other in re.findall(r"`(\w+)`", row.split("|")[-1])
+    }
+    assert len(refused) == 3
+    for pair in refused:
+        with pytest.raises(ValueError, match=" goes with"):
+            linear_cross_entropy(
+                torch.zeros(3, 8), torch.zeros(VOCAB, 8), torch.zeros(3).long(), **{name: given[name] for name in pair}
+            )
 
 
 def _logprobs() -> None:
@@ -190,7 +238,15 @@ def test_the_output_of_the_planner_is_what_it_prints(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "launch/README.md", "docs/plan.md", "docs/reinforcement-learning.md"]
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "launch/README.md",
+        "docs/plan.md",
+        "docs/reinforcement-learning.md",
+        "docs/options.md",
+    ],
 )
 def test_the_paths_that_a_document_names_exist(document: str) -> None:
     text = (ROOT / document).read_text()
