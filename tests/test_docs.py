@@ -245,7 +245,6 @@ def test_the_output_of_the_planner_is_what_it_prints(capsys: pytest.CaptureFixtu
         "launch/README.md",
         "docs/plan.md",
         "docs/reinforcement-learning.md",
-        "docs/options.md",
     ],
 )
 def test_the_paths_that_a_document_names_exist(document: str) -> None:
