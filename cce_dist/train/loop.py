@@ -303,6 +303,10 @@ def _announce(this: _Run, metrics: Metrics) -> None:
         f"{parameters / 1e6:.1f} M parameters, {this.corpus.vocab_size} tokens of vocabulary; {settings.engine} on "
         f"{place.world} {place.device.type} rank(s) with {head}"
     )
+    if place.device.type == "cuda":
+        metrics.say(
+            "In the first step kernels are compiled: up to half a minute, and seconds once Triton has cached them."
+        )
     about = {"settings": settings.model_dump(mode="json"), "ranks": place.world, "gradient": gradient}
     on_rank_0(lambda: (settings.output / "run.json").write_text(json.dumps(about, indent=2)))
 
