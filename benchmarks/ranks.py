@@ -159,7 +159,8 @@ def methods_of(layout: str, device: str) -> dict[str, Callable[[Case, Inputs], T
         methods["logits kept"] = lambda case, _: _KeptLogits.apply(
             case.hidden_ND, case.weight_vD, case.shard.local_columns(case.labels_N)
         )
-        if (deepspeed_loss := _deepspeed_loss()) is not None:
+        # On a CPU it would compile collectives of its own for a minute.
+        if device == "cuda" and (deepspeed_loss := _deepspeed_loss()) is not None:
             methods["DeepSpeed"] = deepspeed_loss
     if layout == "own tokens":
         methods["classifier gathered"] = lambda case, _: _plain_loss(

@@ -4,17 +4,16 @@
 
 Methods: FSDP2 or DeepSpeed's ZeRO-3, each stock, with Liger's fused loss, or with cce_dist, by default and exact. The
 model is a Llama of 8 layers (hidden size 2304), in bf16 with fp32 masters, on sequences of 2048 real tokens; AdamW,
-clipping. Of each number of sequences a rank, until memory is out: tokens/s of all ranks (median of
-the steps after the fourth), peak GB, milliseconds of the first step, in which kernels are compiled, first and last loss
-of the ranks' mean. With cce_dist any operation of the head's forward and backward that makes a tensor as large as the
-classifier is an error (looked at with embedded tokens, since the embedding, as large, is gathered as ever).
-Rank 0 adds a line to the JSON of the machine, the vocabulary and the number of ranks.
+clipping. Of each number of sequences a rank, until memory is out: tokens/s of all ranks (median of the steps after the
+fourth), peak GB, milliseconds of the first step (with the first number, that is with what is compiled), first and last
+loss of the ranks' mean. With cce_dist any operation of the head's forward and backward that makes a tensor as large as
+the classifier is an error (looked at with embedded tokens, since the embedding, as large, is gathered as ever).
+Rank 0 adds what was found to the JSON of the machine, the vocabulary and the number of ranks.
 
 Shapes: b sequences of a rank, L tokens of a sequence.
 """
 
 import argparse
-import gc
 import json
 import os
 import time
@@ -104,6 +103,9 @@ def with_zero3(model: nn.Module, loss: str, device: str) -> tuple[Step, Probe]:
 
     import cce_dist.deepspeed
 
+    if device == "cpu":  # a collective that would be compiled for a minute
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
@@ -166,12 +168,13 @@ def train(step: Step, batch: Callable[[int], Tensor], steps: int, device: str) -
     dist.all_reduce(of_ranks)
     of_ranks /= dist.get_world_size()
     seconds = median(times[SETTLED:])
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
+    peak = torch.tensor(torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0, device=device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
     return {
         "tokens_per_s": dist.get_world_size() * ids_bL.numel() / seconds,
         "step_ms": 1e3 * seconds,
         "first_step_ms": 1e3 * times[0],
-        "peak_gb": peak,
+        "peak_gb": float(peak),
         "first_loss": float(of_ranks[0]),
         "last_loss": float(of_ranks[-1]),
     }
@@ -239,10 +242,9 @@ def main() -> None:
         shape = {key: getattr(arguments, key) for key in ("vocab", "layers", "hidden", "length", "steps")}
         report["methods"][arguments.method] = {**shape, "sequences": results}
         path.write_text(json.dumps(report, indent=2) + "\n")
-    del model, step, probe
-    gc.collect()
-    if not any("out_of_memory" in found for found in results.values()):  # else ranks may be in a collective still
-        dist.destroy_process_group()
+    if any("out_of_memory" in found for found in results.values()):
+        os._exit(1)  # another rank may be in a collective: the launcher ends it
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from cce_dist.collectives import group_mean
-from cce_dist.loss.autograd import LinearCrossEntropy
+from cce_dist.loss.autograd import Call, LinearCrossEntropy
 from cce_dist.loss.call import begin
 from cce_dist.loss.settings import CallSettings, takes_settings
 from cce_dist.loss.smoothing import MeanLogit
@@ -105,7 +105,7 @@ def linear_cross_entropy(
         class_weights: [V], this rank's: a token's cross-entropy counts as much as its label's entry, and "mean" divides
             by the sum of these, as F.cross_entropy has it; without label smoothing. No gradient is theirs.
         token_weights: [...], floats that the tokens' losses are multiplied with; "mean" still divides by the number of
-            valid tokens, or by ``num_valid_tokens``. No gradient is theirs.
+            valid tokens, by the sum of class weights, or by ``num_valid_tokens``. No gradient is theirs.
         num_valid_tokens: with "mean", divide this rank's sum by this instead (an int, or a 0-d tensor).
         gradient: "exact"; "unbiased": negligible parts of the softmax are sampled, exact in expectation; "filtered":
             they are replaced by their mean. None: "exact" with the torch backend, "unbiased" with Triton's kernels or
@@ -150,15 +150,17 @@ def linear_cross_entropy(
     class_n = None
     if call.settings.class_weights is not None:
         class_n = weights_of_labels(call.settings.class_weights, call, nll_n.dtype)
-    loss_n = _with_options(nll_n, lse_n, mean_logit_n, class_n, call.settings)
+    loss_n = _with_options(nll_n, lse_n, mean_logit_n, class_n, call)
     loss = _reduce(loss_n, call.labels_n, class_n, labels, call.shard, call.settings)
     return (loss, unflatten(lse_n, labels, call.settings.shift)) if return_lse else loss
 
 
 def _with_options(
-    nll_n: Tensor, lse_n: Tensor, mean_logit_n: Tensor | None, class_n: Tensor | None, settings: CallSettings
+    nll_n: Tensor, lse_n: Tensor, mean_logit_n: Tensor | None, class_n: Tensor | None, call: Call
 ) -> Tensor:
     """The loss of each token, 0 where ignored; ``class_n``: the weight of its label."""
+    settings = call.settings
+    assert isinstance(settings, CallSettings)
     loss_n = nll_n if class_n is None else nll_n * class_n
     if mean_logit_n is not None:
         loss_n = torch.lerp(loss_n, lse_n - mean_logit_n, settings.label_smoothing)
@@ -166,7 +168,7 @@ def _with_options(
         loss_n = loss_n + settings.z_loss * lse_n.square()
     if settings.token_weights is not None:
         weights_n = shifted(settings.token_weights, settings.shift, 0).reshape(-1)
-        loss_n = loss_n * weights_n.to(loss_n.dtype)
+        loss_n = loss_n * weights_n.to(loss_n.dtype).masked_fill(call.labels_n == settings.ignore_index, 0.0)
     return loss_n
 
 

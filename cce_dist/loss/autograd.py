@@ -127,7 +127,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ordered: Ordered = call.backend.valid_first(labels_N, column_N, settings.ignore_index, shard.vocab_size)
         order, target_N, legal = ordered
         if legal.is_cuda:
-            device_check(legal, legal_labels(settings.ignore_index, shard.vocab_size))
+            device_check(legal, f"{legal_labels(settings.ignore_index, shard.vocab_size)}.")
         hidden_ND = hidden_ND if hidden_ND.stride(1) == 1 else hidden_ND.contiguous()
 
         needs_grad = call.grad_enabled and any(ctx.needs_input_grad[:3])

@@ -17,6 +17,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from cce_dist.device_check import check_token_ids, device_check
 from cce_dist.kernels.problem import TILE
@@ -275,6 +276,7 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
 
 def _check_weights(name: str, given: Tensor | None, shape: torch.Size, what: str, device: torch.device) -> None:
     if given is not None:
+        _require(not isinstance(given, DTensor), f"{name} must be a plain tensor; pass its to_local()", "a DTensor")
         _require(
             given.device == device and given.shape == shape,
             f"{name} must be {list(shape)}, {what}, on {device}",

@@ -29,6 +29,11 @@ class MeanLogit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: Call) -> Tensor:
+        with torch.autocast(hidden_nD.device.type, enabled=False):
+            return MeanLogit._of(ctx, hidden_nD, weight_VD, bias_V, call)
+
+    @staticmethod
+    def _of(ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: Call) -> Tensor:
         dtype, rows, group = _dtype(hidden_nD), call.shard.num_real_rows, call.shard.vocab_group
         mean_D1 = torch.zeros(hidden_nD.shape[1] + 1, dtype=dtype, device=hidden_nD.device)
         mean_D1[:-1] = weight_VD[:rows].sum(0, dtype=dtype)
@@ -46,6 +51,11 @@ class MeanLogit(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_n.device.type, enabled=False):
+            return MeanLogit._gradients(ctx, grad_n)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_n: Tensor) -> tuple[Tensor | None, ...]:
         hidden_nD, weight_VD, bias_V, mean_D1, valid_n = ctx.saved_tensors
         call: Call = ctx.call
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]

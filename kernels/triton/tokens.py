@@ -47,7 +47,7 @@ def _order_kernel(order, target_N, legal_ptr, labels_N, column_N, ignore_index, 
 
 def valid_first(labels_N: torch.Tensor, column_N: torch.Tensor, ignore_index: int, vocab_size: int) -> Ordered:
     """See `torch_backend.valid_first`."""
-    tokens = labels_N.shape[0]
+    tokens, labels_N, column_N = labels_N.shape[0], labels_N.contiguous(), column_N.contiguous()
     token_N, place_N, target_N = (labels_N.new_empty(tokens, dtype=torch.int32) for _ in range(3))
     order = Order(token_N, place_N, labels_N.new_empty(1, dtype=torch.int32))
     legal = labels_N.new_empty((), dtype=torch.int32)

@@ -42,6 +42,16 @@ def test_valid_tokens_come_first_in_their_order(name: str, tokens: int, ignored:
 
 
 @every_backend
+@pytest.mark.parametrize("cut", ["every other", "expanded"])
+def test_labels_may_lie_apart(name: str, cut: str) -> None:
+    labels_N = labels_of(600, 0.3)[::2] if cut == "every other" else labels_of(1, 0.0).expand(300)
+    got = BACKENDS[name].valid_first(labels_N, labels_N, IGNORED, VOCAB)
+    wanted = torch_backend.valid_first(labels_N.clone(), labels_N.clone(), IGNORED, VOCAB)
+    assert torch.equal(got.target_N, wanted.target_N)
+    assert all(torch.equal(x, y) for x, y in zip(got.order, wanted.order, strict=True))
+
+
+@every_backend
 @pytest.mark.parametrize("label", [-1, VOCAB, 1 << 40])
 def test_a_label_outside_of_the_vocabulary_is_told(name: str, label: int) -> None:
     labels_N = labels_of(5000, 0.3)

@@ -45,6 +45,25 @@ _SICK: dict[str, tuple[Any, str, Any]] = {
 }
 
 
+def _compiled() -> bool:
+    """As on GPUs: each rank computes some of the cases alone, before all of them are looked at."""
+    group, cpu = dist.group.WORLD, torch.device("cpu")
+    cases = [
+        loss.Case(sharded, torch.float32, gradient) for sharded in (False, True) for gradient in ("exact", "unbiased")
+    ]
+    computed = []
+    with pytest.MonkeyPatch.context() as patch:
+        errors = loss.loss_errors
+        patch.setattr(loss, "loss_errors", lambda *args: computed.append(errors(*args)))
+        loss._compile(cases, group, cpu)
+    assert len(computed) == len(cases) // dist.get_world_size()
+    return all(error < 1e-4 for found in computed for error in found.values())
+
+
+def test_every_rank_of_a_node_compiles_some_of_the_kernels(ranks: RankPool) -> None:
+    assert all(ranks.run(2, _compiled))
+
+
 def _visit(port: int, configs: list[Path | None], sickness: str | None) -> tuple[int, str]:
     """A case of the pool: the doctor on every rank; the last has the sickness. (exit code, what was printed)"""
     rank, world = dist.get_rank(), dist.get_world_size()

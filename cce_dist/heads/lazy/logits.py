@@ -197,7 +197,7 @@ def _dispatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
             args, kwargs = _with_own_labels(logits, args, kwargs)
             obstacle = _obstacle(logits, *args[1:], **kwargs)
             if logits._form.of != _LOSSES[function]:
-                obstacle = {"log p": "log-probabilities", "logits": "logits"}.get(logits._form.of, "probabilities")
+                obstacle = _MADE_OF_LOGITS[logits._form.of]
             if obstacle is None:
                 return _cross_entropy(logits, *args[1:], **kwargs)
             why = f"{why} with {obstacle}"
@@ -238,7 +238,7 @@ def _statistic(logits: LazyLogits, call: Call) -> Tensor | None:
     if is_entropy and source.with_graph():
         entropy_X = source.measured(form, entropy=True).entropy if can_be_measured else None
         return None if entropy_X is None else -entropy_X.flatten()[logits._tokens]
-    if call.function in (torch.argmax, Tensor.argmax) and form.of != "p log p":
+    if call.function in (torch.argmax, Tensor.argmax) and form.of in ("logits", "log p", "p"):
         return source.statistics(form).argmax.flatten()[logits._tokens]
     if is_entropy:
         return -source.statistics(form).entropy.flatten()[logits._tokens].to(form.dtype)
@@ -290,6 +290,15 @@ def _factor_of_p_log_p(factors: list[LazyLogits]) -> LazyLogits | None:
 def _writes(name: str) -> bool:
     """Whether a function writes to its first argument, by the naming rule of torch."""
     return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+_MADE_OF_LOGITS = {
+    "logits": "logits",
+    "log p": "log-probabilities",
+    "-log p": "negated log-probabilities",
+    "p": "probabilities",
+    "p log p": "probabilities times their logarithms",
+}
 
 
 def _obstacle(

@@ -319,5 +319,5 @@ def _local_rows(values_V: Tensor, shard: VocabShard) -> Tensor:
 
 _NO_LOGITS = (
     "What needs no logits is F.cross_entropy with class indices (label smoothing and class weights not together); "
-    "log_softmax, gathered at one id a token; logsumexp; argmax; the entropy; and logits.logprobs(labels)."
+    "log_softmax, gathered at one id a token or summed; logsumexp; argmax; the entropy; and logits.logprobs(labels)."
 )

@@ -7,6 +7,7 @@ Shapes: n tokens of this rank, N of the token group, D hidden, V vocabulary.
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -68,16 +69,18 @@ def examine(size: int, device: torch.device) -> Report:
 def _compile(cases: Sequence[Case], group: ProcessGroup, device: torch.device) -> None:
     """The kernels, into Triton's cache of each node: every rank of it compiles those of some cases, in calls of its own
     with as many rows and tokens. All ranks compiling everything, one case after the other, takes over a minute."""
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # Not LOCAL_RANK, which is the GPU's number where ranks share one.
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     alone = new_subgroup([dist.get_rank()], group)
     if dist.get_rank() == 0:
         print("cce-dist doctor: compiling kernels, which takes half a minute on a fresh machine.", file=sys.stderr)
     # The longest ones, those of "unbiased", to different ranks.
-    for case in sorted(cases, key=lambda case: case.gradient)[local_rank::local_world]:
-        problem = _problem(case, group)
-        rows = problem.shard.num_rows
+    for case in sorted(cases, key=lambda case: case.gradient)[dist.get_rank() % on_node :: on_node]:
+        rows = _problem(case, group).shard.num_rows
         shard = VocabShard.even(rows, alone, alone if case.sharded else None)
-        loss_errors(_drawn(rows, problem.labels_N.shape[0], case, shard), case, device)
+        counts = _counts(case, dist.get_world_size(group))
+        with suppress(Exception):  # a fault of this rank alone would leave the others waiting: the cases will show it
+            loss_errors(_drawn(rows, max(counts) * len(counts), case, shard), case, device)
 
 
 class _Problem(NamedTuple):
@@ -92,11 +95,16 @@ class _Problem(NamedTuple):
 
 def _problem(case: Case, group: ProcessGroup) -> _Problem:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    per_rank, vocab = max(64 // world, 1), max(600, 2 * world + 3)
-    counts = [per_rank + r % 2 for r in range(world)] if case.sharded else [per_rank * world]
+    counts, vocab = _counts(case, world), max(600, 2 * world + 3)
     shard = VocabShard.even(vocab, group, group if case.sharded else None)
     problem = _drawn(vocab, sum(counts), case, shard)
     return problem._replace(own=slice(sum(counts[:rank]), sum(counts[: rank + 1])) if case.sharded else slice(None))
+
+
+def _counts(case: Case, world: int) -> list[int]:
+    """Tokens of each rank that brings its own, else of all."""
+    per_rank = max(64 // world, 1)
+    return [per_rank + r % 2 for r in range(world)] if case.sharded else [per_rank * world]
 
 
 def _drawn(vocab: int, tokens: int, case: Case, shard: VocabShard) -> _Problem:
