@@ -181,6 +181,7 @@ NOT_FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "nll_loss of logits": lambda z, y: F.nll_loss(z.flatten(0, 1), y.flatten()),
     "logsumexp of the tokens": lambda z, _: z.logsumexp(1),
     "argmax over everything": lambda z, _: z.argmax().float(),
+    "argmax of negated log-probabilities": lambda z, _: (-F.log_softmax(z, -1)).argmax(-1).float(),
     "argmax that keeps the dimension": lambda z, _: z.argmax(-1, keepdim=True).float(),
     "comparison": lambda z, _: (z > 0).float(),
     "attribute": lambda z, _: z.mT,

@@ -23,8 +23,10 @@ from reference import (
     relative_error,
 )
 from sharded import Layout, assert_ranks_no_worse, local_rows, make_rank_problem, make_shard, part_of
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from cce_dist import linear_cross_entropy
+from cce_dist import VocabShard, linear_cross_entropy
 
 UNEVEN = ((13,), (5,), (2, 4), (9,))
 every_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -165,6 +167,26 @@ def test_weights_that_follow_from_the_log_probability() -> None:
 def test_what_is_not_allowed_is_named(given: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         linear_cross_entropy(torch.zeros(3, 8), torch.zeros(40, 8), torch.zeros(3).long(), **given)
+
+
+def _weights_as_dtensors() -> list[str]:
+    mesh, said = init_device_mesh("cpu", (dist.get_world_size(),)), []
+    shard = VocabShard.even(40, dist.group.WORLD)
+    hidden, rows, labels = torch.zeros(4, 8), torch.zeros(shard.num_rows, 8), torch.zeros(4).long()
+    for given in (
+        {"class_weights": distribute_tensor(torch.ones(40), mesh, [Shard(0)])},
+        {"token_weights": distribute_tensor(torch.ones(4), mesh, [Replicate()])},
+    ):
+        try:
+            linear_cross_entropy(hidden, rows, labels, shard=shard, **given)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_weights_that_are_dtensors_are_refused_before_any_collective(ranks: RankPool) -> None:
+    for said in ranks.run(2, _weights_as_dtensors, timeout=30):
+        assert ["must be a plain tensor" in text for text in said] == [True, True]
 
 
 def test_hidden_states_of_ignored_tokens_may_be_anything() -> None:
