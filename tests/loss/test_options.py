@@ -173,12 +173,12 @@ def _weights_as_dtensors() -> list[str]:
     mesh, said = init_device_mesh("cpu", (dist.get_world_size(),)), []
     shard = VocabShard.even(40, dist.group.WORLD)
     hidden, rows, labels = torch.zeros(4, 8), torch.zeros(shard.num_rows, 8), torch.zeros(4).long()
-    for given in (
+    for options in (
         {"class_weights": distribute_tensor(torch.ones(40), mesh, [Shard(0)])},
         {"token_weights": distribute_tensor(torch.ones(4), mesh, [Replicate()])},
     ):
         try:
-            linear_cross_entropy(hidden, rows, labels, shard=shard, **given)
+            linear_cross_entropy(hidden, rows, labels, shard=shard, **options)
         except ValueError as error:
             said.append(str(error))
     return said
