@@ -19,7 +19,7 @@ Method = Callable[..., Tensor]
 OWN_TREE = Tree()
 
 
-def _eager(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+def eager(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
     return F.cross_entropy((hidden_ND @ weight_VD.T).float(), labels_N)
 
 
@@ -31,7 +31,7 @@ def available_methods(old_tree: Path | None = None) -> tuple[dict[str, Method], 
         for mode in ("unbiased", "filtered", "exact")
         for name, tree in trees.items()
     }
-    methods |= {"torch eager": _eager, "torch.compile": torch.compile(_eager)}
+    methods |= {"torch eager": eager, "torch.compile": torch.compile(eager)}
     missing: dict[str, str] = {}
     for name, find in (
         ("F.linear_cross_entropy", _torch_fused),

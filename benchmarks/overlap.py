@@ -2,8 +2,6 @@
 
 Busy: the union of the times of kernels that compute. Exposed: what collectives take while none does, waiting for other
 ranks included. Bytes on the wire: what a rank sends in ring algorithms, from the sizes of its collectives.
-
-Shapes: none.
 """
 
 from collections.abc import Callable, Iterable

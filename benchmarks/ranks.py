@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from inputs import Inputs, load_tokens, set_counts, trained_inputs
 from loss import dtype_on, environment, peak_mb, reference, relative_error, result_path, shape_name, shape_of
+from methods import eager
 from overlap import OnTheWire, profiled_ms
 from timing import WARM_UP, once_ms
 from torch import Tensor, nn
@@ -135,10 +136,6 @@ def _padded(rows_vD: Tensor, rows: int) -> Tensor:
     return torch.cat([rows_vD, rows_vD.new_zeros((rows - rows_vD.shape[0], rows_vD.shape[1]))])
 
 
-def _plain_loss(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy((hidden_ND @ weight_VD.T).float(), labels_N)
-
-
 def methods_of(layout: str, device: str) -> dict[str, Callable[[Case, Inputs], Tensor]]:
     """Functions (case, inputs) -> mean loss. On a CPU the torch backend, to try the command out."""
     settings: dict[str, Any] = (
@@ -163,7 +160,7 @@ def methods_of(layout: str, device: str) -> dict[str, Callable[[Case, Inputs], T
         if device == "cuda" and (deepspeed_loss := _deepspeed_loss()) is not None:
             methods["DeepSpeed"] = deepspeed_loss
     if layout == "own tokens":
-        methods["classifier gathered"] = lambda case, _: _plain_loss(
+        methods["classifier gathered"] = lambda case, _: eager(
             case.hidden_ND, _Gathered.apply(case.weight_vD, case.shard.vocab_size), case.labels_N
         )
     return methods
@@ -263,8 +260,8 @@ def main() -> None:
     device = arguments.device
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        global _sums, _probabilities, _plain_loss
-        _sums, _probabilities, _plain_loss = (torch.compile(f) for f in (_sums, _probabilities, _plain_loss))
+        global _sums, _probabilities, eager
+        _sums, _probabilities, eager = (torch.compile(f) for f in (_sums, _probabilities, eager))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     world = dist.get_world_size()
     report: dict[str, Any] = {**environment(), "ranks": world, "steps": arguments.steps, "shapes": {}}

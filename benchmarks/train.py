@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from inputs import load_tokens
-from loss import environment, gpu_name
+from loss import environment, result_path
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -199,7 +199,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command out")
     arguments = parser.parse_args()
-    device, engine_loss = arguments.device, arguments.method.split("-", 1)
+    device = arguments.device
+    engine, loss = arguments.method.split("-", 1)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
@@ -207,7 +208,6 @@ def main() -> None:
     ids = torch.from_numpy(load_tokens(arguments.tokens, arguments.vocab))
     text_SL = ids[: len(ids) // length * length].view(-1, length)
     text_SL = text_SL[torch.randperm(len(text_SL), generator=torch.Generator().manual_seed(0))]
-    engine, loss = engine_loss
     with torch.device(device):
         model = make_model(arguments.vocab, arguments.layers, arguments.hidden, length, loss == "liger")
     step, probe = (with_fsdp2 if engine == "fsdp2" else with_zero3)(model, loss, device)
@@ -235,9 +235,7 @@ def main() -> None:
             with ClassifierStaysCut(weight, arguments.vocab * arguments.hidden, engine):
                 probe(embeds_bLD, ids_bL)
     if rank == 0 and arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        name = f"train-{gpu_name().lower().replace(' ', '-')}-{world}-{arguments.vocab}.json"
-        path = arguments.out / name
+        path = result_path(arguments.out, "train", arguments.steps, f"{world}-{arguments.vocab}")
         report = json.loads(path.read_text()) if path.exists() else {**environment(), "methods": {}}
         shape = {key: getattr(arguments, key) for key in ("vocab", "layers", "hidden", "length", "steps")}
         report["methods"][arguments.method] = {**shape, "sequences": results}

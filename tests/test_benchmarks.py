@@ -19,7 +19,16 @@ from cce_dist.kernels.triton.tuning import Row, Tuning
 
 ROOT = Path(__file__).parent.parent
 MODULES = (
-    *("first_pass", "inputs", "logprobs", "loss", "methods", "overlap", "scaling", "shards", "stages", "timing"),
+    "first_pass",
+    "inputs",
+    "logprobs",
+    "loss",
+    "methods",
+    "overlap",
+    "scaling",
+    "shards",
+    "stages",
+    "timing",
     "tune",
 )
 

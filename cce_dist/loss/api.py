@@ -142,25 +142,28 @@ def linear_cross_entropy(
             rank. A ``shard`` that is none, and what happens in backward, concern the rank alone.
     """
     inputs, labels = begin(hidden, weight, labels, bias, shard, settings, CallSettings, A_LOSS)
-    call = inputs.call
-    assert isinstance(call.settings, CallSettings)
+    call, chosen = inputs.call, inputs.call.settings
+    assert isinstance(chosen, CallSettings)
     # Before the loss: backward comes to it after, and adds to dC in place.
-    mean_logit_n = MeanLogit.apply(*inputs) if call.settings.label_smoothing else None
+    mean_logit_n = MeanLogit.apply(*inputs) if chosen.label_smoothing else None
     nll_n, lse_n, _ = LinearCrossEntropy.apply(*inputs)
     class_n = None
-    if call.settings.class_weights is not None:
-        class_n = weights_of_labels(call.settings.class_weights, call, nll_n.dtype)
-    loss_n = _with_options(nll_n, lse_n, mean_logit_n, class_n, call)
-    loss = _reduce(loss_n, call.labels_n, class_n, labels, call.shard, call.settings)
-    return (loss, unflatten(lse_n, labels, call.settings.shift)) if return_lse else loss
+    if chosen.class_weights is not None:
+        class_n = weights_of_labels(chosen.class_weights, call, nll_n.dtype)
+    loss_n = _with_options(nll_n, lse_n, mean_logit_n, class_n, call.labels_n, chosen)
+    loss = _reduce(loss_n, class_n, labels, call, chosen)
+    return (loss, unflatten(lse_n, labels, chosen.shift)) if return_lse else loss
 
 
 def _with_options(
-    nll_n: Tensor, lse_n: Tensor, mean_logit_n: Tensor | None, class_n: Tensor | None, call: Call
+    nll_n: Tensor,
+    lse_n: Tensor,
+    mean_logit_n: Tensor | None,
+    class_n: Tensor | None,
+    labels_n: Tensor,
+    settings: CallSettings,
 ) -> Tensor:
     """The loss of each token, 0 where ignored; ``class_n``: the weight of its label."""
-    settings = call.settings
-    assert isinstance(settings, CallSettings)
     loss_n = nll_n if class_n is None else nll_n * class_n
     if mean_logit_n is not None:
         loss_n = torch.lerp(loss_n, lse_n - mean_logit_n, settings.label_smoothing)
@@ -168,18 +171,11 @@ def _with_options(
         loss_n = loss_n + settings.z_loss * lse_n.square()
     if settings.token_weights is not None:
         weights_n = shifted(settings.token_weights, settings.shift, 0).reshape(-1)
-        loss_n = loss_n * weights_n.to(loss_n.dtype).masked_fill(call.labels_n == settings.ignore_index, 0.0)
+        loss_n = loss_n * weights_n.to(loss_n.dtype).masked_fill(labels_n == settings.ignore_index, 0.0)
     return loss_n
 
 
-def _reduce(
-    loss_n: Tensor,
-    labels_n: Tensor,
-    class_n: Tensor | None,
-    labels: Tensor,
-    shard: VocabShard,
-    settings: CallSettings,
-) -> Tensor:
+def _reduce(loss_n: Tensor, class_n: Tensor | None, labels: Tensor, call: Call, settings: CallSettings) -> Tensor:
     if settings.reduction == "none":
         return unflatten(loss_n, labels, settings.shift)
     own_sum = loss_n.sum()
@@ -187,6 +183,7 @@ def _reduce(
         return own_sum
     if settings.num_valid_tokens is not None:
         return own_sum / settings.num_valid_tokens
-    own_count = (labels_n != settings.ignore_index).sum() if class_n is None else class_n.sum()
+    own_count = (call.labels_n != settings.ignore_index).sum() if class_n is None else class_n.sum()
+    shard = call.shard
     group = shard.count_group if shard.count_group is not None else shard.token_group
     return own_sum / own_count if group is None else group_mean(own_sum, own_count, group)

@@ -75,6 +75,13 @@ class Call(NamedTuple):
     temperature_n: Tensor | None = None
 
     @property
+    def padded_to(self) -> int:
+        """Tokens of each rank's part, where the token group's are gathered."""
+        if self.shard.token_group is None:
+            return self.labels_n.shape[0]
+        return self.most if self.settings.max_tokens is None else self.settings.max_tokens
+
+    @property
     def backend(self) -> ModuleType:
         if self.method.backend == "torch":
             return torch_backend
@@ -117,9 +124,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         shard, settings, method = call.shard, call.settings, call.method
-        num_tokens = most = call.labels_n.shape[0]
-        if shard.token_group is not None:
-            most = call.most if settings.max_tokens is None else settings.max_tokens
+        num_tokens, most = call.labels_n.shape[0], call.padded_to
         hidden_ND, labels_N = gather(hidden_nD, call.labels_n, shard, most, settings.ignore_index)
         workspace = workspace_bytes(settings.workspace_mb, method, labels_N.shape[0], hidden_ND.element_size())
         equal = {"labels": token_fingerprint(labels_N)} if shard.same_tokens else {}
@@ -172,7 +177,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if needs_grad:
             seed = _draw_seed(settings.seed, hidden_nD.device) if method.gradient == "unbiased" else None
             tile_lse_TN, reference_SN, tiles_per_split = summary.tiles or (None, None, 0)
-            ctx.call, ctx.most, ctx.workspace = call, most, workspace
+            ctx.call, ctx.workspace = call, workspace
             ctx.unit, ctx.tiles_per_split = normaliser.unit, tiles_per_split
             ctx.set_materialize_grads(False)
             max_and_sum = normaliser.max_N, normaliser.log_sum_N
@@ -213,7 +218,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         shard, weight_VD, bias_V = call.shard, saved.weight_VD, saved.bias_V
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         with torch.autocast(saved.hidden_ND.device.type, enabled=False):
-            upstream = _upstream(grads_n, saved, call, ctx.most)
+            upstream = _upstream(grads_n, saved, call)
             order, inverse_temperature_N = saved.order, saved.inverse_temperature_N
             logits = logits_of(saved.hidden_ND, weight_VD, bias_V, saved.target_N, order, call, inverse_temperature_N)
             normaliser = Normaliser(saved.max_N, saved.log_sum_N, ctx.unit)
@@ -310,7 +315,7 @@ def logits_of(
         order.place_N,
         call.shard.tile_keys(TILE, hidden_ND.device),
         order.n_valid,
-        1.0 if settings.logit_scale is None else settings.logit_scale,
+        settings.scale,
         settings.softcap,
         inverse_temperature_N=inverse_temperature_N,
     )
@@ -344,7 +349,7 @@ def _draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return own_seed
 
 
-def _upstream(grads_n: tuple[Tensor | None, ...], saved: Saved, call: Call, most: int) -> Upstream:
+def _upstream(grads_n: tuple[Tensor | None, ...], saved: Saved, call: Call) -> Upstream:
     """The upstream gradients of nll, lse and entropy of every token of the group, compacted, as the kernels take them:
     scaled to at most about 1."""
     dtype, group = saved.max_N.dtype, call.shard.token_group
@@ -352,7 +357,7 @@ def _upstream(grads_n: tuple[Tensor | None, ...], saved: Saved, call: Call, most
     if group is not None:
         zero_n = torch.zeros(call.labels_n.shape[0], dtype=dtype, device=saved.max_N.device)
         grads_nx = torch.stack([zero_n if grad is None else grad.to(dtype) for grad in wanted], dim=1)
-        wanted = gather_tokens(grads_nx, most, group).unbind(1)
+        wanted = gather_tokens(grads_nx, call.padded_to, group).unbind(1)
     upstream: Upstream = call.backend.upstream(
         OutputGradients(*wanted),
         saved.order,

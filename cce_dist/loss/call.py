@@ -135,7 +135,7 @@ def _with_temperature(settings: TokenSettings, hidden: Tensor, labels: Tensor) -
     if not isinstance(temperature, Tensor):
         if temperature == 1.0:
             return settings, None
-        scale = (1.0 if settings.logit_scale is None else settings.logit_scale) / temperature
+        scale = settings.scale / temperature
         cap = None if settings.softcap is None else settings.softcap / temperature
         return settings.model_copy(update={"logit_scale": scale, "softcap": cap}), None
     if isinstance(labels, DTensor):

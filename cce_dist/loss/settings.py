@@ -98,6 +98,10 @@ class TokenSettings(LossSettings):
     softcap: _Float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a positive float or None")
     logit_scale: _Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
 
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.logit_scale is None else self.logit_scale
+
 
 class CallSettings(TokenSettings):
     """The same, and what the loss of one call is."""

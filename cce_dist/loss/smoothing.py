@@ -82,7 +82,7 @@ def _sum_of_tokens(grad_n: Tensor, hidden_nD: Tensor, valid_n: Tensor, call: Cal
 
 def _share(call: Call) -> float:
     """s/V."""
-    return (1.0 if call.settings.logit_scale is None else call.settings.logit_scale) / call.shard.vocab_size
+    return call.settings.scale / call.shard.vocab_size
 
 
 def _in_real_rows(value: Tensor, parameter: Tensor, call: Call) -> Tensor:

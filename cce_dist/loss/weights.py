@@ -17,8 +17,7 @@ from cce_dist.loss.tokens import gather_values, own
 def weights_of_labels(class_weights_V: Tensor, call: Call, dtype: torch.dtype) -> Tensor:
     """[n], 0 where ignored."""
     shard, labels_n, ignore_index = call.shard, call.labels_n, call.settings.ignore_index
-    most = call.most if call.settings.max_tokens is None else call.settings.max_tokens
-    labels_N = gather_values(labels_n, shard, most, ignore_index)
+    labels_N = gather_values(labels_n, shard, call.padded_to, ignore_index)
     column_N = shard.local_columns(labels_N)
     here_N = (column_N >= 0) & (labels_N != ignore_index)
     weights_N = torch.zeros(labels_N.shape, dtype=dtype, device=labels_N.device)
@@ -27,4 +26,4 @@ def weights_of_labels(class_weights_V: Tensor, call: Call, dtype: torch.dtype) -
         weights_N = torch.where(here_N, own_N, weights_N)
     if shard.vocab_group is not None:
         dist.all_reduce(weights_N, group=shard.vocab_group)
-    return own(weights_N, labels_n.shape[0], most, shard)
+    return own(weights_N, labels_n.shape[0], call.padded_to, shard)

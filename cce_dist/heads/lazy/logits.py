@@ -271,9 +271,9 @@ def _sum_of_log_p(logits: LazyLogits, call: Call) -> Tensor | None:
     if not fits or source.misses_a_gradient(form):
         return None
     # Smoothed altogether, the loss is its mean, whatever the labels, which are not to be counted.
-    settings = {"label_smoothing": 1.0, "reduction": "none", "frequent_rows": 0}
+    given = {"label_smoothing": 1.0, "reduction": "none", "frequent_rows": 0}
+    settings = {**source.binding.config.loss_kwargs(), **given}
     labels_X = torch.zeros(form.shape[:-1], dtype=torch.int64, device=form.hidden_XD.device)
-    settings = {**source.binding.config.loss_kwargs(), **settings}
     sum_X: Tensor = source.compute(linear_cross_entropy, form, labels_X, settings) * float(form.rows)
     sum_X = (sum_X if form.of == "-log p" else -sum_X).to(call.kwargs.get("dtype") or form.dtype)
     return sum_X[..., None] if call.kwargs.get("keepdim") else sum_X
@@ -341,8 +341,8 @@ def _cross_entropy(
     """F.cross_entropy; "mean" is over this rank's valid tokens, as the stock loss has it."""
     source = logits._source
     # Always "none": the ranks of a shard agree on one reduction, and a caller may change between mean and sum.
-    settings = {**source.binding.config.loss_kwargs(), "ignore_index": ignore_index, "reduction": "none"}
-    settings["label_smoothing"] = label_smoothing
+    given = {"ignore_index": ignore_index, "reduction": "none", "label_smoothing": label_smoothing}
+    settings = {**source.binding.config.loss_kwargs(), **given}
     loss_N: Tensor = source.compute(linear_cross_entropy, logits._form, target, settings)
     count_N: Tensor = target != ignore_index
     if weight is not None:  # of all rows, on every rank
