@@ -203,7 +203,8 @@ def test_options_that_are_off_leave_no_trace_in_the_graph() -> None:
     hidden, weight, labels = leaf(torch.randn(5, 8)), leaf(torch.randn(40, 8)), torch.arange(5)
 
     def nodes(**options: Any) -> list[str]:
-        found, todo = [], [linear_cross_entropy(hidden, weight, labels, reduction="none", **options).grad_fn]
+        losses = linear_cross_entropy(hidden, weight, labels, reduction="none", **options)  # holds the graph
+        found, todo = [], [losses.grad_fn]
         while todo:
             node = todo.pop()
             if node is not None:
