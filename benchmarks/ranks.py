@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from cce_dist import VocabShard, linear_cross_entropy
 
 LAYOUTS = ("one", "same tokens", "own tokens")
+_LINK_BYTES = 64 << 20
 
 
 class Case(NamedTuple):
@@ -234,6 +235,26 @@ def measure(layout: str, inputs: Inputs, tokens: int, rounds: int, gemm_ms: floa
     return result
 
 
+def links(rounds: int, device: str) -> dict[str, float]:
+    """What a collective reaches, as docs/plan.md counts it: GB/s in one direction of (W - 1) / W of the bytes that each
+    rank ends with or began with (an all-reduce moves them twice), and milliseconds of one that moves next to nothing.
+    """
+    world = dist.get_world_size()
+    large = torch.zeros(_LINK_BYTES // 2, dtype=torch.bfloat16, device=device)
+    share = large[: large.numel() // world].clone()
+    moved = share.numel() * 2 * (world - 1) / 1e6  # GB/s times ms
+
+    def rate(run: Callable[[], Any], times: int = 1) -> float:
+        return times * moved / slowest_ms(run, rounds, device)
+
+    return {
+        "all_gather_gb_s": rate(lambda: dist.all_gather_into_tensor(large, share)),
+        "reduce_scatter_gb_s": rate(lambda: dist.reduce_scatter_tensor(share, large)),
+        "all_reduce_gb_s": rate(lambda: dist.all_reduce(large), 2),
+        "all_reduce_ms": slowest_ms(lambda: dist.all_reduce(share[:64]), rounds, device),
+    }
+
+
 def efficiencies(layouts: dict[str, dict[str, Any]], world: int) -> dict[str, dict[str, float]]:
     """Of each method that also ran alone; see the head of this file."""
     return {
@@ -265,6 +286,9 @@ def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     world = dist.get_world_size()
     report: dict[str, Any] = {**environment(), "ranks": world, "steps": arguments.steps, "shapes": {}}
+    report["links"] = links(arguments.rounds, device)
+    if dist.get_rank() == 0:
+        print(f"links: {report['links']}", flush=True)
     for name in arguments.shapes:
         shape = shape_of(name)
         ids = load_tokens(arguments.tokens, shape.vocab_size)

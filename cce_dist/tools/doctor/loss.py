@@ -7,6 +7,7 @@ Shapes: n tokens of this rank, N of the token group, D hidden, V vocabulary.
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -75,12 +76,19 @@ def _compile(cases: Sequence[Case], group: ProcessGroup, device: torch.device) -
     if dist.get_rank() == 0:
         print("cce-dist doctor: compiling kernels, which takes half a minute on a fresh machine.", file=sys.stderr)
     # The longest ones, those of "unbiased", to different ranks.
-    for case in sorted(cases, key=lambda case: case.gradient)[dist.get_rank() % on_node :: on_node]:
-        rows = _problem(case, group).shard.num_rows
-        shard = VocabShard.even(rows, alone, alone if case.sharded else None)
-        counts = _counts(case, dist.get_world_size(group))
-        with suppress(Exception):  # a fault of this rank alone would leave the others waiting: the cases will show it
-            loss_errors(_drawn(rows, max(counts) * len(counts), case, shard), case, device)
+    own = sorted(cases, key=lambda case: case.gradient)[dist.get_rank() % on_node :: on_node]
+
+    def compile_those_of(gradient: str) -> None:
+        with torch.cuda.device(device):  # a thread begins with the first one
+            for case in (case for case in own if case.gradient == gradient):
+                rows = _problem(case, group).shard.num_rows
+                shard = VocabShard.even(rows, alone, alone if case.sharded else None)
+                counts = _counts(case, dist.get_world_size(group))
+                with suppress(Exception):  # of this rank alone: the others would wait; the cases will show it
+                    loss_errors(_drawn(rows, max(counts) * len(counts), case, shard), case, device)
+
+    with ThreadPoolExecutor() as threads:  # different kernels, whose compilation waits for nothing of the other's
+        list(threads.map(compile_those_of, {case.gradient for case in own}))
 
 
 class _Problem(NamedTuple):
