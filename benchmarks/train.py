@@ -29,6 +29,7 @@ from loss import environment, result_path
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 METHODS = [f"{engine}-{loss}" for engine in ("fsdp2", "zero3") for loss in ("stock", "liger", "cce_dist", "exact")]
 SETTLED = 4
@@ -134,7 +135,8 @@ def with_zero3(model: nn.Module, loss: str, device: str) -> tuple[Step, Probe]:
 
 class ClassifierStaysCut(TorchDispatchMode):
     """Within, it is an error when the classifier's parameter holds all of its elements, as ZeRO-3 gathers one, or, but
-    for ZeRO-3, which prefetches the embedding, when an operation makes a tensor of so many."""
+    for ZeRO-3, which prefetches the embedding, when an operation makes a tensor of so many: not a view of other memory,
+    which the loss keeps lists of narrower numbers in."""
 
     def __init__(self, weight: Tensor, elements: int, engine: str) -> None:
         super().__init__()
@@ -142,14 +144,20 @@ class ClassifierStaysCut(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = op(*args, **(kwargs or {}))
+        known = {_memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         local = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
         held = [local]
         if self.engine != "zero3":
-            held += made if isinstance(made, (list, tuple)) else [made]
+            held += [x for x in tree_leaves(made) if isinstance(x, Tensor) and _memory(x) not in known]
         for x in held:
-            if isinstance(x, Tensor) and not (isinstance(x, DTensor) or x.is_meta) and x.numel() >= self.elements:
+            if not isinstance(x, DTensor) and _memory(x) and x.numel() >= self.elements:
                 raise AssertionError(f"{op}: a tensor of shape {list(x.shape)} on rank {dist.get_rank()}.")
         return made
+
+
+def _memory(x: Tensor) -> int:
+    """Where it lies; 0 for one that lies nowhere, of a meta device, or wraps others."""
+    return 0 if x.is_meta or isinstance(x, DTensor) else x.untyped_storage().data_ptr()
 
 
 def train(step: Step, batch: Callable[[int], Tensor], steps: int, device: str) -> dict[str, float]:

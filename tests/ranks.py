@@ -19,6 +19,7 @@ What a case may rely on:
 - The random generators of torch and Python are seeded with 0, the same on every rank; torch uses one thread.
 - The function and its arguments are found by the path of their file, so the importlib import mode of pytest works.
   Arguments and results are pickled by value: return plain tensors (`.to_local()`, `.detach()`), not modules or groups.
+  Tensors come back on the CPU.
 - An exception of a rank is raised here, its type kept, with the tracebacks of all ranks that failed. To test that every
   rank raises, catch inside the function and return the text.
 - A rank that does not come back within ``timeout`` seconds is a `TimeoutError` that shows where each rank stood.
@@ -54,10 +55,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import uninitialised
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_HEAR_OTHER_RANKS = 5.0
@@ -110,6 +114,8 @@ class RankPool:
         """Calls ``function(*args)`` on ranks 0 to ``world - 1`` of a new process group; returns what each returned."""
         if not 1 <= world <= self.size:
             raise ValueError(f"world must be 1 to {self.size}, the size of the pool; got {world}.")
+        if torch.cuda.is_available() and torch.cuda.device_count() < world and "deepspeed" in function.__module__:
+            pytest.skip(f"DeepSpeed computes on GPUs where there are any: needs {world}")
         if any(_threads(process.pid) > _MOST_THREADS for process in self._processes):
             self.close()
         self._start()
@@ -259,7 +265,7 @@ def _run_case(rank: int, case: dict[str, Any], arguments: bytes) -> Any:
         world_size=case["world"],
         timeout=timedelta(seconds=case["timeout"]),
     )
-    return function(*args)
+    return tree_map_only(Tensor, Tensor.cpu, function(*args))
 
 
 def _import(name: str, file: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankPool
+from ranks import RankPool, device
 from torch import Tensor
 
 pytest.importorskip("deepspeed")
@@ -400,7 +400,7 @@ def test_default_mode_trains_a_sharded_classifier(ranks: RankPool) -> None:
 def _real_logits_in_training(case: Case) -> Tensor:
     """The gradient of this rank's rows where a model needs real logits."""
     engine = make_engine(case)
-    ids = torch.arange(12).view(2, 6) + data_rank(case)
+    ids = torch.arange(12, device=device()).view(2, 6) + data_rank(case)
     engine.module.lm(input_ids=ids).logits.square().sum().backward()
     return engine.module.get_output_embeddings().weight.grad
 

@@ -79,13 +79,14 @@ def _compile(cases: Sequence[Case], group: ProcessGroup, device: torch.device) -
     own = sorted(cases, key=lambda case: case.gradient)[dist.get_rank() % on_node :: on_node]
 
     def compile_those_of(gradient: str) -> None:
-        with torch.cuda.device(device):  # a thread begins with the first one
-            for case in (case for case in own if case.gradient == gradient):
-                rows = _problem(case, group).shard.num_rows
-                shard = VocabShard.even(rows, alone, alone if case.sharded else None)
-                counts = _counts(case, dist.get_world_size(group))
-                with suppress(Exception):  # of this rank alone: the others would wait; the cases will show it
-                    loss_errors(_drawn(rows, max(counts) * len(counts), case, shard), case, device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread begins with the first one
+        for case in (case for case in own if case.gradient == gradient):
+            rows = _problem(case, group).shard.num_rows
+            shard = VocabShard.even(rows, alone, alone if case.sharded else None)
+            counts = _counts(case, dist.get_world_size(group))
+            with suppress(Exception):  # of this rank alone: the others would wait; the cases will show it
+                loss_errors(_drawn(rows, max(counts) * len(counts), case, shard), case, device)
 
     with ThreadPoolExecutor() as threads:  # different kernels, whose compilation waits for nothing of the other's
         list(threads.map(compile_those_of, {case.gradient for case in own}))
