@@ -3,6 +3,7 @@
 python benchmarks/report.py benchmarks/results/loss-*.json --plot benchmarks/results/loss.png
 python benchmarks/report.py benchmarks/results/scaling-*.json --plot benchmarks/results/scaling.png
 python benchmarks/report.py benchmarks/results/ranks-*.json
+python benchmarks/report.py benchmarks/results/train-*.json
 python benchmarks/report.py benchmarks/results/shards-*-262144x2304.json
 python benchmarks/report.py benchmarks/results/stages-*.json
 """
@@ -79,6 +80,26 @@ def ranks_table(result: dict[str, Any]) -> str:
                 cells = [shape, layout, name, f"{row['both_ms']:.1f} ms", f"{row['both_x']:.2f}x"]
                 cells += ["" if gained is None else f"{gained:.2f}", *seen, f"{row['peak_mb']:.0f}"]
                 lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TRAIN_HEADER = """\
+| method | sequences a GPU | tokens/s | step | peak GB | first step | last loss |
+|---|---|---|---|---|---|---|"""
+
+
+def train_table(result: dict[str, Any]) -> str:
+    """What `train.py` found: a line for each method and number of sequences."""
+    lines = [TRAIN_HEADER]
+    for name, method in result["methods"].items():
+        for sequences, row in method["sequences"].items():
+            cells = [name, sequences]
+            if "out_of_memory" in row:
+                cells += ["out of memory", "", "", "", ""]
+            else:
+                cells += [f"{row['tokens_per_s']:,.0f}", f"{row['step_ms']:.0f} ms", f"{row['peak_gb']:.1f}"]
+                cells += [f"{row['first_step_ms'] / 1e3:.1f} s", f"{row['last_loss']:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -161,6 +182,8 @@ def main() -> None:
     contents = [json.loads(path.read_text()) for path in arguments.results]
     if all("ranks" in content for content in contents):
         print("\n\n".join(ranks_table(content) for content in contents))
+    elif all(content["command"].startswith("benchmarks/train.py") for content in contents):
+        print("\n\n".join(train_table(content) for content in contents))
     elif all("shapes" in content for content in contents):
         shapes = load(arguments.results)
         print(table(shapes))

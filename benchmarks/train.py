@@ -235,13 +235,6 @@ def main() -> None:
             print(f"{arguments.method}, {sequences} sequences: {found}", flush=True)
         if "out_of_memory" in found:  # on every rank: they hold the same
             break
-    else:
-        if loss in ("cce_dist", "exact"):
-            ids_bL = batch(arguments.steps, arguments.sequences[0])
-            embeds_bLD = torch.randn(*ids_bL.shape, arguments.hidden, device=device, requires_grad=True)
-            weight = model.get_output_embeddings().weight  # type: ignore[operator]
-            with ClassifierStaysCut(weight, arguments.vocab * arguments.hidden, engine):
-                probe(embeds_bLD, ids_bL)
     if rank == 0 and arguments.out:
         path = result_path(arguments.out, "train", arguments.steps, f"{world}-{arguments.vocab}")
         report = json.loads(path.read_text()) if path.exists() else {**environment(), "methods": {}}
@@ -250,6 +243,12 @@ def main() -> None:
         path.write_text(json.dumps(report, indent=2) + "\n")
     if any("out_of_memory" in found for found in results.values()):
         os._exit(1)  # another rank may be in a collective: the launcher ends it
+    if loss in ("cce_dist", "exact"):
+        ids_bL = batch(arguments.steps, arguments.sequences[0])
+        embeds_bLD = torch.randn(*ids_bL.shape, arguments.hidden, device=device, requires_grad=True)
+        weight = model.get_output_embeddings().weight  # type: ignore[operator]
+        with ClassifierStaysCut(weight, arguments.vocab * arguments.hidden, engine):
+            probe(embeds_bLD, ids_bL)
     dist.destroy_process_group()
 
 

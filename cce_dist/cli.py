@@ -102,7 +102,9 @@ def plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--network-gbit", type=_positive, help="a GPU's share of its node's network, Gbit/s")
     parser.add_argument("--gradient", choices=("unbiased", "filtered", "exact"), help="default unbiased")
     parser.add_argument("--head-gb", type=float, help="what the head may take of a GPU (default: all its memory)")
-    parser.add_argument("--measured", nargs="+", type=Path, help="results of benchmarks/loss.py (default: the shipped)")
+    parser.add_argument(
+        "--measured", nargs="+", type=Path, help="results of benchmarks/loss.py and ranks.py (default: the shipped)"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw memory and time against the number of GPUs")
     parsed = parser.parse_args(arguments)
 
@@ -134,7 +136,8 @@ def plan(arguments: Sequence[str]) -> int:
         memory = gpu_memory if parsed.head_gb is None else parsed.head_gb * 1e9
         if not 0 < memory <= gpu_memory:
             raise ValueError(f"--head-gb must be above 0 and at most {gpu_memory / 1e9:g}, got {parsed.head_gb:g}.")
-        files = sorted(MEASURED.glob("loss-*.json")) if parsed.measured is None else parsed.measured
+        own = (path for kind in ("loss", "ranks") for path in sorted(MEASURED.glob(f"{kind}-*.json")))
+        files = list(own) if parsed.measured is None else parsed.measured
         calibration = calibrate(files, job.gpu)
         best = print_plan(job, calibration, memory)
         if parsed.plot is not None:

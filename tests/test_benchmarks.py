@@ -213,6 +213,7 @@ def test_ids_of_a_larger_vocabulary_are_mapped_and_the_rarest_merged(benchmarks:
     assert benchmarks.scaling.tokens_for(path, 3).tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
 
 
+@pytest.mark.full
 def test_the_commands_run_and_write_their_results(
     benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

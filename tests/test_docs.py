@@ -263,6 +263,8 @@ def test_the_measured_figures_are_those_of_the_result_files(monkeypatch: pytest.
     stored = report.table(report.load(sorted(results.glob("loss-*.json")))).splitlines()
     for path in results.glob("ranks-*.json"):
         stored += report.ranks_table(json.loads(path.read_text())).splitlines()
+    for path in results.glob("train-*.json"):
+        stored += report.train_table(json.loads(path.read_text())).splitlines()
     measured = README.split("## Measured")[1].split("## More")[0]
     quoted = [line for line in measured.splitlines() if line.startswith("|")]
     assert len(quoted) > 10

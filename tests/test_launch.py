@@ -143,7 +143,8 @@ class TestScripts:
 
 
 class TestOwnScripts:
-    @pytest.mark.parametrize("name", ["torchrun.sh", pytest.param("deepspeed.sh", marks=pytest.mark.full)])
+    @pytest.mark.full
+    @pytest.mark.parametrize("name", ["torchrun.sh", "deepspeed.sh"])
     def test_two_ranks_of_one_node(self, tmp_path: Path, own: Path, name: str) -> None:
         said = run(
             ["bash", LAUNCH / name, own, "--size", "7 b"],
@@ -254,6 +255,7 @@ class TestSlurm:
             "FACTS": str(tmp_path),
         }
 
+    @pytest.mark.full
     def test_one_launcher_a_node(self, tmp_path: Path, own: Path, slurm: dict[str, str]) -> None:
         del slurm["FACTS"]
         run(["bash", LAUNCH / "slurm.sbatch", own, "a b"], tmp_path, **slurm, NCCL_DEBUG="WARN")

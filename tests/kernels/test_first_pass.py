@@ -250,7 +250,15 @@ def peaked(**options: Any) -> Problem:
     return replace(problem, hidden=(problem.hidden[0].half(),), weight=weight_VD.half())
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 8.0}, {"logit_scale": -0.7}, {"bias": True, "shift": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.full),
+        pytest.param({"softcap": 8.0}, marks=pytest.mark.full),
+        {"logit_scale": -0.7},
+        pytest.param({"bias": True, "shift": 1}, marks=pytest.mark.full),
+    ],
+)
 def test_loss_and_gradients_are_near_those_of_the_full_pass(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,7 +161,7 @@ def test_lse_has_the_same_bits_with_and_without_a_gradient_and_frequent_rows(bac
 # What is sampled
 
 
-@every_backend
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.full)])
 def test_the_mean_over_draws_is_the_exact_gradient(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With u = (k + ½)/K for all draws, the mean over k tends to it as 1/K."""
     problem = make_problem(((12,),), 6 * TILE, spread=3.0, ignored=0.0)

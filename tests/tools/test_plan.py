@@ -19,14 +19,14 @@ from cce_dist.kernels.problem import TILE
 from cce_dist.tools.plan import spread
 from cce_dist.tools.plan.calibration import STOCK, calibrate, compute_ms
 from cce_dist.tools.plan.job import ELEMENT, GPUS, Job, group_sizes
-from cce_dist.tools.plan.links import LATENCY_MS
 from cce_dist.tools.plan.memory import OPTIMIZER, loss_bytes
 from cce_dist.tools.plan.spread import Setting
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "benchmarks/results").glob("loss-*-trained-*.json"))
+OF_RANKS = sorted((ROOT / "benchmarks/results").glob("ranks-*-trained-*.json"))
 GPU = "h100"  # the one that was measured
-CALIBRATION = calibrate(FILES, GPU)
+CALIBRATION = calibrate([*FILES, *OF_RANKS], GPU)
 GEMMA = Job(vocab=262144, hidden=2304, tokens=8192, gpus=64, gpu="h100")
 WORDS = ["--vocab", "262144", "--hidden", "2304", "--tokens", "8192", "--gpus", "64"]
 
@@ -83,6 +83,16 @@ class TestAgainstMeasurements:
             for _, m, r, row in MEASURED
         ]
         assert max(abs(fit - 1) for fit in fits) <= CALIBRATION.error + 1e-9
+
+    @pytest.mark.parametrize("shape", ["gemma", "llama3"])
+    def test_several_gpus_take_what_was_measured(self, shape: str) -> None:
+        for result in (json.loads(file.read_text()) for file in OF_RANKS):
+            of = result["shapes"][shape]
+            job = Job(of["vocab_size"], of["hidden_size"], of["num_tokens"], result["ranks"], GPU)
+            planned = {setting.name: setting.step for setting in spread.settings(job, CALIBRATION)}
+            seen = of["layouts"]["own tokens"]
+            assert planned[f"cce_dist {result['ranks']}"] == pytest.approx(seen["cce_dist"]["both_ms"], rel=0.15)
+            assert planned["FSDP gather"] == pytest.approx(seen["classifier gathered"]["both_ms"], rel=0.15)
 
     def test_measurements_of_an_untrained_model_do_not_count(self, tmp_path: Path) -> None:
         content = json.loads(FILES[-1].read_text())
@@ -206,12 +216,16 @@ class TestHowFiguresMove:
             assert best.step <= 1.05 * min(setting.step for setting in fitting)
 
     def test_hand_made_figures_of_a_node(self) -> None:
-        """V = 262144, D = 2304 on 8 GPUs: the gather of FSDP moves 7/8 of 1.208 GB three times at 450 GB/s."""
+        """V = 262144, D = 2304 on 8 GPUs: the gather of FSDP moves 7/8 of 1.208 GB three times at what links reach."""
         job = GEMMA._replace(gpus=8)
         found = by_name(job)
         size = 2 * 262144 * 2304
-        latency = 3 * LATENCY_MS * 3
-        assert found["FSDP"].links == pytest.approx(3 * 1e3 * size * 7 / 8 / 450e9 + latency)
+        links = CALIBRATION.links
+        assert 0.3 < links.share < 1 and 0 < links.latency_ms < 1
+        latency = 3 * links.latency_ms * 3
+        assert found["FSDP"].links == pytest.approx(3 * 1e3 * size * 7 / 8 / (links.share * 450e9) + latency)
+        assumed = {s.name: s for s in spread.settings(job, calibrate(FILES, GPU))}
+        assert assumed["FSDP gather"].links == pytest.approx(3 * 1e3 * size * 7 / 8 / 450e9 + 3 * 0.01 * 3)
         assert found["FSDP"].bytes.rows == 2 * size
         assert found["cce_dist"].bytes.rows == 0  # vocab_parallel_size 8: each holds its own
         assert found["plain"].bytes[:3] == (size, size, 6 * size)
@@ -229,7 +243,7 @@ class TestCommand:
         (marked,) = [line for line in said.splitlines() if line.rstrip().endswith("<--")]
         assert marked.strip().startswith(f"{best.name} ")
         assert f"Recommended: {best.name}," in said
-        assert "Links are NOT measured" in said
+        assert "Links as measured on 2 h100, networks by datasheets" in said
         assert "scaled by datasheets" in said
         assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 

@@ -295,6 +295,7 @@ class TestRuns:
             job.process.wait()
         assert ranks.run(2, train, other, timeout=90) == [True, True]  # the kernel has let go of it
 
+    @pytest.mark.full
     def test_a_signal_ends_a_run_that_has_nothing_to_save(self, tmp_path: Path) -> None:
         words = overrides(tmp_path / "run", engine="none", deepspeed="null", steps="100000")
         (tmp_path / "data").mkdir()
@@ -307,6 +308,7 @@ class TestRuns:
                 assert job.wait(20) == code, job.said
         assert not (tmp_path / "run/checkpoints").exists()
 
+    @pytest.mark.full
     def test_a_second_signal_ends_a_rank_that_waits_for_another(self, tmp_path: Path) -> None:
         words = overrides(tmp_path / "run", **ENGINES["fsdp2"], steps="100000")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *RENDEZVOUS]

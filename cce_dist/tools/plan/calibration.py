@@ -1,4 +1,5 @@
-"""Milliseconds of one GPU: a model of two terms a pass, fitted to the results of `benchmarks/loss.py`.
+"""Milliseconds of one GPU: a model of two terms a pass, fitted to the results of `benchmarks/loss.py`; and what links
+reach, from those of `benchmarks/ranks.py`.
 
 In: result files. Out: a `Calibration`, from which `compute_ms` gives the time of other shapes and GPUs.
 """
@@ -14,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from cce_dist.tools.plan.job import GPUS
+from cce_dist.tools.plan.links import Links, measured_links
 
 MEASURED = Path(__file__).parents[2] / "measured"
-"""The result files of `benchmarks/loss.py`: a link to benchmarks/results."""
+"""The result files of the benchmarks: a link to benchmarks/results."""
 
 
 STOCK = "torch.compile"
@@ -40,23 +42,27 @@ class Calibration(NamedTuple):
     logit_bytes: dict[str, float]
     error: float
     shapes: tuple[str, ...]
+    links: Links
 
 
 def calibrate(files: Sequence[Path], gpu: str) -> Calibration:
-    """Fits the model to result files of `benchmarks/loss.py`: those of ``gpu``, or else those of any known GPU.
+    """Fits the model to result files of `benchmarks/loss.py` and `ranks.py`: of ``gpu``, or else of any known GPU.
 
     Raises:
         ValueError: no usable measurement; a file that is not such a result.
     """
     by_gpu: dict[str, dict[str, Any]] = {}
+    of_ranks: list[tuple[str, dict[str, Any]]] = []
     for file in sorted(files):
         try:
             content = json.loads(file.read_text())
             key = next((key for key in GPUS if re.search(rf"\b{key}\b", content["gpu"].lower())), None)
             shapes = content["shapes"]
         except (OSError, ValueError, LookupError, AttributeError, TypeError) as fault:
-            raise ValueError(f"{file} is not a result of benchmarks/loss.py: {fault!r}.") from None
-        if key is not None and content.get("steps") != 0:  # 0: inputs of an untrained model, flat softmaxes
+            raise ValueError(f"{file} is not a result of benchmarks/loss.py or ranks.py: {fault!r}.") from None
+        if key is not None and "ranks" in content:
+            of_ranks.append((key, content))
+        elif key is not None and content.get("steps") != 0:  # 0: inputs of an untrained model, flat softmaxes
             by_gpu.setdefault(key, {}).update(shapes)  # of a shape that several files hold, the last one's
     if not by_gpu:
         raise ValueError(
@@ -84,7 +90,9 @@ def calibrate(files: Sequence[Path], gpu: str) -> Calibration:
             error = max(error, abs(fitted / first - 1), abs(whole / both - 1))
     flops = [(2 * math.prod(_shape(r)), r["gemm_ms"] / 1e3) for r in results.values()]
     product = sum(seconds / count for count, seconds in flops) / len(flops)
-    return Calibration(measured, product, forward, backward, logit_bytes, error, tuple(results))
+    return Calibration(
+        measured, product, forward, backward, logit_bytes, error, tuple(results), measured_links(of_ranks, gpu)
+    )
 
 
 def compute_ms(

@@ -45,7 +45,7 @@ def plain(job: Job, calibration: Calibration) -> Setting:
         "plain",
         Bytes(size, size, OPTIMIZER / ELEMENT * size, logits=_logits(job, calibration)),
         compute_ms(calibration, STOCK, job.gpu, job.tokens, job.vocab, job.hidden),
-        2 * exchange_ms(job, size, job.gpus),
+        2 * exchange_ms(job, calibration.links, size, job.gpus),
     )
 
 
@@ -57,7 +57,7 @@ def gathered(job: Job, calibration: Calibration) -> Setting:
         "FSDP gather",
         Bytes(share, share, OPTIMIZER / ELEMENT * share, rows=2 * size, logits=_logits(job, calibration)),
         compute_ms(calibration, STOCK, job.gpu, job.tokens, job.vocab, job.hidden),
-        3 * exchange_ms(job, size, job.gpus),
+        3 * exchange_ms(job, calibration.links, size, job.gpus),
     )
 
 
@@ -66,12 +66,14 @@ def tensor_parallel(job: Job, calibration: Calibration, group: int) -> Setting:
     share = ELEMENT * job.vocab * job.hidden / group
     states = ELEMENT * group * job.tokens * job.hidden
     tokens = group * job.tokens
-    links = 2 * exchange_ms(job, states, group) + 3 * 2 * exchange_ms(job, 4 * tokens, group)
+    links = 2 * exchange_ms(job, calibration.links, states, group) + 3 * 2 * exchange_ms(
+        job, calibration.links, 4 * tokens, group
+    )
     return Setting(
         f"tensor parallel {group}",
         Bytes(share, share, OPTIMIZER / ELEMENT * share, hidden=2 * states, logits=_logits(job, calibration)),
         compute_ms(calibration, STOCK, job.gpu, tokens, -(-job.vocab // group), job.hidden),
-        links + 2 * replicas_ms(job, share, group),
+        links + 2 * replicas_ms(job, calibration.links, share, group),
     )
 
 
@@ -84,12 +86,16 @@ def vocabulary_parallel(job: Job, calibration: Calibration, group: int) -> Setti
     own, all_states = job.tokens * job.hidden, tokens * job.hidden
     measured = compute_ms(calibration, method, job.gpu, tokens, rows, job.hidden, share=1 / group)
     passes = 1e3 * (all_states - own) * _BYTES_OF_PASSES / GPUS[job.gpu].bandwidth
-    forward = exchange_ms(job, ELEMENT * all_states + 8 * tokens, group) + 2 * exchange_ms(job, 12 * tokens, group)
-    backward = exchange_ms(job, 8 * tokens, group) + exchange_ms(job, 4 * all_states, group)
+    forward = exchange_ms(job, calibration.links, ELEMENT * all_states + 8 * tokens, group) + 2 * exchange_ms(
+        job, calibration.links, 12 * tokens, group
+    )
+    backward = exchange_ms(job, calibration.links, 8 * tokens, group) + exchange_ms(
+        job, calibration.links, 4 * all_states, group
+    )
     if job.gradient != "exact" and job.vocab >= LARGE_VOCABULARY and group > 1:
         frequent = MANY_FREQUENT * job.hidden
-        forward += 2 * exchange_ms(job, ELEMENT * frequent, group)
-        backward += 2 * exchange_ms(job, 4 * frequent, group)
+        forward += 2 * exchange_ms(job, calibration.links, ELEMENT * frequent, group)
+        backward += 2 * exchange_ms(job, calibration.links, 4 * frequent, group)
     return Setting(
         f"cce_dist {group}",
         Bytes(
@@ -102,7 +108,7 @@ def vocabulary_parallel(job: Job, calibration: Calibration, group: int) -> Setti
             workspace=workspace,
         ),
         measured + passes,
-        forward + backward + 2 * replicas_ms(job, held, group),
+        forward + backward + 2 * replicas_ms(job, calibration.links, held, group),
     )
 
 

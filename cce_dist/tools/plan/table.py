@@ -29,10 +29,12 @@ def print_plan(job: Job, calibration: Calibration, memory: float) -> Setting | N
     console.print(_table(found, best, memory))
     for line in _reasons(job, found, best, memory):
         console.print(line, soft_wrap=True)
+    links = calibration.links
+    said = f"as measured on {links.ranks} {links.gpu}, networks by datasheets" if links.ranks else "by datasheets"
     console.print(
         f"Basis: one GPU's times fitted to benchmarks/results ({calibration.gpu}, {', '.join(calibration.shapes)}; "
-        f"within {calibration.error:.0%}){'' if calibration.gpu == job.gpu else ', scaled by datasheets'}. Links are "
-        "NOT measured: datasheet bandwidths, nothing overlapped.\nFormulas and assumptions: docs/plan.md.",
+        f"within {calibration.error:.0%}){'' if calibration.gpu == job.gpu else ', scaled by datasheets'}. Links "
+        f"{said}, nothing overlapped.\nFormulas and assumptions: docs/plan.md.",
         soft_wrap=True,
     )
     return best
