@@ -8,6 +8,8 @@ from pydantic import Field, ValidationError
 
 from cce_dist.loss.settings import Gradient, LossSettings, choose_gradient
 
+_OF_THE_LOSS = tuple(LossSettings.model_fields)  # torch.compile cannot look into pydantic's fields
+
 
 class CCEConfig(LossSettings):
     """Settings of the loss, and of how it enters a model. An unknown key or a bad value raises, naming the key, the
@@ -27,7 +29,7 @@ class CCEConfig(LossSettings):
 
     def loss_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of `linear_cross_entropy` that these settings fix."""
-        return {name: getattr(self, name) for name in LossSettings.model_fields}
+        return {name: getattr(self, name) for name in _OF_THE_LOSS}
 
     def gradient_on(self, device: torch.device) -> Gradient:
         """The gradient that these settings mean on a device, in 16- and 32-bit training."""

@@ -1,7 +1,7 @@
 """The public loss: its settings, and what the ranks say to each other.
 
-The path of a token: `call.begin` checks, agrees with the other ranks' hosts on the call (`shard.agreement`) and
-flattens; `autograd.LinearCrossEntropy` gathers the ranks' tokens where they differ, puts the valid ones first
+The path of a token: `cross_entropy` has `call.begin` check, agree with the other ranks' hosts on the call
+(`shard.agreement`) and flatten; `autograd.LinearCrossEntropy` gathers the ranks' tokens where they differ, puts the valid ones first
 (`tokens`), has the backend summarise this rank's rows (`kernels`), and merges the shards' log-sum-exps and target
 logits (`collectives`); after a first pass in 8 bits they are refined and merged again. Backward hands the backend the
 global log-sum-exp, keeps dC on its rank and sums dE over the ranks, while the backend computes dC.
@@ -33,15 +33,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from cce_dist.collectives import group_mean
-from cce_dist.loss.autograd import Call, LinearCrossEntropy
-from cce_dist.loss.call import begin
+from cce_dist.loss.cross_entropy import cross_entropy
+from cce_dist.loss.graph import linear_cross_entropy_in_graph
 from cce_dist.loss.settings import CallSettings, takes_settings
-from cce_dist.loss.smoothing import MeanLogit
-from cce_dist.loss.tokens import shifted, unflatten
-from cce_dist.loss.weights import weights_of_labels
 from cce_dist.shard import VocabShard
-from cce_dist.shard.agreement import A_LOSS
 
 
 @overload
@@ -141,49 +136,6 @@ def linear_cross_entropy(
             ValueError), before anything is computed. On CUDA a label out of range is a device-side assertion, on every
             rank. A ``shard`` that is none, and what happens in backward, concern the rank alone.
     """
-    inputs, labels = begin(hidden, weight, labels, bias, shard, settings, CallSettings, A_LOSS)
-    call, chosen = inputs.call, inputs.call.settings
-    assert isinstance(chosen, CallSettings)
-    # Before the loss: backward comes to it after, and adds to dC in place.
-    mean_logit_n = MeanLogit.apply(*inputs) if chosen.label_smoothing else None
-    nll_n, lse_n, _ = LinearCrossEntropy.apply(*inputs)
-    class_n = None
-    if chosen.class_weights is not None:
-        class_n = weights_of_labels(chosen.class_weights, call, nll_n.dtype)
-    loss_n = _with_options(nll_n, lse_n, mean_logit_n, class_n, call.labels_n, chosen)
-    loss = _reduce(loss_n, class_n, labels, call, chosen)
-    return (loss, unflatten(lse_n, labels, chosen.shift)) if return_lse else loss
-
-
-def _with_options(
-    nll_n: Tensor,
-    lse_n: Tensor,
-    mean_logit_n: Tensor | None,
-    class_n: Tensor | None,
-    labels_n: Tensor,
-    settings: CallSettings,
-) -> Tensor:
-    """The loss of each token, 0 where ignored; ``class_n``: the weight of its label."""
-    loss_n = nll_n if class_n is None else nll_n * class_n
-    if mean_logit_n is not None:
-        loss_n = torch.lerp(loss_n, lse_n - mean_logit_n, settings.label_smoothing)
-    if settings.z_loss:
-        loss_n = loss_n + settings.z_loss * lse_n.square()
-    if settings.token_weights is not None:
-        weights_n = shifted(settings.token_weights, settings.shift, 0).reshape(-1)
-        loss_n = loss_n * weights_n.to(loss_n.dtype).masked_fill(labels_n == settings.ignore_index, 0.0)
-    return loss_n
-
-
-def _reduce(loss_n: Tensor, class_n: Tensor | None, labels: Tensor, call: Call, settings: CallSettings) -> Tensor:
-    if settings.reduction == "none":
-        return unflatten(loss_n, labels, settings.shift)
-    own_sum = loss_n.sum()
-    if settings.reduction == "sum":
-        return own_sum
-    if settings.num_valid_tokens is not None:
-        return own_sum / settings.num_valid_tokens
-    own_count = (call.labels_n != settings.ignore_index).sum() if class_n is None else class_n.sum()
-    shard = call.shard
-    group = shard.count_group if shard.count_group is not None else shard.token_group
-    return own_sum / own_count if group is None else group_mean(own_sum, own_count, group)
+    if torch.compiler.is_compiling():
+        return linear_cross_entropy_in_graph(hidden, weight, labels, bias, shard, return_lse, settings)
+    return cross_entropy(hidden, weight, labels, bias, shard, return_lse, settings)

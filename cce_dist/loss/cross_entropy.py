@@ -1,0 +1,81 @@
+"""The loss of a call from what its tokens' cross-entropies and log-sum-exps are: options, weights, reduction.
+
+In: what `linear_cross_entropy` got. Out: what it returns.
+
+Shapes: n tokens of this rank, D hidden, V local rows of the classifier.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cce_dist.collectives import group_mean
+from cce_dist.loss.autograd import Call, LinearCrossEntropy
+from cce_dist.loss.call import begin
+from cce_dist.loss.settings import CallSettings
+from cce_dist.loss.smoothing import MeanLogit
+from cce_dist.loss.tokens import shifted, unflatten
+from cce_dist.loss.weights import weights_of_labels
+from cce_dist.shard import VocabShard
+from cce_dist.shard.agreement import A_LOSS
+
+
+@torch.compiler.disable(reason="the loss is an operator of the graph, but of DTensors: pass their to_local()")
+def cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    shard: VocabShard | None,
+    return_lse: bool,
+    settings: Mapping[str, Any],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `linear_cross_entropy`, whose arguments and errors these are."""
+    inputs, labels = begin(hidden, weight, labels, bias, shard, settings, CallSettings, A_LOSS)
+    call, chosen = inputs.call, inputs.call.settings
+    assert isinstance(chosen, CallSettings)
+    # Before the loss: backward comes to it after, and adds to dC in place.
+    mean_logit_n = MeanLogit.apply(*inputs) if chosen.label_smoothing else None
+    nll_n, lse_n, _ = LinearCrossEntropy.apply(*inputs)
+    class_n = None
+    if chosen.class_weights is not None:
+        class_n = weights_of_labels(chosen.class_weights, call, nll_n.dtype)
+    loss_n = _with_options(nll_n, lse_n, mean_logit_n, class_n, call.labels_n, chosen)
+    loss = _reduce(loss_n, class_n, labels, call, chosen)
+    return (loss, unflatten(lse_n, labels, chosen.shift)) if return_lse else loss
+
+
+def _with_options(
+    nll_n: Tensor,
+    lse_n: Tensor,
+    mean_logit_n: Tensor | None,
+    class_n: Tensor | None,
+    labels_n: Tensor,
+    settings: CallSettings,
+) -> Tensor:
+    """The loss of each token, 0 where ignored; ``class_n``: the weight of its label."""
+    loss_n = nll_n if class_n is None else nll_n * class_n
+    if mean_logit_n is not None:
+        loss_n = torch.lerp(loss_n, lse_n - mean_logit_n, settings.label_smoothing)
+    if settings.z_loss:
+        loss_n = loss_n + settings.z_loss * lse_n.square()
+    if settings.token_weights is not None:
+        weights_n = shifted(settings.token_weights, settings.shift, 0).reshape(-1)
+        loss_n = loss_n * weights_n.to(loss_n.dtype).masked_fill(labels_n == settings.ignore_index, 0.0)
+    return loss_n
+
+
+def _reduce(loss_n: Tensor, class_n: Tensor | None, labels: Tensor, call: Call, settings: CallSettings) -> Tensor:
+    if settings.reduction == "none":
+        return unflatten(loss_n, labels, settings.shift)
+    own_sum = loss_n.sum()
+    if settings.reduction == "sum":
+        return own_sum
+    if settings.num_valid_tokens is not None:
+        return own_sum / settings.num_valid_tokens
+    own_count = (call.labels_n != settings.ignore_index).sum() if class_n is None else class_n.sum()
+    shard = call.shard
+    group = shard.count_group if shard.count_group is not None else shard.token_group
+    return own_sum / own_count if group is None else group_mean(own_sum, own_count, group)

@@ -1,0 +1,232 @@
+"""torch.compile sees one operator: no graph break, symbolic lengths, what the loss gives without it."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPool, device
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from cce_dist import ShardedCCEHead, VocabShard, linear_cross_entropy
+from cce_dist.loss import autograd, graph
+
+VOCAB, DIM = 301, 16
+SAMPLED = {"gradient": "unbiased", "filter_eps": 1e-3, "seed": 3, "frequent_rows": 8}
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Model(nn.Module):
+    """A body, and a loss with settings of its own."""
+
+    def __init__(self, shard: VocabShard | None = None, bias: bool = False, **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.body = nn.Linear(DIM, DIM)
+        rows = slice(None) if shard is None else slice(shard.start, shard.stop)
+        self.weight = nn.Parameter(torch.randn(VOCAB, DIM)[rows].clone())
+        self.bias = nn.Parameter(torch.randn(VOCAB)[rows].clone()) if bias else None
+        self.shard, self.settings = shard, settings
+
+    def forward(self, inputs: Tensor, labels: Tensor, **more: Any) -> Tensor:
+        hidden = self.body(inputs).tanh()
+        found = linear_cross_entropy(
+            hidden, self.weight, labels, bias=self.bias, shard=self.shard, **self.settings, **more
+        )
+        return found[0].sum() + 1e-2 * found[1].square().sum() if isinstance(found, tuple) else found.sum()
+
+
+def batch(length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(VOCAB, (2, length), generator=draw)
+    labels[0, 2] = -100
+    return torch.randn(2, length, DIM, generator=draw), labels
+
+
+def outcome(function: Any, module: nn.Module, *args: Any, **more: Any) -> list[Tensor]:
+    """Loss and gradients of one step; ints as seeds start anew."""
+    autograd._seeds.clear()
+    loss = function(*args, **more)
+    loss.backward()
+    gradients = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in module.parameters()]
+    module.zero_grad()
+    return [loss.detach(), *gradients]
+
+
+def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
+    for x, y in zip(got, expected, strict=True):
+        assert y.norm() > 0 and (x - y).norm() <= 1e-6 * y.norm()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sampled": SAMPLED,
+    "with lse": {"return_lse": True, "bias": True, "shift": 1},
+    "smoothing, z-loss": {"label_smoothing": 0.1, "z_loss": 1e-2, "reduction": "sum"},
+    "of each token, softcap": {"reduction": "none", "softcap": 5.0, "shift": 1},
+    "class weights": {"class_weights": torch.rand(VOCAB, generator=torch.Generator().manual_seed(0))},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_model_is_one_graph_for_all_lengths(options: dict[str, Any]) -> None:
+    model = Model(**options)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for length in (7, 9, 12, 30):
+        assert_same(outcome(compiled, model, *batch(length)), outcome(model, model, *batch(length)))
+    assert counter.frame_count == 2, "the first length by itself, then one for all"
+    gc.collect()
+    assert not graph._runs, "what backward needed has gone with it"
+
+
+def test_a_number_of_tokens_that_changes_is_no_other_graph() -> None:
+    model = Model()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for number in (11, 12, 13, 14, torch.tensor(15.0)):
+        more = {"num_valid_tokens": number}
+        assert_same(outcome(compiled, model, *batch(9), **more), outcome(model, model, *batch(9), **more))
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("frozen", ["weight", "body"])
+def test_what_is_frozen_has_no_gradient(frozen: str) -> None:
+    model = Model()
+    getattr(model, frozen).requires_grad_(False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    got, expected = (torch.autograd.grad(f(*batch(9)), trained) for f in (compiled, model))
+    assert_same(list(got), list(expected))
+
+
+def test_autocast_and_evaluation() -> None:
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = outcome(compiled, model, *batch(9)), outcome(model, model, *batch(9))
+        assert got[0].dtype == torch.float32
+        assert_same(got, expected)
+    with torch.no_grad():
+        assert torch.equal(compiled(*batch(9)), model(*batch(9)))
+    assert not graph._runs
+
+
+def test_backward_can_come_again_or_never_and_checkpoints_recompute() -> None:
+    model = Model(**SAMPLED)
+
+    def recomputed(inputs: Tensor, labels: Tensor) -> Tensor:
+        return checkpoint(model, inputs, labels, use_reentrant=False)
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss, other = compiled(*batch(9)), compiled(*batch(9, 1))
+    assert len(graph._runs) == 2
+    first = torch.autograd.grad(loss, model.parameters(), retain_graph=True)
+    assert_same(list(torch.autograd.grad(loss, model.parameters())), list(first))
+    del loss, other
+    gc.collect()
+    assert not graph._runs
+    compiled = torch.compile(recomputed, fullgraph=True, backend="aot_eager")
+    exact = Model()
+    model.settings = {}
+    assert_same(outcome(compiled, model, *batch(9)), outcome(exact, exact, *batch(9)))
+
+
+def test_another_shard_is_another_graph() -> None:
+    model = Model(VocabShard.whole(VOCAB))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    first = compiled(*batch(9)).detach()
+    model.shard = VocabShard(((0, VOCAB),), 290, None)  # the last rows are padding
+    inputs, labels = batch(9)
+    got, expected = (f(inputs, labels.clamp(max=289)).detach() for f in (compiled, model))
+    assert torch.equal(got, expected) and not torch.equal(got, first)
+
+
+def test_faults_are_told_as_without_a_graph() -> None:
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(*batch(9))
+    inputs, labels = batch(9)
+    with pytest.raises(ValueError, match=rf"labels must be in \[0, {VOCAB}\)"):
+        compiled(inputs, labels + VOCAB)
+
+
+def test_the_operators_pass_torchs_own_checks() -> None:
+    inputs, labels = batch(5)
+    hidden, weight, bias = (x.requires_grad_() for x in (inputs, torch.randn(VOCAB, DIM), torch.randn(VOCAB)))
+    number = graph._number_of(None, (("shift", 1), ("z_loss", 0.1)))
+    every = graph._HIDDEN + graph._WEIGHT + graph._BIAS + graph._GRAD
+    none = (None,) * 4
+    torch.library.opcheck(graph._forward, (hidden, weight, labels, bias, *none, -1, every, 1, False, number))
+    number = graph._number_of(None, (("reduction", "none"),))
+    without_bias = graph._HIDDEN + graph._WEIGHT + graph._GRAD
+    torch.library.opcheck(graph._forward, (hidden, weight, labels, None, *none, -1, without_bias, 0, True, number))
+
+
+@pytest.mark.full
+def test_the_default_compiler_makes_one_graph_too() -> None:
+    model = Model(**SAMPLED)
+    compiled = torch.compile(model, fullgraph=True)
+    for length in (7, 9):
+        assert_same(outcome(compiled, model, *batch(length)), outcome(model, model, *batch(length)))
+
+
+def _of_ranks(layout: str) -> list[tuple[list[Tensor], list[Tensor]]]:
+    group = dist.group.WORLD
+    torch._dynamo.reset()
+    model = Model(VocabShard.even(VOCAB, group, group if layout == "own" else None), **SAMPLED).to(device())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    seed = dist.get_rank() if layout == "own" else 0
+    found = []
+    for length in (7, 9):
+        given = [x.to(device()) for x in batch(length, seed)]
+        found.append((outcome(compiled, model, *given), outcome(model, model, *given)))
+    return found
+
+
+@pytest.mark.parametrize("layout", ["own", "same"])
+def test_a_sharded_vocabulary_is_one_graph(ranks: RankPool, layout: str) -> None:
+    for found in ranks.run(2, _of_ranks, layout, timeout=120):
+        for got, expected in found:
+            assert_same(got, expected)
+
+
+def _of_a_head() -> tuple[list[Tensor], list[Tensor]]:
+    torch._dynamo.reset()
+    mesh = init_device_mesh(device(), (dist.get_world_size(),))
+    torch.manual_seed(0)
+    head = ShardedCCEHead.from_linear(nn.Linear(DIM, VOCAB), mesh, token_group=mesh).to(device())
+    compiled = torch.compile(lambda inputs, labels: head(inputs.tanh(), labels), fullgraph=True, backend="aot_eager")
+    inputs, labels = (x.to(device()) for x in batch(9, dist.get_rank()))
+    return outcome(compiled, head, inputs, labels), outcome(head, head, inputs.tanh(), labels)
+
+
+def test_a_sharded_head_is_one_graph(ranks: RankPool) -> None:
+    for got, expected in ranks.run(2, _of_a_head, timeout=120):
+        assert_same(got, expected)
+
+
+def _of_a_dtensor() -> tuple[Tensor, Tensor]:
+    torch._dynamo.reset()
+    mesh = init_device_mesh(device(), (dist.get_world_size(),))
+    weight = nn.Parameter(distribute_tensor(torch.randn(VOCAB, DIM, device=device()), mesh, [Shard(0)]))
+    inputs, labels = (x.to(device()) for x in batch(9))
+    compiled = torch.compile(lambda x: linear_cross_entropy(x.tanh(), weight, labels), backend="aot_eager")
+    return compiled(inputs).detach(), linear_cross_entropy(inputs.tanh(), weight, labels).detach()
+
+
+def test_a_classifier_that_is_a_dtensor_breaks_the_graph_and_no_more(ranks: RankPool) -> None:
+    for got, expected in ranks.run(2, _of_a_dtensor, timeout=120):
+        assert torch.equal(got, expected)
