@@ -73,6 +73,10 @@ PRIVATE = {
     ),
     "trl": ("trl", "_precompute_ref_logps"),
     "device_check": ("device_check", "_assert_async"),
+    "loss.graph": (
+        "loss.graph",
+        "_C _ForceDispatchKeyGuard _dispatch_tls_local_exclude_set _dispatch_tls_local_include_set",
+    ),
     "shard.groups": ("shard.groups", "_device_types _get_backend _timeout _world"),
     "train.place": ("train.place", "_get_default_timeout"),
 }

@@ -1,10 +1,11 @@
 """The public loss: its settings, and what the ranks say to each other.
 
 The path of a token: `cross_entropy` has `call.begin` check, agree with the other ranks' hosts on the call
-(`shard.agreement`) and flatten; `autograd.LinearCrossEntropy` gathers the ranks' tokens where they differ, puts the valid ones first
-(`tokens`), has the backend summarise this rank's rows (`kernels`), and merges the shards' log-sum-exps and target
-logits (`collectives`); after a first pass in 8 bits they are refined and merged again. Backward hands the backend the
-global log-sum-exp, keeps dC on its rank and sums dE over the ranks, while the backend computes dC.
+(`shard.agreement`) and flatten; `autograd.LinearCrossEntropy` gathers the ranks' tokens where they differ, puts the
+valid ones first (`tokens`), has the backend summarise this rank's rows (`kernels`), and merges the shards' log-sum-exps
+and target logits (`collectives`); after a first pass in 8 bits they are refined and merged again. Backward hands the
+backend the global log-sum-exp, keeps dC on its rank and sums dE over the ranks, while the backend computes dC. While
+torch.compile traces, `graph` puts all of it into one operator.
 
 Collectives of a call, with N tokens in all, n of each of W ranks, D hidden; fp32 where no dtype is named:
 
