@@ -94,7 +94,9 @@ class CCECallback(TrainerCallback):
                 "give it to the trainer's constructor, callbacks=[CCECallback(...)], not to add_callback."
             )
         if is_lazy(head):
-            fuse_evaluation_where(head, _only_the_loss_is_wanted)
+            if trainer is not None:
+                _preprocess_in_the_step(trainer)
+            fuse_evaluation_where(head, _no_logits_are_kept)
         self._fuse_trl_forward(model, args)
         if trainer is not None:
             self._fuse_reference(trainer)
@@ -153,14 +155,34 @@ class CCECallback(TrainerCallback):
         return bool(section.get("enabled", self._config.enabled))
 
 
-def _only_the_loss_is_wanted() -> bool:
-    """Whether this is inside of a Trainer's ``prediction_step`` that drops the logits: no callback says when it begins.
+def _preprocess_in_the_step(trainer: Any) -> None:
+    """Has ``preprocess_logits_for_metrics`` called where a step of evaluation ends, not once the logits were padded to
+    those of other ranks: of lazy logits an argmax, for the accuracy, needs none."""
+    preprocess, stock_step = trainer.preprocess_logits_for_metrics, trainer.prediction_step
+    if preprocess is None or preprocess is _as_it_is:
+        return
+
+    def step(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        loss, logits, labels = stock_step(*args, **kwargs)
+        return loss, None if logits is None else preprocess(logits, labels), labels
+
+    trainer.prediction_step, trainer.preprocess_logits_for_metrics = step, _as_it_is
+
+
+def _as_it_is(preprocessed: Any, labels: Any) -> Any:
+    return preprocessed
+
+
+def _no_logits_are_kept() -> bool:
+    """Whether this is inside of a Trainer's ``prediction_step`` that drops the logits, or has them preprocessed at
+    once: no callback says when it begins.
 
     Generation, and evaluation of the user's own, get the real logits that they expect.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_code.co_varnames:
-            return bool(frame.f_locals["prediction_loss_only"])
+            preprocess = getattr(frame.f_locals.get("self"), "preprocess_logits_for_metrics", None)
+            return bool(frame.f_locals["prediction_loss_only"]) or preprocess is _as_it_is
         frame = frame.f_back
     return False
