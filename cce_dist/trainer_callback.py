@@ -41,10 +41,10 @@ class CCECallback(TrainerCallback):
         if self._is_enabled(args):
             refuse_liger_arguments(args)
             trainer = self._trainer()
-            if getattr(args, "precompute_ref_log_probs", False) and trainer and not trainer.is_deepspeed_enabled:
+            if getattr(args, "precompute_ref_log_probs", False) and trainer:
                 from cce_dist.trl import before_precomputing
 
-                before_precomputing(trainer, lambda model: self._fuse_untrained(model, args))
+                before_precomputing(trainer, lambda model: self._fuse_untrained(model, trainer))
         if getattr(args, "hf_deepspeed_config", None) is None:
             return
         from cce_dist.deepspeed.engine import SECTION, install
@@ -82,17 +82,18 @@ class CCECallback(TrainerCallback):
             patch(model, self._settings(args))
         head = output_layer(model)
         trainer: Any = self._trainer()
-        if getattr(args, "hf_deepspeed_config", None) is not None and not is_lazy(head):
+        if getattr(args, "hf_deepspeed_config", None) is not None:
             if trainer is not None and not hasattr(getattr(trainer.model_wrapped, "optimizer", None), "step"):
                 raise ValueError(
                     "evaluate() or predict() before train() has made the Trainer build a DeepSpeed engine without an "
                     "optimizer, in which it cannot train, with cce_dist or without: evaluate after train(), set "
                     "eval_on_start=True, or evaluate with a Trainer of its own."
                 )
-            raise ValueError(
-                "cce_dist is not active in this DeepSpeed engine, which was built before CCECallback could say so: "
-                "give it to the trainer's constructor, callbacks=[CCECallback(...)], not to add_callback."
-            )
+            if not is_lazy(head):
+                raise ValueError(
+                    "cce_dist is not active in this DeepSpeed engine, which was built before CCECallback could say so: "
+                    "give it to the trainer's constructor, callbacks=[CCECallback(...)], not to add_callback."
+                )
         if is_lazy(head):
             if trainer is not None:
                 _preprocess_in_the_step(trainer)
@@ -115,10 +116,14 @@ class CCECallback(TrainerCallback):
     def _fuse_reference(self, trainer: Trainer) -> None:
         """A reference model of TRL's, by the same computation as the policy: bf16 logits would round differently."""
         reference = getattr(trainer, "ref_model", None)
-        if isinstance(reference, nn.Module) and not trainer.is_deepspeed_enabled:
-            self._fuse_untrained(reference, trainer.args)
+        if isinstance(reference, nn.Module):
+            self._fuse_untrained(reference, trainer)
 
-    def _fuse_untrained(self, model: nn.Module, args: TrainingArguments) -> None:
+    def _fuse_untrained(self, model: nn.Module, trainer: Trainer) -> None:
+        args = trainer.args
+        if trainer.is_deepspeed_enabled:  # its engine has made the output layer lazy, or is about to
+            self._fuse_trl_forward(trainer.accelerator.unwrap_model(model), args)
+            return
         try:
             with unannounced():
                 if not is_lazy(output_layer(model)):

@@ -1,5 +1,6 @@
 """TRL's trainers with cce_dist: what they log is what they log for the stock model, and no logits are computed."""
 
+import copy
 import math
 import re
 import warnings
@@ -14,7 +15,8 @@ from ranks import RankPool
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel, TrainerCallback
 
 from cce_dist.heads.find import output_layer
 from cce_dist.heads.lazy import MaterializedLogitsWarning, is_lazy
@@ -125,10 +127,13 @@ def _dpo(
     )
 
 
-def _grpo(folder: str, ours: bool, peft: LoraConfig | None = None, **settings: Any) -> Any:
+def _grpo(folder: str, ours: bool, peft: LoraConfig | None = None, saved: str = "", **settings: Any) -> Any:
+    """``saved``: where a reference is loaded from, which without an adapter there has to be."""
     extra = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1, "per_device_train_batch_size": 2}
+    model = architectures.build("llama")
+    model.config._name_or_path = saved
     return trl.GRPOTrainer(
-        architectures.build("llama"),
+        model,
         reward_funcs=_reward,
         args=trl.GRPOConfig(**_settings(folder, **extra, **settings)),
         train_dataset=_preferences().remove_columns(["chosen", "rejected"]),
@@ -379,6 +384,117 @@ def test_dpo_in_bf16_under_fsdp2_starts_with_the_loss_and_rewards_of_stock(ranks
         ranks.close()  # accelerate keeps state in the process
     for stock, ours in by_rank[0]:  # FSDP2 rounds what a model returns to bf16: so do all sums of it
         assert ours == stock and all(max(map(abs, rewards)) == 0 for _, *rewards in ours)
+
+
+class _Gathered(TorchDispatchMode):
+    """Whether a weight that ZeRO-3 partitions is ever whole on this rank."""
+
+    def __init__(self, *weights: Any) -> None:
+        super().__init__()
+        self.weights, self.ever = weights, False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ever = self.ever or any(weight.ds_status.name != "NOT_AVAILABLE" for weight in self.weights)
+        return function(*args, **(kwargs or {}))
+
+
+ZERO3 = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "kl", *(key for key in REWARDS if key != "loss"))
+
+
+def _zero3_run(make: Any, folder: str, ours: bool, **settings: Any) -> tuple[list[dict[str, float]], bool, Any]:
+    """What is logged of each step, whether a head was ever whole on a rank in training, and the trainer."""
+    from deepspeed_runs import fresh_deepspeed
+
+    accelerate_state.forget()
+    fresh_deepspeed()
+    torch.manual_seed(0)
+    trainer = make(folder, ours, deepspeed=copy.deepcopy(ZERO3), **settings)
+    models = [trainer.model, getattr(trainer, "ref_model", None)]
+    weights: list[Any] = []
+    trainer.add_callback(_WhenTrainingBegins(lambda: weights.extend(output_layer(m).weight for m in models if m)))
+    with _Gathered() as gathered:
+        gathered.weights = weights  # type: ignore[assignment]
+        trainer.train()
+    assert is_lazy(output_layer(trainer.model)) == ours
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    return [{key: float(row[key]) for key in LOGGED if key in row} for row in history], gathered.ever, trainer
+
+
+class _WhenTrainingBegins(TrainerCallback):
+    def __init__(self, act: Any) -> None:
+        self._act = act
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        act, self._act = self._act, lambda: None
+        act()
+
+
+def _zero3_logs(folder: str, saved: str) -> None:
+    """Asserts on each rank."""
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "sft": (_sft, {}),
+        "dpo": (_dpo, {}),
+        # All ids are the most likely ones: draws of torch.multinomial's for both.
+        "grpo": (_grpo, {"saved": saved, "top_k": architectures.VOCAB}),
+    }
+    for name, (make, settings) in cases.items():
+        (stock, whole, _), (got, gathered, _) = (_zero3_run(make, folder, ours, **settings) for ours in (False, True))
+        assert len(stock) == 3 and whole and gathered == (name == "grpo"), name
+        for x, y in zip(got, stock, strict=True):
+            assert x == pytest.approx(y, rel=1e-4, abs=1e-5), name
+    got, gathered, _ = _zero3_run(_grpo, folder, True, saved=saved, ds3_gather_for_generation=False)
+    assert not gathered and all(0 < row["entropy"] < math.log(architectures.VOCAB) for row in got)
+
+
+@pytest.mark.full
+def test_two_ranks_under_zero3_log_what_they_log_for_stock_and_gather_no_head(ranks: RankPool, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    architectures.build("llama").save_pretrained(tmp_path / "model")
+    try:
+        ranks.run(2, _zero3_logs, str(tmp_path), str(tmp_path / "model"), timeout=240)
+    finally:
+        ranks.close()  # accelerate and DeepSpeed keep state in the process
+
+
+def _zero3_rewards(folder: str, data: str) -> dict[str, list[list[dict[str, float]]]]:
+    """[stock, ours] of a policy that stays what its reference is, in bf16."""
+    every = {}
+    for name in ("a model", "before training", "the policy without its adapter"):
+        pair = every[name] = []
+        for ours in (False, True):
+            settings = {"bf16": True, "learning_rate": 0.0, "max_steps": 2, "gradient_accumulation_steps": 1}
+            logs, gathered, _ = _zero3_run(_dpo, folder, ours, data=f"{data}/{ours}", **settings, **NO_CHANGE[name])
+            assert gathered == (not ours), name
+            pair.append(logs)
+    return every
+
+
+@pytest.mark.full
+def test_dpo_in_bf16_under_zero3_rewards_a_policy_that_is_its_reference_with_nothing(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    for ours in (False, True):
+        _preferences().save_to_disk(tmp_path / "data" / str(ours))
+    try:
+        by_rank = ranks.run(2, _zero3_rewards, str(tmp_path / "out"), str(tmp_path / "data"), timeout=240)
+    finally:
+        ranks.close()  # accelerate and DeepSpeed keep state in the process
+    for name, (stock, ours) in by_rank[0].items():
+        assert len(ours) == 2
+        for x, y in zip(ours, stock, strict=True):
+            if name == "before training":  # TRL does that alone under autocast, so that hidden states are others
+                assert [x[key] for key in REWARDS] == pytest.approx([y[key] for key in REWARDS], abs=1e-3)
+            else:
+                assert [x[key] for key in REWARDS if key != "loss"] == [0, 0, 0]
 
 
 def _fused(model: PreTrainedModel, **extra: Any) -> tuple[Any, dict[str, Tensor]]:
