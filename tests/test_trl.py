@@ -33,6 +33,7 @@ from trl.trainer import utils  # noqa: E402
 from cce_dist.trl import fuse_forward, trl_forward_of  # noqa: E402
 
 ALL_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+DRAWN_AS_STOCK = {"top_k": architectures.VOCAB}  # which leaves no id out, but needs logits in generation
 OF_A_STEP = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "aux_loss")
 
 
@@ -294,7 +295,7 @@ def _distilled(folder: str) -> list[list[tuple[float, float]]]:
         accelerate_state.forget()
         torch.manual_seed(0)
         arguments = trl.DistillationConfig(
-            **_settings(folder, per_device_train_batch_size=2, max_completion_length=4, max_steps=2)
+            **_settings(folder, per_device_train_batch_size=2, max_completion_length=4, max_steps=2, **DRAWN_AS_STOCK)
         )
         model, teacher = architectures.build("llama"), architectures.build("llama")
         with torch.no_grad():
@@ -442,8 +443,7 @@ def _zero3_logs(folder: str, saved: str) -> None:
     cases: dict[str, tuple[Any, dict[str, Any]]] = {
         "sft": (_sft, {}),
         "dpo": (_dpo, {}),
-        # All ids are the most likely ones: draws of torch.multinomial's for both.
-        "grpo": (_grpo, {"saved": saved, "top_k": architectures.VOCAB}),
+        "grpo": (_grpo, {"saved": saved, **DRAWN_AS_STOCK}),
     }
     for name, (make, settings) in cases.items():
         (stock, whole, _), (got, gathered, _) = (_zero3_run(make, folder, ours, **settings) for ours in (False, True))
