@@ -6,12 +6,13 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cce_dist.config import CCEConfig
 from cce_dist.heads.announce import unannounced
 from cce_dist.heads.find import output_layer
-from cce_dist.heads.lazy import fuse_evaluation_where, is_lazy
+from cce_dist.heads.lazy import fuse_evaluation_where, is_lazy, report, shard_of
 from cce_dist.heads.liger import refuse_liger_arguments, refuse_liger_forward
 from cce_dist.transformers import choose_config, patch
 
@@ -98,9 +99,27 @@ class CCECallback(TrainerCallback):
             if trainer is not None:
                 _preprocess_in_the_step(trainer)
             fuse_evaluation_where(head, _no_logits_are_kept)
+            self._check_trl_trainer(trainer, head)
         self._fuse_trl_forward(model, args)
         if trainer is not None:
             self._fuse_reference(trainer)
+
+    def _check_trl_trainer(self, trainer: Any, head: Any) -> None:
+        """Looks for a trainer that computes past the output layer, whose weight may be a part of the rows."""
+        if "trl.trainer.utils" not in sys.modules:
+            return
+        from cce_dist.trl import multiplies_by_the_weight
+
+        name, weight = multiplies_by_the_weight(trainer), head.weight
+        if name is None or isinstance(weight, DTensor):  # FSDP2's is gathered where it is read, which is told there
+            return
+        what, rows = f"TRL's {name} multiplies by lm_head.weight itself, past the output layer", shard_of(head)
+        if weight.numel() and weight.shape[0] != rows.vocab_size:
+            raise ValueError(
+                f"{what}, of which this rank holds {weight.shape[0]} of {rows.vocab_size} rows: train it without "
+                "vocab_parallel_size and tensor parallelism of the output layer."
+            )
+        report(self._config.materialize, f"{what}, so that cce_dist does nothing for it.", "Leave CCECallback out.")
 
     def _fuse_trl_forward(self, model: nn.Module, args: TrainingArguments) -> None:
         """Puts our forward around one of TRL's, where the model has such."""

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from cce_dist.heads.find import output_layer
 from cce_dist.heads.lazy import MaterializedLogitsWarning, is_lazy
@@ -110,11 +111,11 @@ def _preferences() -> Dataset:
 def _dpo(
     folder: str, ours: bool, peft: LoraConfig | None = None, fsdp2: bool = False, data: str = "", **settings: Any
 ) -> Any:
-    arguments = trl.DPOConfig(**_settings(folder, per_device_train_batch_size=1, **settings))
     model, reference = architectures.build("llama"), architectures.build("llama")
     with torch.no_grad():
         for each in (model, reference):  # logits so large that rounding them shows
             each.lm_head.weight *= 20
+    arguments = trl.DPOConfig(**_settings(folder, per_device_train_batch_size=1, **settings))
     if fsdp2:
         _shard_by_fsdp2(model, arguments)
     return trl.DPOTrainer(
@@ -288,27 +289,33 @@ def test_ddp_that_looks_for_unused_parameters_trains_as_stock(ranks: RankPool, t
             assert x == pytest.approx(y, rel=2e-5)
 
 
+def _distillation(
+    folder: str, ours: bool, fsdp2: bool = False, changes: dict[str, Any] | None = None, **settings: Any
+) -> Any:
+    model, teacher = architectures.build("llama"), architectures.build("llama")
+    with torch.no_grad():
+        teacher.lm_head.weight *= 20
+    settings = {"max_completion_length": 4, "max_steps": 2, **DRAWN_AS_STOCK, **settings}
+    arguments = trl.DistillationConfig(**_settings(folder, per_device_train_batch_size=2, **settings))
+    if fsdp2:
+        _shard_by_fsdp2(model, arguments)
+    return trl.DistillationTrainer(
+        model,
+        teacher_model=teacher,
+        args=arguments,
+        train_dataset=_preferences().remove_columns(["chosen", "rejected"]),
+        processing_class=_tokenizer(),
+        callbacks=[CCECallback(**{"gradient": "exact", **(changes or {})})] if ours else [],
+    )
+
+
 def _distilled(folder: str) -> list[list[tuple[float, float]]]:
     """[stock, ours]: loss and gradient norm of a trainer that multiplies by lm_head.weight, past the head's call."""
     logs = []
     for ours in (False, True):
         accelerate_state.forget()
         torch.manual_seed(0)
-        arguments = trl.DistillationConfig(
-            **_settings(folder, per_device_train_batch_size=2, max_completion_length=4, max_steps=2, **DRAWN_AS_STOCK)
-        )
-        model, teacher = architectures.build("llama"), architectures.build("llama")
-        with torch.no_grad():
-            teacher.lm_head.weight *= 20
-        _shard_by_fsdp2(model, arguments)
-        trainer = trl.DistillationTrainer(
-            model,
-            teacher_model=teacher,
-            args=arguments,
-            train_dataset=_preferences().remove_columns(["chosen", "rejected"]),
-            processing_class=_tokenizer(),
-            callbacks=[CCECallback(gradient="exact")] if ours else [],
-        )
+        trainer = _distillation(folder, ours, fsdp2=True)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", MaterializedLogitsWarning)
             trainer.train()
@@ -329,6 +336,36 @@ def test_distillation_on_two_ranks_under_fsdp2_has_the_gradient_of_stock(ranks: 
         assert len(stock) == 2
         for x, y in zip(ours, stock, strict=True):
             assert x == pytest.approx(y, rel=2e-5)
+
+
+def test_a_trainer_that_computes_past_the_output_layer_is_told_of_by_name(tmp_path: Path) -> None:
+    past = "TRL's DistillationTrainer multiplies by lm_head.weight itself"
+    with pytest.warns(MaterializedLogitsWarning, match=f"{past}.* cce_dist does nothing for it"):
+        _distillation(str(tmp_path), True, max_steps=1).train()
+    with pytest.raises(RuntimeError, match=f"materialize='raise' forbids that {past}"):
+        _distillation(str(tmp_path), True, changes={"materialize": "raise"}).train()
+
+
+def _distilled_from_a_part(folder: str) -> None:
+    from deepspeed_runs import fresh_deepspeed
+
+    accelerate_state.forget()
+    fresh_deepspeed()
+    deepspeed = {**ZERO3, "zero_optimization": {"stage": 1}}
+    trainer = _distillation(folder, True, changes={"vocab_parallel_size": 2}, deepspeed=deepspeed)
+    with pytest.raises(ValueError, match=r"TRL's DistillationTrainer multiplies.* holds 16[56] of 331 rows"):
+        trainer.train()
+
+
+@pytest.mark.full
+def test_a_trainer_that_would_compute_with_a_part_of_the_rows_is_refused_by_name(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    try:
+        ranks.run(2, _distilled_from_a_part, str(tmp_path), timeout=120)
+    finally:
+        ranks.close()  # accelerate and DeepSpeed keep state in the process
 
 
 REWARDS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
@@ -416,6 +453,7 @@ def _zero3_run(make: Any, folder: str, ours: bool, **settings: Any) -> tuple[lis
 
     accelerate_state.forget()
     fresh_deepspeed()
+    unset_hf_deepspeed_config()  # or models are partitioned when they are built
     torch.manual_seed(0)
     trainer = make(folder, ours, deepspeed=copy.deepcopy(ZERO3), **settings)
     models = [trainer.model, getattr(trainer, "ref_model", None)]
@@ -444,10 +482,11 @@ def _zero3_logs(folder: str, saved: str) -> None:
         "sft": (_sft, {}),
         "dpo": (_dpo, {}),
         "grpo": (_grpo, {"saved": saved, **DRAWN_AS_STOCK}),
+        "distillation": (_distillation, {}),
     }
     for name, (make, settings) in cases.items():
         (stock, whole, _), (got, gathered, _) = (_zero3_run(make, folder, ours, **settings) for ours in (False, True))
-        assert len(stock) == 3 and whole and gathered == (name == "grpo"), name
+        assert len(stock) > 1 and whole and gathered == (name in ("grpo", "distillation")), name
         for x, y in zip(got, stock, strict=True):
             assert x == pytest.approx(y, rel=1e-4, abs=1e-5), name
     got, gathered, _ = _zero3_run(_grpo, folder, True, saved=saved, ds3_gather_for_generation=False)
@@ -492,7 +531,7 @@ def test_dpo_in_bf16_under_zero3_rewards_a_policy_that_is_its_reference_with_not
         assert len(ours) == 2
         for x, y in zip(ours, stock, strict=True):
             if name == "before training":  # TRL does that alone under autocast, so that hidden states are others
-                assert [x[key] for key in REWARDS] == pytest.approx([y[key] for key in REWARDS], abs=1e-3)
+                assert [x[key] for key in REWARDS] == pytest.approx([y[key] for key in REWARDS], abs=1e-2)
             else:
                 assert [x[key] for key in REWARDS if key != "loss"] == [0, 0, 0]
 

@@ -26,6 +26,7 @@ from cce_dist.heads.lazy.head import (
     lazy_calls,
     make_eager,
     make_lazy,
+    shard_of,
 )
 from cce_dist.heads.lazy.logits import LazyLogits
 from cce_dist.heads.lazy.materialize import MaterializedLogitsWarning, report
@@ -40,4 +41,5 @@ __all__ = [
     "make_eager",
     "make_lazy",
     "report",
+    "shard_of",
 ]

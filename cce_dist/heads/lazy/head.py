@@ -23,6 +23,7 @@ from cce_dist.heads.lazy.materialize import report
 from cce_dist.heads.lazy.source import Binding, Source
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
 from cce_dist.loss import TokenLogprobs
+from cce_dist.shard import VocabShard
 
 
 def make_lazy(head: nn.Module, owner: ShardOwner, config: CCEConfig, linear: type[nn.Module] = nn.Linear) -> None:
@@ -98,6 +99,15 @@ def fused_evaluation(head: nn.Module) -> Iterator[None]:
         yield
     finally:
         binding.in_evaluation = before
+
+
+def shard_of(head: nn.Module) -> VocabShard:
+    """Which rows of the vocabulary this rank computes with.
+
+    Raises:
+        ValueError: the head is not lazy.
+    """
+    return _binding(head).owner.shard
 
 
 def fuse_evaluation_where(head: nn.Module, condition: Callable[[], bool]) -> None:
