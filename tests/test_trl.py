@@ -129,15 +129,20 @@ def _dpo(
     )
 
 
-def _grpo(folder: str, ours: bool, peft: LoraConfig | None = None, saved: str = "", **settings: Any) -> Any:
+def _grpo(
+    folder: str, ours: bool, peft: LoraConfig | None = None, saved: str = "", fsdp2: bool = False, **settings: Any
+) -> Any:
     """``saved``: where a reference is loaded from, which without an adapter there has to be."""
     extra = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1, "per_device_train_batch_size": 2}
+    arguments = trl.GRPOConfig(**_settings(folder, **extra, **settings))
     model = architectures.build("llama")
     model.config._name_or_path = saved
+    if fsdp2:
+        _shard_by_fsdp2(model, arguments)
     return trl.GRPOTrainer(
         model,
         reward_funcs=_reward,
-        args=trl.GRPOConfig(**_settings(folder, **extra, **settings)),
+        args=arguments,
         train_dataset=_preferences().remove_columns(["chosen", "rejected"]),
         processing_class=_tokenizer(),
         peft_config=peft,
@@ -422,6 +427,32 @@ def test_dpo_in_bf16_under_fsdp2_starts_with_the_loss_and_rewards_of_stock(ranks
         ranks.close()  # accelerate keeps state in the process
     for stock, ours in by_rank[0]:  # FSDP2 rounds what a model returns to bf16: so do all sums of it
         assert ours == stock and all(max(map(abs, rewards)) == 0 for _, *rewards in ours)
+
+
+def _sharded_grpo(folder: str, saved: str) -> list[list[tuple[float, ...]]]:
+    """[stock, ours, ours with draws of its own]: loss, gradient norm and KL of each step."""
+    logs = []
+    for ours, draws in ((False, DRAWN_AS_STOCK), (True, DRAWN_AS_STOCK), (True, {})):
+        accelerate_state.forget()
+        torch.manual_seed(0)
+        trainer = _grpo(folder, ours, saved=saved, fsdp2=True, **draws)
+        trainer.train()
+        rows = [row for row in trainer.state.log_history if "loss" in row]
+        logs.append([tuple(float(row[key]) for key in ("loss", "grad_norm", "kl")) for row in rows])
+    return logs
+
+
+@pytest.mark.full
+def test_grpo_on_two_ranks_under_fsdp2_logs_what_it_logs_for_stock(ranks: RankPool, tmp_path: Path) -> None:
+    architectures.build("llama").save_pretrained(tmp_path / "model")
+    try:
+        by_rank = ranks.run(2, _sharded_grpo, str(tmp_path), str(tmp_path / "model"), timeout=240)
+    finally:
+        ranks.close()  # accelerate keeps state in the process
+    for stock, ours, own_draws in by_rank:
+        assert len(stock) == len(own_draws) == 3 and own_draws[0][2] == 0
+        for x, y in zip(ours, stock, strict=True):
+            assert x == pytest.approx(y, rel=1e-3, abs=1e-6)
 
 
 class _Gathered(TorchDispatchMode):
