@@ -103,7 +103,7 @@ def _under_fsdp2(case: fsdp_runs.Case) -> None:
     _sampled(model, plain)
 
 
-@pytest.mark.parametrize("name", FSDP2)
+@pytest.mark.parametrize("name", ["FSDP2", *(pytest.param(name, marks=pytest.mark.full) for name in list(FSDP2)[1:])])
 def test_under_fsdp2_no_rank_computes_logits(ranks: RankPool, name: str) -> None:
     ranks.run(2 if name == "FSDP2" else 4, _under_fsdp2, FSDP2[name], timeout=fsdp_runs.SLOW_START)
 
