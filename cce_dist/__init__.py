@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from cce_dist.config import CCEConfig
 from cce_dist.heads.sharded_head import ShardedCCEHead
-from cce_dist.loss import TokenLogprobs, linear_cross_entropy, linear_logprobs, linear_next_token
+from cce_dist.loss import LabelStatistics, TokenLogprobs, linear_cross_entropy, linear_logprobs, linear_next_token
 from cce_dist.shard import VocabShard
 
 try:
@@ -14,6 +14,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "CCEConfig",
+    "LabelStatistics",
     "ShardedCCEHead",
     "TokenLogprobs",
     "VocabShard",

@@ -6,12 +6,13 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cce_dist.config import CCEConfig
 from cce_dist.heads.announce import unannounced
 from cce_dist.heads.find import output_layer
-from cce_dist.heads.lazy import fuse_evaluation_where, is_lazy
+from cce_dist.heads.lazy import fuse_evaluation_where, is_lazy, report, shard_of
 from cce_dist.heads.liger import refuse_liger_arguments, refuse_liger_forward
 from cce_dist.transformers import choose_config, patch
 
@@ -41,10 +42,10 @@ class CCECallback(TrainerCallback):
         if self._is_enabled(args):
             refuse_liger_arguments(args)
             trainer = self._trainer()
-            if getattr(args, "precompute_ref_log_probs", False) and trainer and not trainer.is_deepspeed_enabled:
+            if getattr(args, "precompute_ref_log_probs", False) and trainer:
                 from cce_dist.trl import before_precomputing
 
-                before_precomputing(trainer, lambda model: self._fuse_untrained(model, args))
+                before_precomputing(trainer, lambda model: self._fuse_untrained(model, trainer))
         if getattr(args, "hf_deepspeed_config", None) is None:
             return
         from cce_dist.deepspeed.engine import SECTION, install
@@ -82,22 +83,43 @@ class CCECallback(TrainerCallback):
             patch(model, self._settings(args))
         head = output_layer(model)
         trainer: Any = self._trainer()
-        if getattr(args, "hf_deepspeed_config", None) is not None and not is_lazy(head):
+        if getattr(args, "hf_deepspeed_config", None) is not None:
             if trainer is not None and not hasattr(getattr(trainer.model_wrapped, "optimizer", None), "step"):
                 raise ValueError(
                     "evaluate() or predict() before train() has made the Trainer build a DeepSpeed engine without an "
                     "optimizer, in which it cannot train, with cce_dist or without: evaluate after train(), set "
                     "eval_on_start=True, or evaluate with a Trainer of its own."
                 )
-            raise ValueError(
-                "cce_dist is not active in this DeepSpeed engine, which was built before CCECallback could say so: "
-                "give it to the trainer's constructor, callbacks=[CCECallback(...)], not to add_callback."
-            )
+            if not is_lazy(head):
+                raise ValueError(
+                    "cce_dist is not active in this DeepSpeed engine, which was built before CCECallback could say so: "
+                    "give it to the trainer's constructor, callbacks=[CCECallback(...)], not to add_callback."
+                )
         if is_lazy(head):
-            fuse_evaluation_where(head, _only_the_loss_is_wanted)
+            if trainer is not None:
+                _preprocess_in_the_step(trainer)
+            fuse_evaluation_where(head, _no_logits_are_kept)
+            self._check_trl_trainer(trainer, head)
         self._fuse_trl_forward(model, args)
         if trainer is not None:
             self._fuse_reference(trainer)
+
+    def _check_trl_trainer(self, trainer: Any, head: Any) -> None:
+        """Looks for a trainer that computes past the output layer, whose weight may be a part of the rows."""
+        if "trl.trainer.utils" not in sys.modules:
+            return
+        from cce_dist.trl import multiplies_by_the_weight
+
+        name, weight = multiplies_by_the_weight(trainer), head.weight
+        if name is None or isinstance(weight, DTensor):  # FSDP2's is gathered where it is read, which is told there
+            return
+        what, rows = f"TRL's {name} multiplies by lm_head.weight itself, past the output layer", shard_of(head)
+        if weight.numel() and weight.shape[0] != rows.vocab_size:
+            raise ValueError(
+                f"{what}, of which this rank holds {weight.shape[0]} of {rows.vocab_size} rows: train it without "
+                "vocab_parallel_size and tensor parallelism of the output layer."
+            )
+        report(self._config.materialize, f"{what}, so that cce_dist does nothing for it.", "Leave CCECallback out.")
 
     def _fuse_trl_forward(self, model: nn.Module, args: TrainingArguments) -> None:
         """Puts our forward around one of TRL's, where the model has such."""
@@ -113,10 +135,14 @@ class CCECallback(TrainerCallback):
     def _fuse_reference(self, trainer: Trainer) -> None:
         """A reference model of TRL's, by the same computation as the policy: bf16 logits would round differently."""
         reference = getattr(trainer, "ref_model", None)
-        if isinstance(reference, nn.Module) and not trainer.is_deepspeed_enabled:
-            self._fuse_untrained(reference, trainer.args)
+        if isinstance(reference, nn.Module):
+            self._fuse_untrained(reference, trainer)
 
-    def _fuse_untrained(self, model: nn.Module, args: TrainingArguments) -> None:
+    def _fuse_untrained(self, model: nn.Module, trainer: Trainer) -> None:
+        args = trainer.args
+        if trainer.is_deepspeed_enabled:  # its engine has made the output layer lazy, or is about to
+            self._fuse_trl_forward(trainer.accelerator.unwrap_model(model), args)
+            return
         try:
             with unannounced():
                 if not is_lazy(output_layer(model)):
@@ -153,14 +179,34 @@ class CCECallback(TrainerCallback):
         return bool(section.get("enabled", self._config.enabled))
 
 
-def _only_the_loss_is_wanted() -> bool:
-    """Whether this is inside of a Trainer's ``prediction_step`` that drops the logits: no callback says when it begins.
+def _preprocess_in_the_step(trainer: Any) -> None:
+    """Has ``preprocess_logits_for_metrics`` called where a step of evaluation ends, not once the logits were padded to
+    those of other ranks: of lazy logits an argmax, for the accuracy, needs none."""
+    preprocess, stock_step = trainer.preprocess_logits_for_metrics, trainer.prediction_step
+    if preprocess is None or preprocess is _as_it_is:
+        return
+
+    def step(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        loss, logits, labels = stock_step(*args, **kwargs)
+        return loss, None if logits is None else preprocess(logits, labels), labels
+
+    trainer.prediction_step, trainer.preprocess_logits_for_metrics = step, _as_it_is
+
+
+def _as_it_is(preprocessed: Any, labels: Any) -> Any:
+    return preprocessed
+
+
+def _no_logits_are_kept() -> bool:
+    """Whether this is inside of a Trainer's ``prediction_step`` that drops the logits, or has them preprocessed at
+    once: no callback says when it begins.
 
     Generation, and evaluation of the user's own, get the real logits that they expect.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_code.co_varnames:
-            return bool(frame.f_locals["prediction_loss_only"])
+            preprocess = getattr(frame.f_locals.get("self"), "preprocess_logits_for_metrics", None)
+            return bool(frame.f_locals["prediction_loss_only"]) or preprocess is _as_it_is
         frame = frame.f_back
     return False

@@ -21,6 +21,7 @@ from trl.trainer import utils
 from cce_dist.device_check import device_check
 from cce_dist.heads.lazy import LazyLogits, fused_evaluation
 
+_PAST_THE_HEAD = ("AsyncDistillationTrainer", "DistillationTrainer")
 _OUTPUTS = {"log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"}
 
 
@@ -82,6 +83,12 @@ def fuse_forward(model: nn.Module, trl_forward: Any, head: nn.Module, entropy_bo
         return fused
 
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def multiplies_by_the_weight(trainer: Any) -> str | None:
+    """The name of a trainer of TRL's that computes logits from ``lm_head.weight``, past the output layer's call."""
+    of_trl = [kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.startswith("trl.")]
+    return next((name for name in of_trl if name in _PAST_THE_HEAD), None)
 
 
 def before_precomputing(trainer: Any, act: Callable[[nn.Module], None]) -> None:

@@ -4,6 +4,7 @@ A case trains a tiny model for three AdamW steps of two micro-steps, with clippi
 with the same steps of the plain model on all ranks' batches in one process.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,7 +148,8 @@ def fresh_deepspeed() -> None:
     deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 
-def make_engine(case: Case) -> Any:
+def make_engine(case: Case, prepare: Callable[[Any], Any] = lambda model: model) -> Any:
+    """``prepare``: what is done to the model before."""
     fresh_deepspeed()
     config, mpu = make_config(case), None
     if case.sequence_parallel > 1:
@@ -159,6 +161,7 @@ def make_engine(case: Case) -> Any:
         mpu = deepspeed.utils.groups
         mpu._init_tp_mesh_device(case.tensor_parallel)
     model = make_model(case)
+    prepare(model)
     if case.zero_init:
         plain = model.state_dict()
         with deepspeed.zero.Init(config_dict_or_path=config):

@@ -215,7 +215,17 @@ def test_the_section_is_found_wherever_deepspeed_takes_its_config(
 def test_a_reference_model_that_is_not_trained_is_not_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
     config = {key: value for key, value in make_config(Case()).items() if key != "optimizer"}
     engine = cce_deepspeed.initialize(model=make_model(Case()), config=config)[0]
-    assert not _is_active(engine) and "cce_dist" not in capsys.readouterr().out
+    assert _is_active(engine) and "cce_dist" not in capsys.readouterr().out
+    with torch.no_grad():  # in training mode, as a reference may be left in
+        loss = engine(**make_batch(Case(), 0, 0))
+    assert torch.equal(loss, make_model(Case())(**make_batch(Case(), 0, 0)).detach())
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_reward_model_with_the_config_of_a_policy_is_stock_deepspeeds() -> None:
+    config = {key: value for key, value in make_config(Case()).items() if key != "optimizer"}
+    engine = cce_deepspeed.initialize(model=nn.Linear(2, 2), config=config)[0]
+    assert type(engine.module) is nn.Linear
 
 
 @pytest.mark.usefixtures("alone")

@@ -91,7 +91,7 @@ def test_every_python_example_is_tested() -> None:
         "grpo",
     }  # that of GRPO in test_trl.py
     assert LOGPROBS.count("```python") == len(OF_LOGPROBS)
-    assert set(OF_OPTIONS) == {"class_weights", "token_weights", "several"}
+    assert set(OF_OPTIONS) == {"class_weights", "token_weights", "several", "statistics"}
     assert OPTIONS.count("```python") == len(OF_OPTIONS)
 
 
@@ -106,6 +106,9 @@ def _options() -> None:
     torch.testing.assert_close(weighted, F.cross_entropy(logits, labels.flatten(), weight=class_weights))
     nll = F.cross_entropy(logits, labels.flatten(), reduction="none")
     torch.testing.assert_close(_run_example("token_weights", **given)["loss"], (torch.exp(-nll) * nll).mean())
+    told = _run_example("statistics", **given)
+    assert torch.equal(told["predicted"].flatten(), logits.argmax(-1))
+    assert told["accuracy"] == (logits.argmax(-1) == labels.flatten()).float().mean()
     ahead = [
         F.cross_entropy((hidden @ weight.T)[:, :-shift].flatten(0, 1), labels[:, shift:].flatten())
         for shift in (1, 2, 3)
@@ -120,7 +123,7 @@ def test_the_examples_of_options_are_those_of_all_logits(ranks: RankPool, world:
 
 def test_the_page_of_options_has_every_one_and_what_it_refuses_is_refused() -> None:
     table = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", OPTIONS, re.M))
-    assert set(table) == set(CallSettings.model_fields) - set(LossSettings.model_fields) - {"reduction"}
+    assert set(table) == set(CallSettings.model_fields) - set(LossSettings.model_fields) - {"reduction", "statistics"}
     given: dict[str, Any] = {
         "softcap": 3.0,
         "label_smoothing": 0.1,

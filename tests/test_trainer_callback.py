@@ -42,7 +42,8 @@ def _data() -> list[dict[str, torch.Tensor]]:
 def _arguments(folder: str, **settings: Any) -> TrainingArguments:
     return TrainingArguments(
         folder, max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=1,
-        learning_rate=1e-2, report_to=[], save_strategy="no", disable_tqdm=True, **{"use_cpu": True, **settings},
+        learning_rate=1e-2, report_to=[], save_strategy="no", disable_tqdm=True,
+        **{"use_cpu": True, "per_device_eval_batch_size": 8, **settings},
     )  # fmt: skip
 
 
@@ -89,14 +90,33 @@ def _ddp_outside_of_forward(folder: str, ours: bool, smoothed: bool) -> Log:
     return _logged(trainer)
 
 
+def _ragged() -> list[dict[str, torch.Tensor]]:
+    """Rows of different lengths, and so on each rank."""
+    return [{key: x[: 8 + i] for key, x in row.items()} for i, row in enumerate(_data()[:6])]
+
+
+def _most_likely(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    ids, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    return {"accuracy": float((ids == labels)[labels != -100].mean())}
+
+
 def _native_fsdp2(folder: str, ours: bool) -> Log:
     """The model shards itself while it is loaded."""
     from transformers.distributed import DistributedConfig
 
     callbacks = [CCECallback(EXACT)] if ours else []
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", distributed_config=DistributedConfig(fsdp_size=2))
-    trainer = Trainer(model.train(), _arguments(folder), train_dataset=_data(), callbacks=callbacks)
-    return _sharded_log(trainer, ours)
+    trainer = Trainer(
+        model.train(), _arguments(folder, per_device_eval_batch_size=1), train_dataset=_data(), callbacks=callbacks,
+        eval_dataset=_ragged(),
+        compute_metrics=_accuracy, preprocess_logits_for_metrics=_most_likely,
+    )  # fmt: skip
+    log = _sharded_log(trainer, ours)
+    return [*log, (trainer.evaluate()["eval_accuracy"], 0.0)]
 
 
 def _accelerates_fsdp2(folder: str, ours: bool, name: str) -> Log:
@@ -242,6 +262,22 @@ def test_evaluation_computes_logits_only_where_they_are_wanted(tmp_path: Path, l
         assert type(model.eval()(**architectures.batch()).logits) is torch.Tensor
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(metrics.logits) == (0 if loss_only else 2)
+
+
+def test_token_accuracy_of_an_evaluation_needs_no_logits(tmp_path: Path) -> None:
+    accuracies = []
+    for callbacks in ([CCECallback(gradient="exact", materialize="raise")], []):
+        model = architectures.build("llama")
+        trainer = Trainer(
+            model, _arguments(str(tmp_path), per_device_eval_batch_size=1), train_dataset=_data(),
+            eval_dataset=_ragged(), callbacks=callbacks, compute_metrics=_accuracy,
+            preprocess_logits_for_metrics=_most_likely,
+        )  # fmt: skip
+        trainer.train()
+        trainer.train()  # the second time finds what the first one did
+        accuracies.append(trainer.evaluate()["eval_accuracy"])
+        assert lazy_calls(model.lm_head) == (2 * 6 + 6 if callbacks else 0)
+    assert accuracies[0] == accuracies[1] > 0
 
 
 def _evaluated_before(folder: str) -> str:

@@ -1,5 +1,6 @@
 """TRL's trainers with cce_dist: what they log is what they log for the stock model, and no logits are computed."""
 
+import copy
 import math
 import re
 import warnings
@@ -14,7 +15,9 @@ from ranks import RankPool
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from cce_dist.heads.find import output_layer
 from cce_dist.heads.lazy import MaterializedLogitsWarning, is_lazy
@@ -31,6 +34,7 @@ from trl.trainer import utils  # noqa: E402
 from cce_dist.trl import fuse_forward, trl_forward_of  # noqa: E402
 
 ALL_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+DRAWN_AS_STOCK = {"top_k": architectures.VOCAB}  # which leaves no id out, but needs logits in generation
 OF_A_STEP = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "aux_loss")
 
 
@@ -107,11 +111,11 @@ def _preferences() -> Dataset:
 def _dpo(
     folder: str, ours: bool, peft: LoraConfig | None = None, fsdp2: bool = False, data: str = "", **settings: Any
 ) -> Any:
-    arguments = trl.DPOConfig(**_settings(folder, per_device_train_batch_size=1, **settings))
     model, reference = architectures.build("llama"), architectures.build("llama")
     with torch.no_grad():
         for each in (model, reference):  # logits so large that rounding them shows
             each.lm_head.weight *= 20
+    arguments = trl.DPOConfig(**_settings(folder, per_device_train_batch_size=1, **settings))
     if fsdp2:
         _shard_by_fsdp2(model, arguments)
     return trl.DPOTrainer(
@@ -125,12 +129,20 @@ def _dpo(
     )
 
 
-def _grpo(folder: str, ours: bool, peft: LoraConfig | None = None, **settings: Any) -> Any:
+def _grpo(
+    folder: str, ours: bool, peft: LoraConfig | None = None, saved: str = "", fsdp2: bool = False, **settings: Any
+) -> Any:
+    """``saved``: where a reference is loaded from, which without an adapter there has to be."""
     extra = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1, "per_device_train_batch_size": 2}
+    arguments = trl.GRPOConfig(**_settings(folder, **extra, **settings))
+    model = architectures.build("llama")
+    model.config._name_or_path = saved
+    if fsdp2:
+        _shard_by_fsdp2(model, arguments)
     return trl.GRPOTrainer(
-        architectures.build("llama"),
+        model,
         reward_funcs=_reward,
-        args=trl.GRPOConfig(**_settings(folder, **extra, **settings)),
+        args=arguments,
         train_dataset=_preferences().remove_columns(["chosen", "rejected"]),
         processing_class=_tokenizer(),
         peft_config=peft,
@@ -282,27 +294,33 @@ def test_ddp_that_looks_for_unused_parameters_trains_as_stock(ranks: RankPool, t
             assert x == pytest.approx(y, rel=2e-5)
 
 
+def _distillation(
+    folder: str, ours: bool, fsdp2: bool = False, changes: dict[str, Any] | None = None, **settings: Any
+) -> Any:
+    model, teacher = architectures.build("llama"), architectures.build("llama")
+    with torch.no_grad():
+        teacher.lm_head.weight *= 20
+    settings = {"max_completion_length": 4, "max_steps": 2, **DRAWN_AS_STOCK, **settings}
+    arguments = trl.DistillationConfig(**_settings(folder, per_device_train_batch_size=2, **settings))
+    if fsdp2:
+        _shard_by_fsdp2(model, arguments)
+    return trl.DistillationTrainer(
+        model,
+        teacher_model=teacher,
+        args=arguments,
+        train_dataset=_preferences().remove_columns(["chosen", "rejected"]),
+        processing_class=_tokenizer(),
+        callbacks=[CCECallback(**{"gradient": "exact", **(changes or {})})] if ours else [],
+    )
+
+
 def _distilled(folder: str) -> list[list[tuple[float, float]]]:
     """[stock, ours]: loss and gradient norm of a trainer that multiplies by lm_head.weight, past the head's call."""
     logs = []
     for ours in (False, True):
         accelerate_state.forget()
         torch.manual_seed(0)
-        arguments = trl.DistillationConfig(
-            **_settings(folder, per_device_train_batch_size=2, max_completion_length=4, max_steps=2)
-        )
-        model, teacher = architectures.build("llama"), architectures.build("llama")
-        with torch.no_grad():
-            teacher.lm_head.weight *= 20
-        _shard_by_fsdp2(model, arguments)
-        trainer = trl.DistillationTrainer(
-            model,
-            teacher_model=teacher,
-            args=arguments,
-            train_dataset=_preferences().remove_columns(["chosen", "rejected"]),
-            processing_class=_tokenizer(),
-            callbacks=[CCECallback(gradient="exact")] if ours else [],
-        )
+        trainer = _distillation(folder, ours, fsdp2=True)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", MaterializedLogitsWarning)
             trainer.train()
@@ -323,6 +341,36 @@ def test_distillation_on_two_ranks_under_fsdp2_has_the_gradient_of_stock(ranks: 
         assert len(stock) == 2
         for x, y in zip(ours, stock, strict=True):
             assert x == pytest.approx(y, rel=2e-5)
+
+
+def test_a_trainer_that_computes_past_the_output_layer_is_told_of_by_name(tmp_path: Path) -> None:
+    past = "TRL's DistillationTrainer multiplies by lm_head.weight itself"
+    with pytest.warns(MaterializedLogitsWarning, match=f"{past}.* cce_dist does nothing for it"):
+        _distillation(str(tmp_path), True, max_steps=1).train()
+    with pytest.raises(RuntimeError, match=f"materialize='raise' forbids that {past}"):
+        _distillation(str(tmp_path), True, changes={"materialize": "raise"}).train()
+
+
+def _distilled_from_a_part(folder: str) -> None:
+    from deepspeed_runs import fresh_deepspeed
+
+    accelerate_state.forget()
+    fresh_deepspeed()
+    deepspeed = {**ZERO3, "zero_optimization": {"stage": 1}}
+    trainer = _distillation(folder, True, changes={"vocab_parallel_size": 2}, deepspeed=deepspeed)
+    with pytest.raises(ValueError, match=r"TRL's DistillationTrainer multiplies.* holds 16[56] of 331 rows"):
+        trainer.train()
+
+
+@pytest.mark.full
+def test_a_trainer_that_would_compute_with_a_part_of_the_rows_is_refused_by_name(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    try:
+        ranks.run(2, _distilled_from_a_part, str(tmp_path), timeout=120)
+    finally:
+        ranks.close()  # accelerate and DeepSpeed keep state in the process
 
 
 REWARDS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
@@ -379,6 +427,144 @@ def test_dpo_in_bf16_under_fsdp2_starts_with_the_loss_and_rewards_of_stock(ranks
         ranks.close()  # accelerate keeps state in the process
     for stock, ours in by_rank[0]:  # FSDP2 rounds what a model returns to bf16: so do all sums of it
         assert ours == stock and all(max(map(abs, rewards)) == 0 for _, *rewards in ours)
+
+
+def _sharded_grpo(folder: str, saved: str) -> list[list[tuple[float, ...]]]:
+    """[stock, ours, ours with draws of its own]: loss, gradient norm and KL of each step."""
+    logs = []
+    for ours, draws in ((False, DRAWN_AS_STOCK), (True, DRAWN_AS_STOCK), (True, {})):
+        accelerate_state.forget()
+        torch.manual_seed(0)
+        trainer = _grpo(folder, ours, saved=saved, fsdp2=True, **draws)
+        trainer.train()
+        rows = [row for row in trainer.state.log_history if "loss" in row]
+        logs.append([tuple(float(row[key]) for key in ("loss", "grad_norm", "kl")) for row in rows])
+    return logs
+
+
+@pytest.mark.full
+def test_grpo_on_two_ranks_under_fsdp2_logs_what_it_logs_for_stock(ranks: RankPool, tmp_path: Path) -> None:
+    architectures.build("llama").save_pretrained(tmp_path / "model")
+    try:
+        by_rank = ranks.run(2, _sharded_grpo, str(tmp_path), str(tmp_path / "model"), timeout=240)
+    finally:
+        ranks.close()  # accelerate keeps state in the process
+    for stock, ours, own_draws in by_rank:
+        assert len(stock) == len(own_draws) == 3 and own_draws[0][2] == 0
+        for x, y in zip(ours, stock, strict=True):
+            assert x == pytest.approx(y, rel=1e-3, abs=1e-6)
+
+
+class _Gathered(TorchDispatchMode):
+    """Whether a weight that ZeRO-3 partitions is ever whole on this rank."""
+
+    def __init__(self, *weights: Any) -> None:
+        super().__init__()
+        self.weights, self.ever = weights, False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ever = self.ever or any(weight.ds_status.name != "NOT_AVAILABLE" for weight in self.weights)
+        return function(*args, **(kwargs or {}))
+
+
+ZERO3 = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "kl", *(key for key in REWARDS if key != "loss"))
+
+
+def _zero3_run(make: Any, folder: str, ours: bool, **settings: Any) -> tuple[list[dict[str, float]], bool, Any]:
+    """What is logged of each step, whether a head was ever whole on a rank in training, and the trainer."""
+    from deepspeed_runs import fresh_deepspeed
+
+    accelerate_state.forget()
+    fresh_deepspeed()
+    unset_hf_deepspeed_config()  # or models are partitioned when they are built
+    torch.manual_seed(0)
+    trainer = make(folder, ours, deepspeed=copy.deepcopy(ZERO3), **settings)
+    models = [trainer.model, getattr(trainer, "ref_model", None)]
+    weights: list[Any] = []
+    trainer.add_callback(_WhenTrainingBegins(lambda: weights.extend(output_layer(m).weight for m in models if m)))
+    with _Gathered() as gathered:
+        gathered.weights = weights  # type: ignore[assignment]
+        trainer.train()
+    assert is_lazy(output_layer(trainer.model)) == ours
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    return [{key: float(row[key]) for key in LOGGED if key in row} for row in history], gathered.ever, trainer
+
+
+class _WhenTrainingBegins(TrainerCallback):
+    def __init__(self, act: Any) -> None:
+        self._act = act
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        act, self._act = self._act, lambda: None
+        act()
+
+
+def _zero3_logs(folder: str, saved: str) -> None:
+    """Asserts on each rank."""
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "sft": (_sft, {}),
+        "dpo": (_dpo, {}),
+        "grpo": (_grpo, {"saved": saved, **DRAWN_AS_STOCK}),
+        "distillation": (_distillation, {}),
+    }
+    for name, (make, settings) in cases.items():
+        (stock, whole, _), (got, gathered, _) = (_zero3_run(make, folder, ours, **settings) for ours in (False, True))
+        assert len(stock) > 1 and whole and gathered == (name in ("grpo", "distillation")), name
+        for x, y in zip(got, stock, strict=True):
+            assert x == pytest.approx(y, rel=1e-4, abs=1e-5), name
+    got, gathered, _ = _zero3_run(_grpo, folder, True, saved=saved, ds3_gather_for_generation=False)
+    assert not gathered and all(0 < row["entropy"] < math.log(architectures.VOCAB) for row in got)
+
+
+@pytest.mark.full
+def test_two_ranks_under_zero3_log_what_they_log_for_stock_and_gather_no_head(ranks: RankPool, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    architectures.build("llama").save_pretrained(tmp_path / "model")
+    try:
+        ranks.run(2, _zero3_logs, str(tmp_path), str(tmp_path / "model"), timeout=240)
+    finally:
+        ranks.close()  # accelerate and DeepSpeed keep state in the process
+
+
+def _zero3_rewards(folder: str, data: str) -> dict[str, list[list[dict[str, float]]]]:
+    """[stock, ours] of a policy that stays what its reference is, in bf16."""
+    every = {}
+    for name in ("a model", "before training", "the policy without its adapter"):
+        pair = every[name] = []
+        for ours in (False, True):
+            settings = {"bf16": True, "learning_rate": 0.0, "max_steps": 2, "gradient_accumulation_steps": 1}
+            logs, gathered, _ = _zero3_run(_dpo, folder, ours, data=f"{data}/{ours}", **settings, **NO_CHANGE[name])
+            assert gathered == (not ours), name
+            pair.append(logs)
+    return every
+
+
+@pytest.mark.full
+def test_dpo_in_bf16_under_zero3_rewards_a_policy_that_is_its_reference_with_nothing(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    for ours in (False, True):
+        _preferences().save_to_disk(tmp_path / "data" / str(ours))
+    try:
+        by_rank = ranks.run(2, _zero3_rewards, str(tmp_path / "out"), str(tmp_path / "data"), timeout=240)
+    finally:
+        ranks.close()  # accelerate and DeepSpeed keep state in the process
+    for name, (stock, ours) in by_rank[0].items():
+        assert len(ours) == 2
+        for x, y in zip(ours, stock, strict=True):
+            if name == "before training":  # TRL does that alone under autocast, so that hidden states are others
+                assert [x[key] for key in REWARDS] == pytest.approx([y[key] for key in REWARDS], abs=1e-2)
+            else:
+                assert [x[key] for key in REWARDS if key != "loss"] == [0, 0, 0]
 
 
 def _fused(model: PreTrainedModel, **extra: Any) -> tuple[Any, dict[str, Tensor]]:

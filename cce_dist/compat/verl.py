@@ -33,15 +33,15 @@ def linear_cross_entropy(
     of ranks. As nothing else of verl's, shapes need not be multiples of 128, and tokens without a label are an error.
 
     Args:
-        hidden: [N, D] or [..., D]; the same tokens on all ranks of the group.
+        hidden: [N, D] or [..., D], such as [L, 1, D]; the same tokens on all ranks of the group.
         weight: [V, D]: equal parts of the vocabulary, in the order of ranks.
-        labels: [N] or [...], over the whole vocabulary.
+        labels: [N], or any shape of as many, such as [1, L], over the whole vocabulary.
         temperature: a positive float; None: 1.
         reduction: "none" or None.
         dist_process_group: of the ranks that share the vocabulary; None: ``weight`` is all of it.
 
     Returns:
-        (log-probabilities, entropies), each of labels' shape, in fp32, differentiable.
+        (log-probabilities, entropies), each [N], in the order of labels, in fp32, differentiable.
 
     Raises:
         ValueError, TypeError: as `linear_logprobs`; another reduction.
@@ -55,9 +55,9 @@ def linear_cross_entropy(
         shard = shard_of(start, start + rows, ranks * rows, dist_process_group)
         hidden = divide_gradient(hidden, ranks)
     found = linear_logprobs(
-        hidden,
+        hidden.reshape(-1, hidden.shape[-1]),
         weight,
-        labels,
+        labels.reshape(-1),
         shard=shard,
         temperature=1.0 if temperature is None else float(temperature),
         entropy=True,

@@ -16,10 +16,17 @@ from torch import nn
 
 from cce_dist.config import CCEConfig
 from cce_dist.deepspeed import experts, tensor_parallel
-from cce_dist.deepspeed.guard import autotp_size, check_autotp, check_version, check_zero3, refuse_untested
+from cce_dist.deepspeed.guard import (
+    autotp_size,
+    check_autotp,
+    check_slices,
+    check_version,
+    check_zero3,
+    refuse_untested,
+)
 from cce_dist.deepspeed.sharded import CutClassifierOwner, GatheringOwner, cut_before
-from cce_dist.deepspeed.zero3 import ZeRO3Owner, vocab_group_size
-from cce_dist.heads.find import output_layer
+from cce_dist.deepspeed.zero3 import ZeRO3Owner, ZeRO3Rows, vocab_group_size
+from cce_dist.heads.find import declared_layer, output_layer
 from cce_dist.heads.lazy import make_eager, make_lazy
 from cce_dist.heads.liger import refuse_liger_forward
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
@@ -62,6 +69,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     if not settings.enabled:
         return _stock_initialize(*args, **kwargs)
     model, mpu = arguments["model"], arguments.get("mpu")
+    if declared_layer(model) is None and not _trains(arguments, config):  # a reward model, say, with a policy's config
+        return _stock_initialize(*args, **kwargs)
     check_version()
     refuse_liger_forward(model)
     head = _classifier(model)
@@ -129,6 +138,12 @@ def _config(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     return {}, ""
 
 
+def _trains(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether the engine is to have an optimizer."""
+    given = (arguments.get("optimizer"), arguments.get("model_parameters"), config.get("optimizer"))
+    return any(x is not None for x in given)
+
+
 def _classifier(model: nn.Module) -> nn.Linear:
     remedy = f'remove the section "{SECTION}" of the DeepSpeed config.'
     head = output_layer(model, f"Give it one of the two, or {remedy}")
@@ -182,7 +197,8 @@ def _check_cut_before(config: Mapping[str, Any], head: nn.Linear, mpu: Any, sett
 
 
 def _attach(engine: Any, cut: CutClassifierOwner | None, settings: CCEConfig) -> None:
-    """Gives the engine's model its lazy head."""
+    """Gives the engine's model its lazy head; also one that trains nothing, as a reference model's, which gives real
+    logits until it is asked for a fused evaluation."""
     model = engine.module
     head: Any = output_layer(model)
     trains = hasattr(engine.optimizer, "step")
@@ -198,30 +214,34 @@ def _attach(engine: Any, cut: CutClassifierOwner | None, settings: CCEConfig) ->
         del head.forward  # of an engine that the same model had before, as is its being lazy
     with suppress(ValueError):
         make_eager(head)
+    owner: ShardOwner
+    if engine.zero_optimization_stage() == 3:
+        owner = _zero3_owner(engine, head, settings, rows)
+    else:
+        owner = ModuleOwner(head) if rows is None else rows
+    make_lazy(head, owner, settings, tensor_parallel.linear_class(head))
     if trains:
-        owner: ShardOwner
-        if engine.zero_optimization_stage() == 3:
-            owner = _zero3_owner(engine, head, settings, rows)
-        else:
-            owner = ModuleOwner(head) if rows is None else rows
-        make_lazy(head, owner, settings, tensor_parallel.linear_class(head))
         engine.compile = _refuse_compile
         print_dist(_describe(engine, owner, settings), ranks=[0])
     if rows is not None:
         head.forward = rows.logits
 
 
-def _zero3_owner(engine: Any, head: Any, settings: CCEConfig, rows: GatheringOwner | None) -> ZeRO3Owner:
+def _zero3_owner(engine: Any, head: Any, settings: CCEConfig, rows: GatheringOwner | None) -> ZeRO3Rows:
     optimizer, weight = engine.optimizer, head.weight
+    check_slices(weight)
+    size = settings.vocab_parallel_size or vocab_group_size(
+        weight.ds_process_group.size(), weight.ds_shape[0], settings.max_tokens, weight.element_size()
+    )
+    tensor_parallel_rows = None if rows is None else rows.shard
+    if not hasattr(optimizer, "step"):
+        return ZeRO3Rows(head, size, tensor_parallel_rows)
     if type(optimizer) is not DeepSpeedZeroOptimizer_Stage3:
         raise NotImplementedError(
             f"cce_dist was tested with ZeRO-3's own optimizer only, not with {type(optimizer).__name__}."
         )
-    check_zero3(optimizer, weight)
-    size = settings.vocab_parallel_size or vocab_group_size(
-        weight.ds_process_group.size(), weight.ds_shape[0], settings.max_tokens, weight.element_size()
-    )
-    return ZeRO3Owner(engine, head, size, None if rows is None else rows.shard)
+    check_zero3(optimizer)
+    return ZeRO3Owner(engine, head, size, tensor_parallel_rows)
 
 
 def _refuse_compile(*args: Any, **kwargs: Any) -> None:

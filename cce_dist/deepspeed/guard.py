@@ -152,8 +152,22 @@ def autotp_size(config: Mapping[str, Any]) -> int:
     return int(_section(config, "tensor_parallel").get("autotp_size") or 0)
 
 
-def check_zero3(optimizer: Any, weight: Any) -> None:
-    """Checks that DeepSpeed still has, in the form relied upon, everything that `zero3.ZeRO3Owner` touches.
+def check_slices(weight: Any) -> None:
+    """Checks that DeepSpeed still partitions a parameter in the form that `zero3.ZeRO3Rows` relies upon.
+
+    Raises:
+        RuntimeError: names what is missing, the version and the remedy.
+    """
+    missing = _absent({"parameter": (weight, "ds_id ds_shape ds_numel ds_tensor ds_process_group")})
+    if not missing:
+        world = torch.distributed.get_world_size(weight.ds_process_group)
+        if weight.ds_tensor.shape != (-(-weight.ds_numel // world),):
+            missing.append("parameter.ds_tensor with ceil(numel / ranks) elements")
+    _raise_if(missing)
+
+
+def check_zero3(optimizer: Any) -> None:
+    """The same for what `zero3.ZeRO3Owner` touches of the optimizer.
 
     Raises:
         RuntimeError: names what is missing, the version and the remedy.
@@ -162,16 +176,12 @@ def check_zero3(optimizer: Any, weight: Any) -> None:
         "partition_grads zero_grad fp16_groups micro_step_id sequence_parallel_size reduce_scatter "
         "contiguous_gradients reduce_and_partition_stream set_gradient_accumulation_boundary _coalesce_grad_reduction"
     )
-    theirs = "ds_id ds_shape ds_numel ds_tensor ds_process_group"
-    missing = _absent({"optimizer": (optimizer, ours), "parameter": (weight, theirs)})
+    missing = _absent({"optimizer": (optimizer, ours)})
     if not missing:
         try:
             optimizer.partition_grads([], [])
         except TypeError:
             missing.append("optimizer.partition_grads(parameters, gradients)")
-        world = torch.distributed.get_world_size(weight.ds_process_group)
-        if weight.ds_tensor.shape != (-(-weight.ds_numel // world),):
-            missing.append("parameter.ds_tensor with ceil(numel / ranks) elements")
     _raise_if(missing)
 
 

@@ -9,7 +9,7 @@ Shapes: V rows of the classifier, Vl rows of this rank, D hidden, C elements of 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,15 +25,15 @@ from cce_dist.shard import VocabShard, new_subgroup
 from cce_dist.shard.rows import size_of
 
 
-class ZeRO3Owner(OnTheseRanks):
-    """Shard owner of a classifier that ZeRO-3 partitions.
+class ZeRO3Rows(OnTheseRanks):
+    """Shard owner of a classifier that ZeRO-3 partitions and nobody trains, as that of a reference model.
 
     Args:
-        engine: its optimizer is a ``DeepSpeedZeroOptimizer_Stage3``.
         head: the output embedding; its weight [V, D] (and bias [V]) are partitioned parameters.
         vocab_parallel_size: ranks that share one copy of the rows; None: all that the weight is partitioned over.
         tensor_parallel: the rows that the weight holds, where it is not the whole classifier but the part of a
             tensor-parallel rank. Every rank of every tensor-parallel group makes the owner then.
+        grad_divisor: of the shard, see `VocabShard`.
 
     Raises:
         ValueError: for a ``vocab_parallel_size`` that does not divide the ranks, or fewer rows than ranks.
@@ -41,14 +41,12 @@ class ZeRO3Owner(OnTheseRanks):
 
     def __init__(
         self,
-        engine: Any,
         head: nn.Module,
         vocab_parallel_size: int | None = None,
         tensor_parallel: VocabShard | None = None,
+        grad_divisor: float = 1.0,
     ) -> None:
-        optimizer = engine.optimizer
         weight: Any = head.weight
-        bias: Any = getattr(head, "bias", None)
         group = weight.ds_process_group
         num_rows, width = weight.ds_shape
         world = dist.get_world_size(group)
@@ -60,10 +58,8 @@ class ZeRO3Owner(OnTheseRanks):
         if num_rows < world:
             raise ValueError(f"the classifier has {num_rows} rows, fewer than the {world} ranks of ZeRO-3.")
         self._rows = RowsFromSlices(num_rows, width, group, size)
-        self._weight, self._bias = weight, bias
-        self._gradients = _Gradients(engine, [weight] if bias is None else [weight, bias])
-        self._trained = {p.ds_id for parameters in optimizer.fp16_groups for p in parameters}
-        self._anchor = torch.zeros((), device=_device(), requires_grad=True)
+        self._weight: Any = weight
+        self._bias: Any = getattr(head, "bias", None)
         first = 0 if tensor_parallel is None else tensor_parallel.start
         self.shard = VocabShard(
             runs=tuple((first + start, first + stop) for start, stop in self._rows.runs),
@@ -71,37 +67,64 @@ class ZeRO3Owner(OnTheseRanks):
             vocab_group=_all_holders(self._rows.vocab_group, tensor_parallel),
             token_group=self._rows.vocab_group,
             count_group=group,
-            grad_divisor=_grad_divisor(optimizer, world),
+            grad_divisor=grad_divisor,
         )
 
     def local_weight(self) -> Tensor:
-        """The rank's rows [Vl, D], differentiable unless the weight is frozen."""
-        return self._differentiable(self._weight, self._read_rows, self._rows.disassemble)
+        """The rank's rows [Vl, D]."""
+        return self._rows.assemble(_own_slice(self._weight))
 
     def local_bias(self) -> Tensor | None:
         """The rank's bias [Vl], or None. The bias is small: it is gathered whole and its rows taken."""
         if self._bias is None:
             return None
-        return self._differentiable(self._bias, self._read_bias, self._scatter_bias)
+        own = _own_slice(self._bias)
+        whole = gather_tokens(own, own.numel(), self._bias.ds_process_group)
+        return torch.cat([whole[:0], *(whole[start:stop] for start, stop in self._rows.runs)])
 
-    def _differentiable(
-        self, parameter: Any, read: Callable[[], Tensor], to_slice: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+
+class ZeRO3Owner(ZeRO3Rows):
+    """The same of one that is trained.
+
+    Args:
+        engine: its optimizer is a ``DeepSpeedZeroOptimizer_Stage3``.
+        head, vocab_parallel_size, tensor_parallel: as there.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        head: nn.Module,
+        vocab_parallel_size: int | None = None,
+        tensor_parallel: VocabShard | None = None,
+    ) -> None:
+        optimizer, weight = engine.optimizer, cast(Any, head.weight)
+        world = dist.get_world_size(weight.ds_process_group)
+        super().__init__(head, vocab_parallel_size, tensor_parallel, _grad_divisor(optimizer, world))
+        self._gradients = _Gradients(engine, [self._weight] if self._bias is None else [self._weight, self._bias])
+        self._trained = {p.ds_id for parameters in optimizer.fp16_groups for p in parameters}
+        self._anchor = torch.zeros((), device=_device(), requires_grad=True)
+
+    def local_weight(self) -> Tensor:
+        """The rank's rows [Vl, D], differentiable unless the weight is frozen."""
+        return self._differentiable(self._weight, super().local_weight, self._rows.disassemble)
+
+    def local_bias(self) -> Tensor | None:
+        """The rank's bias [Vl], or None, likewise."""
+        if self._bias is None:
+            return None
+        return self._differentiable(self._bias, super().local_bias, self._scatter_bias)
+
+    def _differentiable(self, parameter: Any, read: Callable[[], Any], to_slice: Callable[[Tensor], Tensor]) -> Tensor:
         if not (parameter.ds_id in self._trained and parameter.requires_grad and torch.is_grad_enabled()):
-            return read()
+            rows: Tensor = read()
+            return rows
 
         def deliver(grad: Tensor) -> None:
             self._gradients.add(parameter, to_slice(grad / self.shard.grad_divisor))
 
-        return _DeliverGradient.apply(self._anchor, read, deliver)
-
-    def _read_rows(self) -> Tensor:
-        return self._rows.assemble(_own_slice(self._weight))
-
-    def _read_bias(self) -> Tensor:
-        own = _own_slice(self._bias)
-        whole = gather_tokens(own, own.numel(), self._bias.ds_process_group)
-        return torch.cat([whole[:0], *(whole[start:stop] for start, stop in self._rows.runs)])
+        delivered: Tensor = _DeliverGradient.apply(self._anchor, read, deliver)
+        return delivered
 
     def _scatter_bias(self, grad_Vl: Tensor) -> Tensor:
         size = self._bias.ds_tensor.numel()

@@ -118,7 +118,7 @@ class ShardedCCEHead(nn.Module):
             overrides: keyword arguments of `linear_cross_entropy`, such as ``shift`` or ``reduction``.
 
         Returns:
-            The loss; (loss, lse) with ``return_lse=True``.
+            The loss; (loss, lse) with ``return_lse=True``; with ``statistics=("top1",)`` and the like also these.
         """
         return self._compute(linear_cross_entropy, hidden, labels, {**self.config.loss_kwargs(), **overrides})
 

@@ -23,12 +23,14 @@ With frequent rows ([K, D], `frequent`) on several ranks there are also, forward
 the 8-bit pass, and 2 numbers in the MAX, which compare the choice; backward: SUM [K, D], beside the other rows.
 The 8-bit pass adds a MAX and a SUM of the same sizes before the refinement; a mean over ranks, a SUM of two fp64
 numbers in forward and of one in backward; label smoothing, a SUM [D + 1] in forward over the vocabulary group, and in
-backward over the token group; class weights, an all-gather of the labels over the token group and a SUM [N]. Before
-all of them the hosts exchange seven integers.
+backward over the token group; class weights, an all-gather of the labels over the token group and a SUM [N];
+statistics, another all-gather of hidden, a MAX, a SUM and a MIN of a few numbers a token, and for "rank" two SUMs
+more. Before all of them the hosts exchange seven integers.
 
 Shapes: n tokens of this rank, D hidden, V local rows of the classifier.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal, overload
 
 import torch
@@ -36,10 +38,35 @@ from torch import Tensor
 
 from cce_dist.loss.cross_entropy import cross_entropy
 from cce_dist.loss.graph import linear_cross_entropy_in_graph
-from cce_dist.loss.settings import CallSettings, takes_settings
+from cce_dist.loss.settings import CallSettings, Statistic, takes_settings
+from cce_dist.loss.statistics import LabelStatistics
 from cce_dist.shard import VocabShard
 
 
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shard: VocabShard | None = None,
+    return_lse: Literal[False] = False,
+    statistics: Iterable[Statistic],
+    **settings: Any,
+) -> tuple[Tensor, LabelStatistics]: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shard: VocabShard | None = None,
+    return_lse: Literal[True],
+    statistics: Iterable[Statistic],
+    **settings: Any,
+) -> tuple[Tensor, Tensor, LabelStatistics]: ...
 @overload
 def linear_cross_entropy(
     hidden: Tensor,
@@ -72,7 +99,7 @@ def linear_cross_entropy(
     shard: VocabShard | None = None,
     return_lse: bool = False,
     **settings: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Cross-entropy of z = softcap·tanh(logit_scale·(hidden · weightᵀ + bias) / softcap) against labels.
 
     Source of the method: "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009. Every rank of
@@ -127,10 +154,14 @@ def linear_cross_entropy(
             wait for a rank that has raised until their group's timeout. It needs ``max_tokens`` with a token group, and
             no group that moves CPU tensors, but for a mean over more ranks than the vocabulary's. The replay of a CUDA
             graph exchanges nothing.
+        statistics: also return, without a gradient, what these names say of each token, out of "top1" (with which comes
+            whether that is the label: token accuracy), "rank", "sum_sq_probs" and "mean_logit": as in
+            `linear_logprobs`, a pass over chunks of logits, for "rank" two. None asked for: at no cost.
         return_lse: also return the log-sum-exp [..., L - shift] (fp32, differentiable, 0 where ignored).
 
     Returns:
-        The loss in fp32 (fp64 for fp64), or (loss, lse).
+        The loss in fp32 (fp64 for fp64); (loss, lse) with ``return_lse``; with ``statistics`` these come last, as
+        `LabelStatistics`.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, on every rank of the vocabulary group (there a

@@ -16,13 +16,14 @@ from cce_dist.loss.autograd import Call, LinearCrossEntropy
 from cce_dist.loss.call import begin
 from cce_dist.loss.settings import CallSettings
 from cce_dist.loss.smoothing import MeanLogit
+from cce_dist.loss.statistics import label_statistics
 from cce_dist.loss.tokens import shifted, unflatten
 from cce_dist.loss.weights import weights_of_labels
 from cce_dist.shard import VocabShard
 from cce_dist.shard.agreement import A_LOSS
 
 
-@torch.compiler.disable(reason="the loss is an operator of the graph, but of DTensors: pass their to_local()")
+@torch.compiler.disable(reason="the loss is an operator of the graph, but of DTensors and with statistics")
 def cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -31,7 +32,7 @@ def cross_entropy(
     shard: VocabShard | None,
     return_lse: bool,
     settings: Mapping[str, Any],
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """See `linear_cross_entropy`, whose arguments and errors these are."""
     inputs, labels = begin(hidden, weight, labels, bias, shard, settings, CallSettings, A_LOSS)
     call, chosen = inputs.call, inputs.call.settings
@@ -44,7 +45,13 @@ def cross_entropy(
         class_n = weights_of_labels(chosen.class_weights, call, nll_n.dtype)
     loss_n = _with_options(nll_n, lse_n, mean_logit_n, class_n, call.labels_n, chosen)
     loss = _reduce(loss_n, class_n, labels, call, chosen)
-    return (loss, unflatten(lse_n, labels, chosen.shift)) if return_lse else loss
+
+    def shaped(values_n: Tensor) -> Tensor:
+        return unflatten(values_n, labels, chosen.shift)
+
+    lse = (shaped(lse_n),) if return_lse else ()
+    statistics = (label_statistics(inputs, shaped),) if chosen.statistics else ()
+    return (loss, *lse, *statistics) if lse or statistics else loss
 
 
 def _with_options(

@@ -25,7 +25,7 @@ _OF_AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"
 # An operator's own code runs where torch records nothing for autograd; torch's higher-order operators lift that so.
 try:
     _included, _excluded = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
-    _ForceDispatchKeyGuard = torch._C._ForceDispatchKeyGuard
+    _KeyGuard = torch._C._ForceDispatchKeyGuard
     _KEYS = [getattr(torch._C.DispatchKey, name) for name in _OF_AUTOGRAD]
 except AttributeError as error:
     raise ImportError(
@@ -64,7 +64,7 @@ def linear_cross_entropy_in_graph(
     shard: VocabShard | None,
     return_lse: bool,
     settings: dict[str, Any],
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Traced by torch.compile. See `linear_cross_entropy`; a setting that is no tensor is part of the graph.
 
     Raises:
@@ -240,5 +240,5 @@ def _recording(grad: bool) -> Iterator[None]:
     excluded = _excluded()
     for key in _KEYS:
         excluded = excluded.remove(key)
-    with _ForceDispatchKeyGuard(_included(), excluded), torch.set_grad_enabled(grad):
+    with _KeyGuard(_included(), excluded), torch.set_grad_enabled(grad):
         yield

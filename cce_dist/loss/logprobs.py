@@ -15,14 +15,12 @@ Shapes: L tokens of a sequence, D hidden, V local rows of the classifier, n toke
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from cce_dist.loss.autograd import LinearCrossEntropy
-from cce_dist.loss.call import Inputs, begin
-from cce_dist.loss.chunks import rows_of
+from cce_dist.loss.call import begin
 from cce_dist.loss.settings import LogprobSettings, takes_settings
-from cce_dist.loss.statistics import statistics_of
+from cce_dist.loss.statistics import label_statistics
 from cce_dist.loss.tokens import unflatten
 from cce_dist.shard import VocabShard
 
@@ -109,31 +107,4 @@ def linear_logprobs(
         return unflatten(values_n, labels, checked.shift)
 
     found = TokenLogprobs(shaped(-nll_n), shaped(lse_n), None if entropy_n is None else shaped(entropy_n))
-    if not checked.statistics:
-        return found
-    return found._replace(**{name: shaped(x_n) for name, x_n in _statistics(inputs, checked).items()})
-
-
-@torch.no_grad()
-def _statistics(inputs: Inputs, settings: LogprobSettings) -> dict[str, Tensor]:
-    """The fields of `TokenLogprobs` that the settings name, of this rank's tokens [n]."""
-    hidden_nD, weight_VD, bias_V, call = inputs
-    labels_n = call.labels_n
-    wanted, valid_n = settings.statistics, labels_n != settings.ignore_index
-    of_n, rank_n = statistics_of(
-        torch.where(valid_n[:, None], hidden_nD, 0),  # what is ignored may hold anything
-        rows_of(weight_VD, bias_V, call.shard, settings.logit_scale, settings.softcap),
-        call.most,
-        temperature_n=call.temperature_n,
-        ranked_n=torch.where(valid_n, labels_n, -1) if "rank" in wanted else None,
-    )
-    known_n = valid_n & ~of_n.entropy.isnan()
-    found = {
-        "top1": torch.where(known_n, of_n.argmax, -1),
-        "is_top1": known_n & (of_n.argmax == labels_n),
-        "sum_sq_probs": torch.where(valid_n, of_n.log_sum_sq_probs.exp(), 0),
-        "mean_logit": torch.where(valid_n, of_n.mean_logit, 0),
-    }
-    if rank_n is not None:
-        found["rank"] = torch.where(known_n, rank_n, -1)
-    return {name: x_n for name, x_n in found.items() if name.replace("is_top1", "top1") in wanted}
+    return found._replace(**label_statistics(inputs, shaped)._asdict()) if checked.statistics else found

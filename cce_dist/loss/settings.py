@@ -85,8 +85,17 @@ class LossSettings(BaseModel):
     agreement: Agreeing = Field(default="every_call", description='"every_call" or "first_call"')
 
 
+Statistic = Literal["top1", "rank", "sum_sq_probs", "mean_logit"]
+
+
+def _each_once(names: tuple[Statistic, ...]) -> tuple[Statistic, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("a name stands twice")
+    return names
+
+
 class TokenSettings(LossSettings):
-    """The same, and what the logits and labels of one call are."""
+    """The same, what the logits and labels of one call are, and what is told of them beside."""
 
     model_config = ConfigDict(strict=True)
     function: ClassVar[str]
@@ -97,6 +106,9 @@ class TokenSettings(LossSettings):
     shift: int = Field(default=0, ge=0, description="an int, 0 or more (0 for one label)")
     softcap: _Float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a positive float or None")
     logit_scale: _Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
+    statistics: Annotated[tuple[Statistic, ...], BeforeValidator(tuple), AfterValidator(_each_once)] = Field(
+        default=(), description='names out of "top1", "rank", "sum_sq_probs" and "mean_logit", each once'
+    )
 
     @property
     def scale(self) -> float:
@@ -122,15 +134,6 @@ class CallSettings(TokenSettings):
     )
 
 
-Statistic = Literal["top1", "rank", "sum_sq_probs", "mean_logit"]
-
-
-def _each_once(names: tuple[Statistic, ...]) -> tuple[Statistic, ...]:
-    if len(set(names)) < len(names):
-        raise ValueError("a name stands twice")
-    return names
-
-
 class LogprobSettings(TokenSettings):
     """The same, and what is wanted of each token beside the log-probability of its label."""
 
@@ -142,9 +145,6 @@ class LogprobSettings(TokenSettings):
         Annotated[float, Field(gt=0, allow_inf_nan=False)] | Annotated[InstanceOf[Tensor], AfterValidator(_of_floats)]
     ) = Field(default=1.0, description="a positive float, or a tensor of them that requires no gradient")
     entropy: bool | Literal["value"] = Field(default=False, description='True, "value" or False')
-    statistics: Annotated[tuple[Statistic, ...], BeforeValidator(tuple), AfterValidator(_each_once)] = Field(
-        default=(), description='names out of "top1", "rank", "sum_sq_probs" and "mean_logit", each once'
-    )
 
 
 class SamplingSettings(BaseModel):

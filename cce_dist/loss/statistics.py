@@ -3,10 +3,11 @@
 In: hidden states and local rows. Out: numbers of each token over the whole vocabulary, without a gradient, by one pass
 of products over the logits in chunks; the rank of a label takes a second one, since it needs the label's logit.
 
-Shapes: n tokens of this rank, N tokens of the token group, D hidden, V local rows of the classifier; c tokens and v
-rows of a chunk.
+Shapes: n tokens of this rank, N tokens of the token group, L tokens of a sequence, D hidden, V local rows of the
+classifier; c tokens and v rows of a chunk.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cce_dist.kernels.problem import FAR
+from cce_dist.loss.call import Inputs
 from cce_dist.loss.chunks import Rows, Tokens, first_row, global_rows, logits_of, rows_of, split
 from cce_dist.loss.tokens import gather_values, own
 from cce_dist.shard import VocabShard
@@ -34,6 +36,58 @@ class TokenStatistics(NamedTuple):
     entropy: Tensor
     log_sum_sq_probs: Tensor
     mean_logit: Tensor
+
+
+class LabelStatistics(NamedTuple):
+    """What ``statistics`` ask for of each token, [..., L - shift], without a gradient; None what they do not.
+
+    In fp32 (fp64 for fp64), 0 where the label is ignored; with p the softmax of the token's logits z over the whole
+    vocabulary:
+
+    Attributes:
+        top1: int64, the most likely id, the first of several; −1 where ignored, or where logits are no numbers.
+        is_top1: bool, whether that is the label, False where ignored; given with ``top1``.
+        rank: int64, how many ids are more likely than the label; −1 as for ``top1``.
+        sum_sq_probs: Σ p².
+        mean_logit: Σ z / vocab_size.
+    """
+
+    top1: Tensor | None = None
+    is_top1: Tensor | None = None
+    rank: Tensor | None = None
+    sum_sq_probs: Tensor | None = None
+    mean_logit: Tensor | None = None
+
+
+@torch.no_grad()
+def label_statistics(inputs: Inputs, shaped: Callable[[Tensor], Tensor]) -> LabelStatistics:
+    """What the settings of a call that the ranks have agreed on ask for.
+
+    Args:
+        shaped: makes values [n] those of the labels, [..., L - shift].
+    """
+    hidden_nD, weight_VD, bias_V, call = inputs
+    labels_n, settings = call.labels_n, call.settings
+    wanted, valid_n = settings.statistics, labels_n != settings.ignore_index
+    of_n, rank_n = statistics_of(
+        torch.where(valid_n[:, None], hidden_nD, 0),  # what is ignored may hold anything
+        rows_of(weight_VD, bias_V, call.shard, settings.logit_scale, settings.softcap),
+        call.most,
+        temperature_n=call.temperature_n,
+        ranked_n=torch.where(valid_n, labels_n, -1) if "rank" in wanted else None,
+    )
+    known_n = valid_n & ~of_n.entropy.isnan()
+    found = {
+        "top1": torch.where(known_n, of_n.argmax, -1),
+        "is_top1": known_n & (of_n.argmax == labels_n),
+        "sum_sq_probs": torch.where(valid_n, of_n.log_sum_sq_probs.exp(), 0),
+        "mean_logit": torch.where(valid_n, of_n.mean_logit, 0),
+    }
+    if rank_n is not None:
+        found["rank"] = torch.where(known_n, rank_n, -1)
+    return LabelStatistics(
+        **{name: shaped(x_n) for name, x_n in found.items() if name.replace("is_top1", "top1") in wanted}
+    )
 
 
 @torch.no_grad()

@@ -325,6 +325,21 @@ def test_what_is_not_the_entropy_is_what_it_is_for_stock() -> None:
     _assert_same([x + 0 for x in got], list(_something_else_of_log_probs(_head(None)(hidden))))
 
 
+@torch.no_grad()
+def test_a_draw_from_the_softmax_needs_no_logits_and_several_do() -> None:
+    head = _head(EXACT)
+    with fused_evaluation(head):
+        logits, stock = (x(_hidden()) / 0.01 for x in (head, _head(None)))
+    for flat, wanted in ((logits.flatten(0, 1), stock.flatten(0, 1)), (logits[0, 2], stock[0, 2])):
+        p, most_likely = F.softmax(flat, dim=-1, dtype=torch.float32), wanted.argmax(-1, keepdim=True)
+        assert torch.equal(torch.multinomial(p, num_samples=1), most_likely)
+        assert torch.equal(p.multinomial(1), most_likely)
+        with pytest.raises(RuntimeError, match="in multinomial"):
+            torch.multinomial(p, 2)
+        with pytest.raises(RuntimeError, match="in multinomial"):
+            torch.multinomial(p, 1, generator=torch.Generator(DEVICE))
+
+
 def test_the_warning_names_the_line_that_needed_logits() -> None:
     logits = _head(WARN)(_hidden())
     with pytest.warns(MaterializedLogitsWarning) as caught:

@@ -1,11 +1,21 @@
-"""Statistics of the logits beside the loss: those of real logits in fp64, over several chunks, and where it is hard."""
+"""Statistics of the logits beside the loss: those of real logits in fp64, over several chunks, and where it is hard;
+what the loss gives of them when asked."""
+
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import RankPool
+from reference import assert_bitwise, grad_of, leaf, make_problem
+from sharded import Layout, local_rows, make_rank_problem, make_shard, part_of
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
-from cce_dist import VocabShard
+from cce_dist import LabelStatistics, ShardedCCEHead, VocabShard, linear_cross_entropy
 from cce_dist.loss.statistics import token_statistics
+
+EVERY: tuple[Any, ...] = ("top1", "rank", "sum_sq_probs", "mean_logit")
 
 
 def _statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Tensor]:
@@ -49,3 +59,81 @@ def test_a_nan_stays_with_its_token() -> None:
     argmax, *numbers = _statistics(hidden, weight)
     assert all(x.isnan().tolist() == [False, False, True, False] for x in numbers)
     assert (argmax < 3000).all()
+
+
+# Of the loss
+
+
+def _wanted(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> LabelStatistics:
+    """Of full logits in fp64, for labels that are not shifted any more."""
+    z = hidden.double() @ weight.double().T
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    valid, p = labels != -100, z.softmax(-1)
+    own = z.gather(-1, labels.clamp(min=0)[..., None])
+    top1, rank, squares = z.argmax(-1), (z > own).sum(-1), p.square().sum(-1)
+    ids = (torch.where(valid, x, -1) for x in (top1, rank))
+    return LabelStatistics(next(ids), valid & (top1 == labels), next(ids), *(x * valid for x in (squares, z.mean(-1))))
+
+
+def _assert_told(got: LabelStatistics, wanted: LabelStatistics) -> None:
+    for name in ("top1", "is_top1", "rank"):
+        assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+    for name in ("sum_sq_probs", "mean_logit"):
+        torch.testing.assert_close(getattr(got, name), getattr(wanted, name).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_tells_ids_and_accuracy_of_its_tokens_when_asked() -> None:
+    problem = make_problem(((3, 9),), 300, 24, shift=1, softcap=3.0)
+    labels = problem.labels[0]
+
+    def call(**given: Any) -> tuple[Any, Tensor, Tensor]:
+        hidden, weight = leaf(problem.hidden[0]), leaf(problem.weight)
+        got = linear_cross_entropy(hidden, weight, labels, shift=1, softcap=3.0, gradient="exact", **given)
+        (got if isinstance(got, Tensor) else got[0]).backward()
+        return got, grad_of(hidden), grad_of(weight)
+
+    plain, told, with_lse = call(), call(statistics=EVERY), call(statistics=["top1"], return_lse=True)
+    for (got, *_), one in ((told, 1), (with_lse, 2)):
+        assert len(got) == one + 1 and not any(x is not None and x.requires_grad for x in got[one])
+    for of in (told, with_lse):
+        for x, y in zip((of[0][0].detach(), *of[1:]), (plain[0].detach(), *plain[1:]), strict=True):
+            assert_bitwise(x, y)
+    _assert_told(told[0][1], _wanted(problem.hidden[0][:, :-1], problem.weight, labels[:, 1:], 3.0))
+    only = with_lse[0][2]
+    assert torch.equal(only.top1, told[0][1].top1) and only.rank is None and only.mean_logit is None
+    with pytest.raises(ValueError, match='statistics must be names out of "top1"'):
+        linear_cross_entropy(problem.hidden[0], problem.weight, labels, statistics=("accuracy",))  # type: ignore[call-overload]
+
+
+def _on_rank(problem: Any, layout: Layout) -> LabelStatistics:
+    part, shard = part_of(dist.get_rank(), layout), make_shard(problem, layout)
+    rows = local_rows(problem.weight, shard)
+    told: LabelStatistics = linear_cross_entropy(
+        problem.hidden[part], rows, problem.labels[part], shard=shard, statistics=EVERY
+    )[1]
+    return told
+
+
+@pytest.mark.parametrize(("world", "layout"), [(3, "replicated"), (3, "sharded"), (4, "grid")])
+def test_ranks_tell_of_their_own_tokens(ranks: RankPool, world: int, layout: Layout) -> None:
+    problem = make_rank_problem(((9,), (0,), (2, 3))[: part_of(world - 1, layout) + 1], 301, 24)
+    for rank, got in enumerate(ranks.run(world, _on_rank, problem, layout)):
+        part = part_of(rank, layout)
+        _assert_told(got, _wanted(problem.hidden[part], problem.weight, problem.labels[part], None))
+
+
+def _on_a_head(problem: Any) -> tuple[Tensor, LabelStatistics]:
+    linear = torch.nn.Linear(24, 301, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(problem.weight)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    loss, told = ShardedCCEHead.from_linear(linear, mesh)(problem.hidden[0], problem.labels[0], statistics=["top1"])
+    return loss.detach(), told
+
+
+def test_a_sharded_head_tells_likewise(ranks: RankPool) -> None:
+    problem = make_rank_problem(((9,),), 301, 24)
+    wanted = _wanted(problem.hidden[0], problem.weight, problem.labels[0], None)
+    for loss, told in ranks.run(2, _on_a_head, problem):
+        assert torch.isfinite(loss)
+        assert torch.equal(told.top1, wanted.top1) and torch.equal(told.is_top1, wanted.is_top1)  # type: ignore[arg-type]

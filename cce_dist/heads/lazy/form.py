@@ -1,8 +1,8 @@
 """What a model may do to its logits so that the loss can do the same without them: scale, softcap, bias, views, casts.
 
 `record` turns a chain of torch calls into a `LogitForm`, the terms that `linear_cross_entropy` takes. Of what is made
-of the logits beside the loss it knows the way to log-probabilities and entropy: log_softmax, exp, and the product of
-the two.
+of the logits beside the loss it knows the way to log-probabilities, entropy and draws: log_softmax, exp, softmax, and
+the product of p and log p.
 
 Shapes: X any leading dimensions, D hidden, V rows of the classifier.
 """
@@ -140,9 +140,17 @@ def _reshape(form: LogitForm, call: Call) -> LogitForm | None:
 
 
 def _log_softmax(form: LogitForm, call: Call) -> LogitForm | None:
+    return _normalised(form, call, "log p")
+
+
+def _softmax(form: LogitForm, call: Call) -> LogitForm | None:
+    return _normalised(form, call, "p")
+
+
+def _normalised(form: LogitForm, call: Call, of: Literal["log p", "p"]) -> LogitForm | None:
     if form.of != "logits" or not is_last_dim(form, call.dim()):
         return None
-    return form._replace(of="log p", dtype=call.on(form.meta()).dtype)
+    return form._replace(of=of, dtype=call.on(form.meta()).dtype)
 
 
 def _negate(form: LogitForm, call: Call) -> LogitForm | None:
@@ -196,8 +204,10 @@ _RECORDERS: dict[Callable[..., Any], Callable[[LogitForm, Call], LogitForm | Non
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten), _reshape),
     Tensor.__getitem__: _index,
     **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
+    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
     **dict.fromkeys((torch.neg, torch.negative, Tensor.neg, Tensor.negative, Tensor.__neg__), _negate),
     **dict.fromkeys((torch.exp, Tensor.exp), _exp),
     p_log_p: _p_log_p,
 }
+SOFTMAX = {function for function, recorder in _RECORDERS.items() if recorder is _softmax}
 MULTIPLY = {function for function, recorder in _RECORDERS.items() if recorder is _multiply}

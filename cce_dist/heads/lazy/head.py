@@ -1,12 +1,13 @@
 """The class that a lazy head has in place of its own, and how it gets it and loses it again.
 
 In go a head, its owner and the settings; in training, a call of the head then gives `LazyLogits`, and in evaluation
-what the stock class gives.
+what the stock class gives; but in ``generate()``, where the ranks share its rows, `LazyLogits` again.
 """
 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,18 +17,22 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from cce_dist.config import CCEConfig
 from cce_dist.heads import checkpoints, hooks
 from cce_dist.heads.find import registered
+from cce_dist.heads.lazy.generation import Loop, loop_around
 from cce_dist.heads.lazy.logits import LazyLogits
 from cce_dist.heads.lazy.materialize import report
 from cce_dist.heads.lazy.source import Binding, Source
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
 from cce_dist.loss import TokenLogprobs
+from cce_dist.shard import VocabShard
 
 
 def make_lazy(head: nn.Module, owner: ShardOwner, config: CCEConfig, linear: type[nn.Module] = nn.Linear) -> None:
     """Swaps the head's class: called in training with grad enabled, it returns `LazyLogits`.
 
-    In evaluation and without grad the stock call runs. Hooks of users run in both. Parameters, names, state_dict and
-    isinstance stay as they are. A pickle of the head holds the stock class; a deepcopy is as lazy as the head.
+    In evaluation and without grad the stock call runs, but where transformers' ``generate()`` wants the next token of
+    a head whose rows several ranks hold: that is chosen without logits. Hooks of users run in both. Parameters, names,
+    state_dict and isinstance stay as they are. A pickle of the head holds the stock class; a deepcopy is as lazy as the
+    head.
 
     Args:
         head: an nn.Linear, or of the class ``linear``.
@@ -96,6 +101,15 @@ def fused_evaluation(head: nn.Module) -> Iterator[None]:
         binding.in_evaluation = before
 
 
+def shard_of(head: nn.Module) -> VocabShard:
+    """Which rows of the vocabulary this rank computes with.
+
+    Raises:
+        ValueError: the head is not lazy.
+    """
+    return _binding(head).owner.shard
+
+
 def fuse_evaluation_where(head: nn.Module, condition: Callable[[], bool]) -> None:
     """A lazy head returns `LazyLogits` in evaluation too, in every call for which the condition holds.
 
@@ -121,6 +135,9 @@ class _LazyHead(nn.Module):
         if args and isinstance(args[0], DTensor):
             args = (_all_tokens(args[0], binding.owner), *args[1:])
         trains = self.training and torch.is_grad_enabled()
+        loop = None if trains else self._generation()
+        if loop is not None:
+            return self._next_token_of(loop, args, kwargs)
         if not (trains or binding.in_evaluation or self._is_fused_here()):
             if self.training and checkpoints.in_forward():
                 self._report("is called inside of a reentrant checkpoint", _NO_REENTRANT)
@@ -151,10 +168,28 @@ class _LazyHead(nn.Module):
             )
         return logits.logprobs(labels, **settings)
 
-    def _lazy(self, input: Tensor) -> LazyLogits:
+    def _lazy(self, input: Tensor, in_generation: bool = False) -> LazyLogits:
         if not torch.compiler.is_compiling():
             self._cce.calls += 1
-        return LazyLogits(Source(self, self._cce, input))
+        return LazyLogits(Source(self, self._cce, input, in_generation))
+
+    def _generation(self) -> Loop | None:
+        """The loop that wants the next token of a head whose rows several ranks hold; None where there is none."""
+        sharded = self._cce.owner.shard.vocab_group is not None
+        if not sharded or torch.is_grad_enabled() or torch.compiler.is_compiling() or self._obstacle() is not None:
+            return None
+        return loop_around(self)
+
+    def _next_token_of(self, loop: Loop, args: Any, kwargs: Any) -> Any:
+        """Lazy logits of a step of generation. Of a rank that has finished nobody looks at them: it does here what the
+        others do where they choose a token."""
+        choice = self._cce.choice
+        if loop.has_finished and choice is None:  # the others need real logits
+            return super().__call__(*args, **kwargs)
+        logits = hooks.call(self, partial(self._lazy, in_generation=True), args, kwargs, hooks.is_of_users)
+        if loop.has_finished and choice is not None:
+            logits._source.next_token(*choice)
+        return logits
 
     def _is_fused_here(self) -> bool:
         condition = self._cce.fused_where

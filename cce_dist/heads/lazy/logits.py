@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from cce_dist.heads.lazy.form import LOGITS, MULTIPLY, Call, LogitForm, is_last_dim, p_log_p, record
+from cce_dist.heads.lazy.form import LOGITS, MULTIPLY, SOFTMAX, Call, LogitForm, is_last_dim, p_log_p, record
 from cce_dist.heads.lazy.pytree import register_pytree_node, tree_map
 from cce_dist.heads.lazy.source import Source
 from cce_dist.loss import TokenLogprobs, linear_cross_entropy
@@ -179,7 +179,8 @@ def _dispatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
             return call.on(torch.empty(0, dtype=logits.dtype, device=logits.device))
         if function is Tensor.stride:  # no memory, no strides; a kernel that would read the memory asks for them
             return call.on(torch.empty((), device="meta").expand(logits.shape))
-        form = record(logits._form, call)
+        # A loss is made of probabilities, computed once here; without a graph they may be there to draw from.
+        form = None if function in SOFTMAX and logits._source.with_graph() else record(logits._form, call)
         if form is not None:
             return LazyLogits(logits._source, (*logits._calls, call), form)
         if function in _SPLIT and (parts := _split(logits, call)):
@@ -190,6 +191,8 @@ def _dispatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
             return gathered
         if (total := _sum_of_log_p(logits, call)) is not None:
             return total
+        if function in _DRAWS and (drawn := _drawn(logits, call)) is not None:
+            return drawn
         statistic = _statistic(logits, call)
         if statistic is not None:
             return statistic
@@ -239,6 +242,8 @@ def _statistic(logits: LazyLogits, call: Call) -> Tensor | None:
         entropy_X = source.measured(form, entropy=True).entropy if can_be_measured else None
         return None if entropy_X is None else -entropy_X.flatten()[logits._tokens]
     if call.function in (torch.argmax, Tensor.argmax) and form.of in ("logits", "log p", "p"):
+        if source.in_generation:  # of these tokens, and without what else is logged of them
+            return source.next_token(form, 0.0)
         return source.statistics(form).argmax.flatten()[logits._tokens]
     if is_entropy:
         return -source.statistics(form).entropy.flatten()[logits._tokens].to(form.dtype)
@@ -277,6 +282,15 @@ def _sum_of_log_p(logits: LazyLogits, call: Call) -> Tensor | None:
     sum_X: Tensor = source.compute(linear_cross_entropy, form, labels_X, settings) * float(form.rows)
     sum_X = (sum_X if form.of == "-log p" else -sum_X).to(call.kwargs.get("dtype") or form.dtype)
     return sum_X[..., None] if call.kwargs.get("keepdim") else sum_X
+
+
+def _drawn(logits: LazyLogits, call: Call) -> Tensor | None:
+    """One id for each token by its probabilities, [N, 1] or [1]; None for several, or with a generator of one's own."""
+    named = dict(zip(("input", "num_samples", "replacement"), call.args, strict=False)) | dict(call.kwargs)
+    others = {name for name, x in named.items() if x is not None} - {"input", "num_samples", "replacement"}
+    if logits._form.of != "p" or named.get("num_samples") != 1 or others or logits.ndim > 2:
+        return None
+    return logits._source.next_token(logits._form, 1.0)[..., None]
 
 
 def _factor_of_p_log_p(factors: list[LazyLogits]) -> LazyLogits | None:
@@ -392,6 +406,7 @@ _SPLIT = {Tensor.split, torch.split, Tensor.chunk, torch.chunk}
 _LOSSES = {F.cross_entropy: "logits", F.nll_loss: "log p"}
 """And what they take."""
 _GATHER = {torch.gather, Tensor.gather}
+_DRAWS = {torch.multinomial, Tensor.multinomial}
 _NO_ID = -(2**31)
 _IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 _OPERATORS = (

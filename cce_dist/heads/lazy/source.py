@@ -1,7 +1,8 @@
 """One call of a lazy head: what it was called with, and everything that can be made of it later.
 
 In go the head, what `make_lazy` was given, and the hidden states; out come the terms of the loss (this rank's rows as
-they were in the call, bias, scale, softcap), statistics of the tokens, or, once something needs them, the real logits.
+they were in the call, bias, scale, softcap), statistics of the tokens, the next ones, or, once something needs them,
+the real logits.
 
 Shapes: X any leading dimensions, D hidden, V rows of the classifier, R local rows.
 """
@@ -9,7 +10,7 @@ Shapes: X any leading dimensions, D hidden, V rows of the classifier, R local ro
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,20 @@ from cce_dist.heads.find import registered
 from cce_dist.heads.lazy.form import LogitForm
 from cce_dist.heads.lazy.materialize import report
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
-from cce_dist.loss import TokenLogprobs, linear_logprobs
+from cce_dist.loss import TokenLogprobs, linear_logprobs, linear_next_token
 from cce_dist.loss.statistics import TokenStatistics, token_statistics
 from cce_dist.shard import VocabShard
+
+
+class Choice(NamedTuple):
+    """How the last token of a generation was chosen, which a rank that has finished does on with the others.
+
+    Attributes:
+        form: of no tokens.
+    """
+
+    form: LogitForm
+    temperature: float
 
 
 @dataclass
@@ -37,6 +49,7 @@ class Binding:
     fused_where: Callable[[], bool] | None = None
     calls: int = 0
     truncated: dict[tuple[int, int], VocabShard] = field(default_factory=dict)
+    choice: Choice | None = None
 
     def cut(self, shard: VocabShard, rows: int) -> VocabShard:
         """A shard cut to the first rows of the vocabulary: one object per cut, as ranks agree only once."""
@@ -49,12 +62,18 @@ class Binding:
 
 
 class Source:
-    """One call of a head: its hidden states and parameters, and the logits once something has needed them."""
+    """One call of a head: its hidden states and parameters, and the logits once something has needed them.
 
-    def __init__(self, head: nn.Module, binding: Binding, hidden_XD: Tensor) -> None:
+    Args:
+        in_generation: of whose logits the next token is wanted. Where they turn out to be needed nothing is told, as
+            of logits in any evaluation.
+    """
+
+    def __init__(self, head: nn.Module, binding: Binding, hidden_XD: Tensor, in_generation: bool = False) -> None:
         device = hidden_XD.device.type
         self.head = head
         self.binding = binding
+        self.in_generation = in_generation
         self.autocast = torch.is_autocast_enabled(device) and hidden_XD.dtype != torch.float64
         self.dtype = torch.get_autocast_dtype(device) if self.autocast else hidden_XD.dtype
         self.has_graph = torch.is_grad_enabled()
@@ -179,12 +198,21 @@ class Source:
         self._measured.append((form._replace(hidden_XD=self.hidden_XD), self.with_graph(), found))
         return found
 
+    @torch.no_grad()
+    def next_token(self, form: LogitForm, temperature: float) -> Tensor:
+        """For each of the form's tokens [X], int64; on every rank of the shard's group. 0: the most likely one."""
+        terms = self.terms(form)
+        if self.in_generation:
+            none_XD = form.hidden_XD.new_empty((0, form.hidden_XD.shape[-1]))
+            self.binding.choice = Choice(form._replace(hidden_XD=none_XD), temperature)
+        return linear_next_token(form.hidden_XD, terms.pop("weight"), temperature=temperature, **terms)
+
     def forget_logits(self) -> None:
         self._real = None
 
     def logits(self, why: str) -> Tensor:
         """The real logits, computed once (once more if first wanted without a graph, then with one)."""
-        if self._real is None:
+        if self._real is None and not self.in_generation:
             shape = [*self.hidden_XD.shape[:-1], self.shard.vocab_size]
             report(
                 self.binding.config.materialize,
