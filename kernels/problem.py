@@ -231,13 +231,17 @@ class Upstream(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients backward computes, dC's dtype, and the bytes that it may use for recomputed probabilities."""
+    """Which gradients backward computes, dC's dtype, and the bytes that it may use for recomputed probabilities.
+
+    ``onto_VD``: what dC is added to, in place, in the accumulator's dtype; None: dC is new.
+    """
 
     hidden: bool
     weight: bool
     bias: bool
     weight_dtype: torch.dtype
     workspace_bytes: int
+    onto_VD: Tensor | None = None
 
 
 class Gradients(NamedTuple):

@@ -97,7 +97,9 @@ def differentiate(
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     dtype, scale = logits.accumulator, upstream.scale * logits.logit_scale
     dhidden_ND = torch.zeros_like(hidden_ND, dtype=dtype)
-    dweight_VD = torch.zeros_like(weight_VD, dtype=dtype) if wanted.weight else None
+    dweight_VD, weight_scale = wanted.onto_VD, scale
+    if wanted.weight and dweight_VD is None:
+        dweight_VD, weight_scale = torch.zeros_like(weight_VD, dtype=dtype), torch.ones_like(scale)
     dbias_V = torch.zeros(weight_VD.shape[0], dtype=dtype, device=hidden_ND.device)
     eps_N = None if tiles is None else drawing_eps(logits, tiles, normaliser.lse_N, filter_)
     for n, v, t in _chunks(logits, wanted.workspace_bytes):
@@ -114,14 +116,17 @@ def differentiate(
         p_nv = torch.where(_valid(logits, n)[:, None], p_nv, 0.0)
         dhidden_ND[n] += p_nv @ weight_VD[v].to(dtype)
         if dweight_VD is not None:
-            dweight_VD[v] += p_nv.T @ hidden_ND[n].to(dtype)
+            dweight_VD[v] += weight_scale * (p_nv.T @ hidden_ND[n].to(dtype))
         dbias_V[v] += p_nv.sum(0)
     if eps_N is not None and tiles is not None and hidden_ND.shape[0] and (filter_.tail or filter_.mode == "unbiased"):
-        _add_tail(logits, tiles, normaliser.lse_N, eps_N, upstream, filter_, dhidden_ND, dweight_VD, dbias_V)
+        out = dhidden_ND, dweight_VD, dbias_V
+        _add_tail(logits, tiles, normaliser.lse_N, eps_N, upstream, filter_, *out, weight_scale)
     dhidden_ND.mul_(scale)
+    if dweight_VD is not None and wanted.onto_VD is None:
+        dweight_VD = dweight_VD.mul_(scale).to(wanted.weight_dtype)
     return Gradients(
         (dhidden_ND if onto_ND is None else onto_ND.add_(dhidden_ND)) if wanted.hidden else None,
-        None if dweight_VD is None else dweight_VD.mul_(scale).to(wanted.weight_dtype),
+        dweight_VD,
         dbias_V.mul_(scale) if wanted.bias else None,
     )
 
@@ -133,8 +138,10 @@ def add_rows(
     upstream: Upstream,
     out: Gradients,
     workspace_bytes: int,
+    add_weight: bool = False,
 ) -> None:
-    """Adds the gradient of some rows, exactly: dE to ``out``, their dC and dbias in place of what stands there.
+    """Adds the gradient of some rows, exactly: dE to ``out``, their dC and dbias in place of what stands there, or dC
+    to it (``add_weight``).
 
     ``logits.target_N`` are places in ``row_K`` (int32), or −1.
     """
@@ -144,9 +151,10 @@ def add_rows(
     hidden, weight, bias = (x is not None for x in out)
     wanted = Wanted(hidden, weight, bias, dtype, workspace_bytes)
     got = differentiate(part, None, normaliser, upstream, Filter("exact"), wanted, onto_ND=out.hidden_ND)
-    for rows_K, out_V in zip(got[1:], out[1:], strict=True):
-        if rows_K is not None and out_V is not None:
-            write_rows(out_V, rows_K, row_K)
+    if got.weight_VD is not None and out.weight_VD is not None:
+        write_rows(out.weight_VD, got.weight_VD, row_K, add_weight)
+    if got.bias_V is not None and out.bias_V is not None:
+        write_rows(out.bias_V, got.bias_V, row_K)
 
 
 def valid_first(labels_N: Tensor, column_N: Tensor, ignore_index: int, vocab_size: int) -> Ordered:
@@ -205,15 +213,16 @@ def scatter_rows(rows_ND: Tensor, token_N: Tensor, n_valid: Tensor, dtype: torch
     return torch.empty_like(rows_ND).index_copy_(0, token_N.long(), rows_ND)
 
 
-def write_rows(out_VD: Tensor, rows_KD: Tensor, row_K: Tensor) -> None:
-    """out[row[k]] = rows[k], but for row −1."""
+def write_rows(out_VD: Tensor, rows_KD: Tensor, row_K: Tensor, add: bool = False) -> None:
+    """out[row[k]] = rows[k], or += if ``add``, but for row −1. Rows differ."""
     if out_VD.shape[0] == 0:
         return
     slot_K = torch.where(row_K >= 0, torch.arange(row_K.shape[0], device=row_K.device), -1)
     slot_V = torch.full((out_VD.shape[0],), -1, device=row_K.device)
     slot_V.scatter_reduce_(0, row_K.clamp(min=0).long(), slot_K, "amax")
     is_written_V = (slot_V >= 0).view(-1, *(1,) * (out_VD.ndim - 1))
-    out_VD.copy_(torch.where(is_written_V, rows_KD[slot_V.clamp(min=0)].to(out_VD.dtype), out_VD))
+    written_VD = rows_KD[slot_V.clamp(min=0)].to(out_VD.dtype)
+    out_VD.copy_(torch.where(is_written_V, written_VD + out_VD if add else written_VD, out_VD))
 
 
 def _compacted(logits: Logits) -> Logits:
@@ -271,8 +280,10 @@ def _add_tail(
     dhidden_ND: Tensor,
     dweight_VD: Tensor | None,
     dbias_V: Tensor,
+    weight_scale: Tensor,
 ) -> None:
-    """Adds R c̃ to dE, π RᵀE to dC and π R to dbias; R_ti = a_i·mass_ti·(1 − k_ti), c̃_t = Σ π_j c_j over tile t.
+    """Adds R c̃ to dE, π RᵀE to dC, times ``weight_scale``, and π R to dbias; R_ti = a_i·mass_ti·(1 − k_ti), c̃_t = Σ π_j
+    c_j over tile t.
 
     With an upstream of the entropy, a_i + log_N·(the mean of log p over the tile, as if p lay over it like π).
     """
@@ -291,7 +302,7 @@ def _add_tail(
         weight_vD = logits.weight_VD[v].to(pi_v.dtype)
         dhidden_ND += torch.outer(tail_N, pi_v @ weight_vD)
         if dweight_VD is not None:
-            dweight_VD[v] += torch.outer(pi_v, tail_N @ logits.hidden_ND.to(tail_N.dtype))
+            dweight_VD[v] += torch.outer(pi_v, weight_scale * (tail_N @ logits.hidden_ND.to(tail_N.dtype)))
         dbias_V[v] += pi_v * tail_N.sum()
 
 

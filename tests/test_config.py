@@ -182,7 +182,7 @@ def test_every_setting_of_a_config_reaches_the_loss_and_the_ranks_agree_on_it(
     assert (
         set(kind.model_fields) - set(alike)
         == may_differ
-        == {"seed", "num_valid_tokens", "class_weights", "token_weights"} & set(kind.model_fields)
+        == {"seed", "num_valid_tokens", "class_weights", "token_weights", "grad_accumulator"} & set(kind.model_fields)
     )
 
 

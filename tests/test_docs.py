@@ -91,7 +91,7 @@ def test_every_python_example_is_tested() -> None:
         "grpo",
     }  # that of GRPO in test_trl.py
     assert LOGPROBS.count("```python") == len(OF_LOGPROBS)
-    assert set(OF_OPTIONS) == {"class_weights", "token_weights", "several", "statistics"}
+    assert set(OF_OPTIONS) == {"accumulator", "class_weights", "token_weights", "several", "statistics"}
     assert OPTIONS.count("```python") == len(OF_OPTIONS)
 
 
@@ -114,6 +114,14 @@ def _options() -> None:
         for shift in (1, 2, 3)
     ]
     torch.testing.assert_close(_run_example("several", **given)["loss"], ahead[0] + 0.3 * (ahead[1] + ahead[2]))
+    rows = given["rows"].detach().requires_grad_()
+    steps = [(hidden, labels), (hidden[:1] / 2, labels[:1])]
+    got = _run_example("accumulator", **{**given, "rows": rows}, micro_steps=steps)["main_grad"]
+    whole = weight.clone().requires_grad_()
+    for step_hidden, step_labels in steps:
+        F.cross_entropy((step_hidden @ whole.T).flatten(0, 1), step_labels.flatten(), reduction="sum").backward()
+    assert rows.grad is None and whole.grad is not None
+    torch.testing.assert_close(got, whole.grad[shard.start : shard.stop])
 
 
 @pytest.mark.parametrize("world", [1, 2])

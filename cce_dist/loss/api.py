@@ -129,6 +129,8 @@ def linear_cross_entropy(
             by the sum of these, as F.cross_entropy has it; without label smoothing. No gradient is theirs.
         token_weights: [...], floats that the tokens' losses are multiplied with; "mean" still divides by the number of
             valid tokens, by the sum of class weights, or by ``num_valid_tokens``. No gradient is theirs.
+        grad_accumulator: [V, D] in fp32 (fp64 for fp64), Megatron's main_grad: dC, the undivided sum over the tokens of
+            all ranks, is added to it in backward, and weight gets no gradient.
         num_valid_tokens: with "mean", divide this rank's sum by this instead (an int, or a 0-d tensor).
         gradient: "exact"; "unbiased": negligible parts of the softmax are sampled, exact in expectation; "filtered":
             they are replaced by their mean. None: "exact" with the torch backend, "unbiased" with Triton's kernels or

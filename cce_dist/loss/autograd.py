@@ -82,6 +82,12 @@ class Call(NamedTuple):
         return self.most if self.settings.max_tokens is None else self.settings.max_tokens
 
     @property
+    def grad_accumulator_VD(self) -> Tensor | None:
+        """What dC of the real rows is added to, in place of being returned."""
+        given = getattr(self.settings, "grad_accumulator", None)
+        return None if given is None else given[: self.shard.num_real_rows]
+
+    @property
     def backend(self) -> ModuleType:
         if self.method.backend == "torch":
             return torch_backend
@@ -222,7 +228,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             order, inverse_temperature_N = saved.order, saved.inverse_temperature_N
             logits = logits_of(saved.hidden_ND, weight_VD, bias_V, saved.target_N, order, call, inverse_temperature_N)
             normaliser = Normaliser(saved.max_N, saved.log_sum_N, ctx.unit)
-            wanted = Wanted(wants_hidden, wants_weight, wants_bias, weight_VD.dtype, ctx.workspace)
+            onto_VD = call.grad_accumulator_VD if wants_weight else None
+            wanted = Wanted(wants_hidden, wants_weight, wants_bias, weight_VD.dtype, ctx.workspace, onto_VD)
             tiles = None
             if saved.tile_lse_TN is not None:
                 tiles = Tiles(saved.tile_lse_TN, saved.reference_SN, ctx.tiles_per_split)
@@ -250,11 +257,14 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if part is None:  # after the others, whose memory it takes
                     of_all = logits._replace(target_N=frequent.slot_M)
                     workspace = min(ctx.workspace, FREQUENT_WORKSPACE)
-                    call.backend.add_rows(of_all, frequent.row_K, normaliser, upstream, gradients, workspace)
+                    onto = onto_VD is not None
+                    call.backend.add_rows(of_all, frequent.row_K, normaliser, upstream, gradients, workspace, onto)
                 else:
-                    for rows_K, out_V in zip(part()[1:], gradients[1:], strict=True):
-                        if rows_K is not None and out_V is not None:
-                            call.backend.write_rows(out_V, rows_K, frequent.row_K)
+                    _, rows_KD, rows_K = part()
+                    if rows_KD is not None and gradients.weight_VD is not None:
+                        call.backend.write_rows(gradients.weight_VD, rows_KD, frequent.row_K, onto_VD is not None)
+                    if rows_K is not None and gradients.bias_V is not None:
+                        call.backend.write_rows(gradients.bias_V, rows_K, frequent.row_K)
                 if call.counts is not None and not ctx.counted:
                     call.counts.count(frequent.label_N)
                     ctx.counted = True
@@ -262,7 +272,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 reduce_hidden(gradients.hidden_ND)
             grad_hidden_nD = None if finish is None else finish()
         grad_bias_V = None if bias_V is None or gradients.bias_V is None else gradients.bias_V.to(bias_V.dtype)
-        return grad_hidden_nD, _with_padding(gradients.weight_VD, weight_VD), _with_padding(grad_bias_V, bias_V), None
+        grad_weight_VD = None if onto_VD is not None else _with_padding(gradients.weight_VD, weight_VD)
+        return grad_hidden_nD, grad_weight_VD, _with_padding(grad_bias_V, bias_V), None
 
 
 def _start_frequent(
@@ -284,7 +295,7 @@ def _start_frequent(
         None,
         *frequent_rows.picked(normaliser, upstream, place_M),
         Filter("exact"),
-        wanted._replace(weight_dtype=normaliser.max_N.dtype),
+        wanted._replace(weight_dtype=normaliser.max_N.dtype, onto_VD=None),
         onto_ND=onto_MD,
     )
     if onto_ND is not None and onto_MD is None and onto_ND.shape[0]:

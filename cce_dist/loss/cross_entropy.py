@@ -23,7 +23,7 @@ from cce_dist.shard import VocabShard
 from cce_dist.shard.agreement import A_LOSS
 
 
-@torch.compiler.disable(reason="the loss is an operator of the graph, but of DTensors and with statistics")
+@torch.compiler.disable(reason="the loss is an operator of the graph, but of DTensors, statistics, accumulators")
 def cross_entropy(
     hidden: Tensor,
     weight: Tensor,

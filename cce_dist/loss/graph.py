@@ -65,16 +65,10 @@ def linear_cross_entropy_in_graph(
     return_lse: bool,
     settings: dict[str, Any],
 ) -> Any:
-    """Traced by torch.compile. See `linear_cross_entropy`; a setting that is no tensor is part of the graph.
-
-    Raises:
-        TypeError: a DTensor, whose shard and gradient are not the operator's.
-    """
-    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if isinstance(x, DTensor):
-            raise TypeError(
-                f"{name} must be a plain tensor inside of torch.compile, got a DTensor: pass its to_local()."
-            )
+    """Traced by torch.compile. See `linear_cross_entropy`; a setting that is no tensor is part of the graph."""
+    of_dtensors = isinstance(hidden, DTensor) or isinstance(weight, DTensor) or isinstance(bias, DTensor)
+    if of_dtensors or settings.get("statistics") or settings.get("grad_accumulator") is not None:
+        return cross_entropy(hidden, weight, labels, bias, shard, return_lse, settings)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     tensors = {name: x for name, x in settings.items() if isinstance(x, Tensor)}

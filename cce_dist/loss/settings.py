@@ -129,6 +129,9 @@ class CallSettings(TokenSettings):
     token_weights: Annotated[InstanceOf[Tensor], AfterValidator(_of_floats)] | None = Field(
         default=None, description="a tensor of floats that requires no gradient, or None", json_schema_extra=_MAY_DIFFER
     )
+    grad_accumulator: InstanceOf[Tensor] | None = Field(
+        default=None, description="a tensor or None", json_schema_extra=_MAY_DIFFER
+    )
     num_valid_tokens: Annotated[int, Field(ge=0)] | Annotated[InstanceOf[Tensor], AfterValidator(_is_scalar)] | None = (
         Field(None, description="an int, 0 or more, a 0-d tensor or None", json_schema_extra=_MAY_DIFFER)
     )
@@ -250,6 +253,7 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
         _check_weights("token_weights", settings.token_weights, labels.shape, "one for each label", hidden.device)
         rows = torch.Size([shard.num_rows])
         _check_weights("class_weights", settings.class_weights, rows, "one for each row of weight", hidden.device)
+        _check_accumulator(settings.grad_accumulator, torch.Size([shard.num_rows, hidden.shape[-1]]), hidden)
     check_seed(settings.seed, hidden.device)
     tokens = labels.numel()
     _require(
@@ -288,6 +292,21 @@ def _check_weights(name: str, given: Tensor | None, shape: torch.Size, what: str
         )
 
 
+def _check_accumulator(given: Tensor | None, shape: torch.Size, hidden: Tensor) -> None:
+    if given is not None:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        _require(
+            not isinstance(given, DTensor)
+            and (given.device, given.shape, given.dtype) == (hidden.device, shape, dtype)
+            and given.is_contiguous()
+            and not given.requires_grad,
+            f"grad_accumulator must be a contiguous {dtype} tensor of weight's shape {list(shape)} on {hidden.device} "
+            "that requires no gradient",
+            f"{'a DTensor, ' if isinstance(given, DTensor) else ''}{given.dtype} of shape {list(given.shape)} and "
+            f"strides {list(given.stride())} on {given.device}, requires_grad={given.requires_grad}",
+        )
+
+
 def contract(
     hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, shard: VocabShard, settings: TokenSettings, method: Method
 ) -> Mapping[str, Any]:
@@ -301,6 +320,8 @@ def contract(
         alike["reduction"] += " with num_valid_tokens"
     if isinstance(settings, CallSettings) and settings.class_weights is not None:
         alike["reduction"] += " with class_weights"
+    if isinstance(settings, CallSettings) and settings.grad_accumulator is not None:
+        alike["reduction"] += " with grad_accumulator"
     if isinstance(settings, LogprobSettings):
         each = isinstance(settings.temperature, Tensor)
         alike["temperature"] = "one for each token" if each else settings.temperature

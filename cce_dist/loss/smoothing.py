@@ -52,7 +52,10 @@ class MeanLogit(torch.autograd.Function):
                     out_nD.copy_(torch.outer(part_n, mean_D1[:-1]))
             if wants_weight or wants_bias:
                 sum_D1 = _sum_of_tokens(grad_n, hidden_nD, valid_n, call)
-                grad_weight_VD = _in_real_rows(sum_D1[:-1], weight_VD, call) if wants_weight else None
+                if wants_weight and call.grad_accumulator_VD is not None:
+                    call.grad_accumulator_VD.add_(sum_D1[:-1])
+                elif wants_weight:
+                    grad_weight_VD = _in_real_rows(sum_D1[:-1], weight_VD, call)
                 grad_bias_V = _in_real_rows(sum_D1[-1], bias_V, call) if wants_bias else None
         return grad_hidden_nD, grad_weight_VD, grad_bias_V, None
 

@@ -105,10 +105,10 @@ def join(others: Summary, part: Summary, share: Share | None) -> Summary:
         return summarise_stage.join(others, part, share)
 
 
-def write_rows(out_VD: torch.Tensor, rows_KD: torch.Tensor, row_K: torch.Tensor) -> None:
-    """out[row[k]] = rows[k], but for row −1. ``row_K``: int32."""
+def write_rows(out_VD: torch.Tensor, rows_KD: torch.Tensor, row_K: torch.Tensor, add: bool = False) -> None:
+    """out[row[k]] = rows[k], or += if ``add``, but for row −1. ``row_K``: int32. Rows differ."""
     with torch.cuda.device_of(rows_KD):
-        compact.write_rows(out_VD, rows_KD, row_K)
+        compact.write_rows(out_VD, rows_KD, row_K, add)
 
 
 def _is_empty(logits: Logits) -> bool:
@@ -159,7 +159,10 @@ def _differentiate(
     sparse = tiles is not None and not torch.are_deterministic_algorithms_enabled()
     empty = _is_empty(logits)
     make_weight = torch.zeros if empty else torch.empty
-    dweight_VD = make_weight(weight_VD.shape, dtype=wanted.weight_dtype, device=device) if wanted.weight else None
+    dweight_VD, adds = wanted.onto_VD, wanted.onto_VD is not None
+    if wanted.weight and not adds:
+        dweight_VD = make_weight(weight_VD.shape, dtype=wanted.weight_dtype, device=device)
+    scratch_VD = None if adds else dweight_VD
     assert not wanted.bias or logits.bias_V is not None
     dbias_V = make_weight(weight_VD.shape[0], dtype=torch.float32, device=device) if wanted.bias else None
     headroom = _PROBABILITY_HEADROOM.get(dtype, 1.0)
@@ -168,7 +171,7 @@ def _differentiate(
     if sparse and tiles is not None and not empty:
         pairs = select(logits, tiles, normaliser.max_N + normaliser.log_sum_N, filter_)
         if filter_.tail or filter_.mode == "unbiased":
-            dhidden_ND, tail = _tail(logits, pairs, upstream, headroom, wanted.hidden, dhidden_ND, dweight_VD)
+            dhidden_ND, tail = _tail(logits, pairs, upstream, headroom, wanted.hidden, dhidden_ND, scratch_VD)
     if wanted.hidden and dhidden_ND is None:
         dhidden_ND = torch.zeros((logits.num_tokens, hidden_ND.shape[1]), dtype=torch.float32, device=device)
     if empty:
@@ -184,6 +187,7 @@ def _differentiate(
             headroom,
             wanted.workspace_bytes,
             hidden_begun=onto_ND is not None,
+            add_weight=adds,
         )
     else:
         passes = [Gradients(dhidden_ND, dweight_VD, dbias_V)]
@@ -191,7 +195,7 @@ def _differentiate(
             passes = [Gradients(dhidden_ND, None, None), Gradients(None, dweight_VD, dbias_V)]
         for out in passes:
             differentiate_pairs(
-                logits, pairs, normaliser, upstream, out, tail, headroom, wanted.workspace_bytes, dweight_VD
+                logits, pairs, normaliser, upstream, out, tail, headroom, wanted.workspace_bytes, scratch_VD, adds
             )
             if hidden_ready is not None and out.hidden_ND is not None:
                 hidden_ready(out.hidden_ND)
@@ -205,15 +209,17 @@ def add_rows(
     upstream: Upstream,
     out: Gradients,
     workspace_bytes: int,
+    add_weight: bool = False,
 ) -> None:
-    """Adds the gradient of some rows, exactly: dE to ``out``, their dC and dbias in place of what stands there.
+    """Adds the gradient of some rows, exactly: dE to ``out``, their dC and dbias in place of what stands there, or dC
+    to it (``add_weight``).
 
     ``logits.target_N`` are places in ``row_K`` (int32), or −1.
     """
     with torch.cuda.device_of(logits.hidden_ND):
         if not _is_empty(logits):
             headroom = _PROBABILITY_HEADROOM.get(logits.hidden_ND.dtype, 1.0)
-            differentiate_rows(logits, row_K, normaliser, upstream, out, headroom, workspace_bytes)
+            differentiate_rows(logits, row_K, normaliser, upstream, out, headroom, workspace_bytes, add_weight)
 
 
 def _tail(

@@ -39,13 +39,18 @@ def _scatter_rows_kernel(out_ND, rows_ND, token_N, n_valid_ptr, N, D, ROWS: tl.c
 
 
 @triton.jit
-def _write_rows_kernel(out_VD, rows_KD, row_K, K, D, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _write_rows_kernel(
+    out_VD, rows_KD, row_K, K, D, stride, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.load(row_K + k, mask=k < K, other=-1)
     inside = (row >= 0)[:, None] & (d < D)[None, :]
     x = tl.load(rows_KD + k[:, None].to(tl.int64) * D + d[None, :], mask=inside, other=0.0)
-    tl.store(out_VD + row[:, None].to(tl.int64) * stride + d[None, :], x.to(out_VD.dtype.element_ty), mask=inside)
+    pointers = out_VD + row[:, None].to(tl.int64) * stride + d[None, :]
+    if ADD:
+        x = x.to(out_VD.dtype.element_ty) + tl.load(pointers, mask=inside)
+    tl.store(pointers, x.to(out_VD.dtype.element_ty), mask=inside)
 
 
 def compacted(logits: Logits) -> torch.Tensor:
@@ -84,13 +89,13 @@ def scatter_rows(
     return out_ND
 
 
-def write_rows(out_VD: torch.Tensor, rows_KD: torch.Tensor, row_K: torch.Tensor) -> None:
-    """out[row[k]] = rows[k], but for row −1; of one column, or of numbers."""
+def write_rows(out_VD: torch.Tensor, rows_KD: torch.Tensor, row_K: torch.Tensor, add: bool = False) -> None:
+    """out[row[k]] = rows[k], or += if ``add``, but for row −1; of one column, or of numbers. Rows differ."""
     if rows_KD.ndim == 1:
         rows_KD, out_VD = rows_KD[:, None], out_VD[:, None]
     rows, columns = rows_KD.shape
     if rows and out_VD.numel():
         grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _BLOCK_D))
         _write_rows_kernel[grid](
-            out_VD, rows_KD, row_K, rows, columns, out_VD.stride(0), ROWS=_ROWS, BLOCK_D=_BLOCK_D, **LAUNCH
+            out_VD, rows_KD, row_K, rows, columns, out_VD.stride(0), ADD=add, ROWS=_ROWS, BLOCK_D=_BLOCK_D, **LAUNCH
         )

@@ -104,13 +104,14 @@ def _weight_item(
     operands,
     tail,
     factor,
+    ADD: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_D columns of a tile's dC, from the ring's P and the tail."""
+    """BLOCK_D columns of a tile's dC, from the ring's P and the tail; added to what is there if ADD."""
     V, D = operands.V, operands.D
     pi = tl.zeros([TILE], tl.float32)
     if tail.pi_V is not None:
@@ -128,7 +129,10 @@ def _weight_item(
         gradient += pi[:, None] * means[None, :]
     pointers = out.weight_VD + columns[:, None].to(tl.int64) * D + d_range[None, :]
     inside = (columns < V)[:, None] & (d_range < D)[None, :]
-    tl.store(pointers, (gradient * factor).to(out.weight_VD.dtype.element_ty), mask=inside)
+    gradient *= factor
+    if ADD:
+        gradient += tl.load(pointers, mask=inside)
+    tl.store(pointers, gradient.to(out.weight_VD.dtype.element_ty), mask=inside)
     if out.bias_V is not None:  # noqa: SIM102 (the outer condition is known when compiling)
         if d == 0:
             bias_gradient = tl.zeros([TILE], tl.float32)
@@ -155,6 +159,7 @@ def _differentiate_kernel(
     queue,
     T,
     headroom,
+    ADD_WEIGHT: tl.constexpr,
     TILE: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -241,6 +246,7 @@ def _differentiate_kernel(
                                 operands,
                                 tail,
                                 factor,
+                                ADD_WEIGHT,
                                 TILE,
                                 PRECISION,
                                 PAIR_STAGES,
@@ -260,6 +266,7 @@ def _differentiate_kernel(
                                 operands,
                                 tail,
                                 factor,
+                                ADD_WEIGHT,
                                 TILE,
                                 PRECISION,
                                 PAIR_STAGES,
@@ -301,8 +308,9 @@ def differentiate(
     headroom: float,
     workspace_bytes: int,
     scratch_VD: torch.Tensor | None = None,
+    add_weight: bool = False,
 ) -> None:
-    """Adds the kept pairs to ``out.hidden_ND`` (fp32) and writes ``out.weight_VD`` and ``out.bias_V``.
+    """Adds the kept pairs to ``out.hidden_ND`` (fp32) and writes ``out.weight_VD`` (or adds to it) and ``out.bias_V``.
 
     ``scratch_VD``: memory that the lists of kept pairs may take, dC's: a tile's list is read for the last time before
     its rows are written.
@@ -354,6 +362,7 @@ def differentiate(
         queue,
         logits.num_tiles,
         headroom,
+        ADD_WEIGHT=add_weight,
         TILE=logits.tile,
         TMA=tma,
         PRECISION=precision(logits),

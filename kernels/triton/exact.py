@@ -113,8 +113,10 @@ def differentiate_exactly(
     headroom: float,
     workspace_bytes: int,
     hidden_begun: bool = False,
+    add_weight: bool = False,
 ) -> None:
-    """Adds to ``dhidden_ND`` (fp32; zeros, unless ``hidden_begun``) and writes ``dweight_VD`` and ``dbias_V``."""
+    """Adds to ``dhidden_ND`` (fp32; zeros, unless ``hidden_begun``) and writes ``dweight_VD`` (or adds to it, in fp32)
+    and ``dbias_V``."""
     hidden_ND, weight_VD = compacted(logits), logits.weight_VD
     (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
     factor = upstream.scale * (logits.logit_scale / headroom)
@@ -130,7 +132,7 @@ def differentiate_exactly(
     scaled_ND = None
     exact_factor = hidden_ND.dtype == torch.bfloat16 and logits.logit_scale == 1.0
     writes_bf16 = dweight_VD is not None and dweight_VD.dtype == torch.bfloat16
-    if exact_factor and writes_bf16 and vocab > rows:
+    if exact_factor and (add_weight or (writes_bf16 and vocab > rows)):
         scaled_ND = hidden_ND * factor.to(torch.bfloat16)
     if dhidden_ND is not None and hidden_begun:
         dhidden_ND /= _not_zero(factor)
@@ -141,7 +143,11 @@ def differentiate_exactly(
         v = slice(first, first + columns)
         if dhidden_ND is not None:
             add_product(dhidden_ND, p_Nv, weight_VD[v])
-        if dweight_VD is not None and scaled_ND is not None:
+        if dweight_VD is not None and add_weight and scaled_ND is not None:
+            add_product(dweight_VD[v], p_Nv.T, scaled_ND)
+        elif dweight_VD is not None and add_weight:
+            dweight_VD[v] += product(p_Nv.T, hidden_ND).mul_(factor)
+        elif dweight_VD is not None and scaled_ND is not None:
             torch.mm(p_Nv.T, scaled_ND, out=dweight_VD[v])
         elif dweight_VD is not None and exact_factor and writes_bf16:
             torch.mm(p_Nv.T, hidden_ND, out=dweight_VD[v])
@@ -165,8 +171,9 @@ def differentiate_rows(
     out: Gradients,
     headroom: float,
     workspace_bytes: int,
+    add_weight: bool = False,
 ) -> None:
-    """The same of some rows of the classifier: adds to dE, and writes these rows of dC and dbias.
+    """The same of some rows of the classifier: adds to dE, and writes these rows of dC (or adds to them) and dbias.
 
     ``logits.target_N`` are places in ``row_K``. Of rows, P and dC there is never more than a chunk.
     """
@@ -188,7 +195,7 @@ def differentiate_rows(
         if out.weight_VD is not None:
             exact = exact_factor and out.weight_VD.dtype == dtype
             dweight_kD = torch.mm(p_Nk.T, hidden_ND) if exact else product(p_Nk.T, hidden_ND)
-            write_rows(out.weight_VD, dweight_kD.mul_(factor), row_k)
+            write_rows(out.weight_VD, dweight_kD.mul_(factor), row_k, add_weight)
             del dweight_kD
         if out.bias_V is not None:
             write_rows(out.bias_V, p_Nk.sum(0, dtype=torch.float32).mul_(factor), row_k)
