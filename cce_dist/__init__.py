@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from cce_dist.config import CCEConfig
+from cce_dist.distillation import linear_selected_logits
 from cce_dist.heads.sharded_head import ShardedCCEHead
 from cce_dist.loss import TokenLogprobs, linear_cross_entropy, linear_logprobs, linear_next_token
 from cce_dist.shard import VocabShard
@@ -21,4 +22,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprobs",
     "linear_next_token",
+    "linear_selected_logits",
 ]

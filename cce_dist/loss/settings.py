@@ -51,7 +51,7 @@ def _no_tensor(x: Any) -> Any:
     return x
 
 
-_Float = Annotated[float, BeforeValidator(_no_tensor)]
+Float = Annotated[float, BeforeValidator(_no_tensor)]
 
 
 def _is_scalar(x: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ class TokenSettings(LossSettings):
 
     ignore_index: int = Field(default=-100, description="an int")
     shift: int = Field(default=0, ge=0, description="an int, 0 or more (0 for one label)")
-    softcap: _Float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a positive float or None")
-    logit_scale: _Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
+    softcap: Float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a positive float or None")
+    logit_scale: Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
 
     @property
     def scale(self) -> float:
@@ -109,8 +109,8 @@ class CallSettings(TokenSettings):
     function: ClassVar[str] = "linear_cross_entropy"
 
     reduction: Reduction = Field(default="mean", description='"mean", "sum" or "none"')
-    label_smoothing: _Float = Field(default=0.0, ge=0, le=1, description="a float in [0, 1]")
-    z_loss: _Float = Field(default=0.0, ge=0, allow_inf_nan=False, description="a finite float, 0 or more")
+    label_smoothing: Float = Field(default=0.0, ge=0, le=1, description="a float in [0, 1]")
+    z_loss: Float = Field(default=0.0, ge=0, allow_inf_nan=False, description="a finite float, 0 or more")
     class_weights: Annotated[InstanceOf[Tensor], AfterValidator(_of_floats)] | None = Field(
         default=None, description="a tensor of floats that requires no gradient, or None", json_schema_extra=_MAY_DIFFER
     )
@@ -157,8 +157,8 @@ class FunctionSettings(BaseModel):
 class LogitSettings(FunctionSettings):
     """The same, and what makes logits of products."""
 
-    softcap: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a positive float or None")
-    logit_scale: float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
+    softcap: Float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a positive float or None")
+    logit_scale: Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
 
 
 class SamplingSettings(LogitSettings):
@@ -166,7 +166,7 @@ class SamplingSettings(LogitSettings):
 
     function: ClassVar[str] = "linear_next_token"
 
-    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="a finite float, 0 or more")
+    temperature: Float = Field(default=1.0, ge=0, allow_inf_nan=False, description="a finite float, 0 or more")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | InstanceOf[Tensor] | None = Field(
         default=None, description="a 64-bit int, a 0-d int64 tensor or None", json_schema_extra=_MAY_DIFFER
     )
