@@ -3,7 +3,13 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from cce_dist.config import CCEConfig
-from cce_dist.distillation import linear_selected_logits
+from cce_dist.distillation import (
+    TopLogits,
+    linear_kept_logprobs,
+    linear_selected_logits,
+    linear_topk,
+    linear_topk_kl,
+)
 from cce_dist.heads.sharded_head import ShardedCCEHead
 from cce_dist.loss import TokenLogprobs, linear_cross_entropy, linear_logprobs, linear_next_token
 from cce_dist.shard import VocabShard
@@ -17,10 +23,14 @@ __all__ = [
     "CCEConfig",
     "ShardedCCEHead",
     "TokenLogprobs",
+    "TopLogits",
     "VocabShard",
     "__version__",
     "linear_cross_entropy",
+    "linear_kept_logprobs",
     "linear_logprobs",
     "linear_next_token",
     "linear_selected_logits",
+    "linear_topk",
+    "linear_topk_kl",
 ]

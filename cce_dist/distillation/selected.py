@@ -103,25 +103,36 @@ def linear_selected_logits(
         return hidden.shape[:-1].numel(), {"ids of a token": ids.shape[-1], "return_lse": return_lse}
 
     head = begin_without_labels(hidden, weight, bias, shard, settings, SelectedSettings, "logits of chosen ids", check)
+    z, lse = selected(head, weight, ids, return_lse)
+    return z if lse is None else (z, lse)
+
+
+def selected(head: Head[Any], weight: Tensor, ids: Tensor, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Logits [..., K] and, if it is asked for, their log-sum-exp [...] of a call that the ranks have agreed on.
+
+    Args:
+        head: whose settings are `KeptSettings`, and `SelectedSettings` for a log-sum-exp.
+        weight: as the caller has it, by which the loss counts labels.
+    """
     ids_nK = ids.reshape(-1, ids.shape[-1])
     tokens, number = ids_nK.shape
     token_m = torch.arange(tokens, device=ids.device).repeat_interleave(number)
     z_m, weight_VD = logits_of_pairs(head, ids_nK.reshape(-1), token_m, head.most * number, head.settings.padding_id)
-    z = z_m.view(ids.shape)
-    return (z, _lse(head, weight, weight_VD, ids_nK).view(ids.shape[:-1])) if return_lse else z
+    lse = _lse(head, weight, weight_VD, ids_nK).view(ids.shape[:-1]) if return_lse else None
+    return z_m.view(ids.shape), lse
 
 
-def check_ids(ids: Any, hidden: Tensor, padding_id: int, vocab_size: int) -> None:
+def check_ids(ids: Any, hidden: Tensor, padding_id: int, vocab_size: int, name: str = "ids") -> None:
     """Raises TypeError or ValueError for ids [..., K] that do not fit; one out of range on a CPU alone."""
-    check_integers("ids", ids, hidden.device)
+    check_integers(name, ids, hidden.device)
     expected = list(hidden.shape[:-1])
     if ids.ndim != hidden.ndim or list(ids.shape[:-1]) != expected or ids.shape[-1] < 1:
         raise ValueError(
-            f"ids must be [{', '.join(map(str, [*expected, 'K']))}], hidden's shape with K ids, 1 or more, in place of "
-            f"its last axis; got shape {list(ids.shape)}."
+            f"{name} must be [{', '.join(map(str, [*expected, 'K']))}], hidden's shape with K ids, 1 or more, in place "
+            f"of its last axis; got shape {list(ids.shape)}."
         )
     if not ids.is_cuda:  # else the gathered ones, on every rank
-        check_token_ids(ids, vocab_size, padding_id, legal_ids(padding_id, vocab_size))
+        check_token_ids(ids, vocab_size, padding_id, legal_ids(padding_id, vocab_size, name))
 
 
 def check_integers(name: str, x: Any, device: torch.device) -> None:
@@ -134,16 +145,13 @@ def check_integers(name: str, x: Any, device: torch.device) -> None:
         raise ValueError(f"{name} must be on {device}, as hidden is; got {x.device}.")
 
 
-def legal_ids(padding_id: int, vocab_size: int) -> str:
+def legal_ids(padding_id: int, vocab_size: int, name: str = "ids") -> str:
     """What ids must be, for an error's text."""
-    return f"ids must be in [0, {vocab_size}) or padding_id = {padding_id}"
+    return f"{name} must be in [0, {vocab_size}) or padding_id = {padding_id}"
 
 
-def _lse(head: Head[SelectedSettings], weight: Tensor, weight_VD: Tensor, ids_nK: Tensor) -> Tensor:
-    """[n], by the loss of each token's first id, whose gradient to ``weight_VD`` the pairs' is added to.
-
-    ``weight``: as the caller has it, by which the loss counts labels.
-    """
+def _lse(head: Head[Any], weight: Tensor, weight_VD: Tensor, ids_nK: Tensor) -> Tensor:
+    """[n], by the loss of each token's first id, whose gradient to ``weight_VD`` the pairs' is added to."""
     settings = head.settings
     is_id_nK = ids_nK != settings.padding_id
     first_n1 = is_id_nK.to(torch.int8).argmax(1, keepdim=True)

@@ -1,10 +1,21 @@
 """The settings of distillation: each is one field here, with its default, its check, and the rule an error states."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, InstanceOf
+from torch import Tensor
 
-from cce_dist.loss.settings import Backend, Float, Gradient, LogitSettings, at_temperature
+from cce_dist.distillation.divergence import Kind
+from cce_dist.loss.settings import (
+    MAY_DIFFER,
+    Backend,
+    Float,
+    FunctionSettings,
+    Gradient,
+    LogitSettings,
+    Reduction,
+    at_temperature,
+)
 
 
 class TemperedSettings(LogitSettings):
@@ -19,11 +30,63 @@ class TemperedSettings(LogitSettings):
         return at_temperature(scale, self.softcap, self.temperature)
 
 
-class SelectedSettings(TemperedSettings):
-    """Which ids are none, and how the log-sum-exp of all is computed."""
+class KeptSettings(TemperedSettings):
+    """Which ids are none."""
+
+    function: ClassVar[str] = "linear_kept_logprobs"
+
+    padding_id: int = Field(default=-1, description="an int")
+
+
+class SelectedSettings(KeptSettings):
+    """The same, and how the log-sum-exp of all is computed."""
 
     function: ClassVar[str] = "linear_selected_logits"
 
-    padding_id: int = Field(default=-1, description="an int")
     gradient: Gradient | None = Field(default=None, description='"unbiased", "exact", "filtered" or None')
     backend: Backend = Field(default="auto", description='"auto", "triton" or "torch"')
+
+
+class TopkSettings(TemperedSettings):
+    """Of which logits."""
+
+    function: ClassVar[str] = "linear_topk"
+
+
+class DivergenceSettings(FunctionSettings):
+    """Which divergence, and from the tokens' to the call's."""
+
+    kind: Kind = Field(default="forward", description='"forward", "reverse" or "jsd"')
+    beta: Float | None = Field(default=None, gt=0, lt=1, description="a float between 0 and 1, or None")
+    reduction: Reduction = Field(default="mean", description='"mean", "sum" or "none"')
+    num_valid_tokens: Annotated[int, Field(ge=0)] | InstanceOf[Tensor] | None = Field(
+        default=None, description="an int, 0 or more, a 0-d tensor or None", json_schema_extra=MAY_DIFFER
+    )
+
+    @property
+    def mixed(self) -> float:
+        """The teacher's share of the mixture."""
+        return 0.5 if self.beta is None else self.beta
+
+    def check(self) -> dict[str, bool]:
+        """What must be alike of those that may differ, by name.
+
+        Raises:
+            ValueError: where settings do not go together.
+        """
+        if self.beta is not None and self.kind != "jsd":
+            raise ValueError(f'beta goes with kind="jsd"; got {self.kind!r}.')
+        if self.num_valid_tokens is not None and self.reduction != "mean":
+            raise ValueError(f'num_valid_tokens goes with reduction="mean"; got {self.reduction!r}.')
+        if isinstance(self.num_valid_tokens, Tensor) and self.num_valid_tokens.ndim:
+            shape = list(self.num_valid_tokens.shape)
+            raise ValueError(f"num_valid_tokens must be 0-d as a tensor; got shape {shape}.")
+        return {"whether there is num_valid_tokens": self.num_valid_tokens is not None}
+
+
+class TopkKLSettings(SelectedSettings, DivergenceSettings):
+    """The same from a teacher's stored ids, and what becomes of the others."""
+
+    function: ClassVar[str] = "linear_topk_kl"
+
+    tail_bucket: bool = Field(default=True, description="True or False")

@@ -102,9 +102,7 @@ def begin(
         equal,
         fault,
         every_call=given.get("agreement") != "first_call",
-        counts="reduction" in kind.model_fields
-        and given.get("reduction", "mean") == "mean"
-        and given.get("num_valid_tokens") is None,
+        counts=_counts(kind, given),
     )
     assert checked is not None
     settings, method, temperature_n = checked
@@ -166,9 +164,15 @@ def begin_without_labels(
         equal = {**contract_of_head(hidden, weight_VD, bias_V, shard), **alike_of(settings), **more}
     except Exception as error:
         fault = error  # told to every rank, and raised there
-    most = agree(shard, what, number, equal, fault)
+    most = agree(shard, what, number, equal, fault, counts=_counts(kind, given))
     assert settings is not None
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight_VD, bias_V, shard, settings, most)
+
+
+def _counts(kind: type[TokenSettings | FunctionSettings], given: Mapping[str, Any]) -> bool:
+    """Whether the count group's valid tokens are to be counted."""
+    is_mean = "reduction" in kind.model_fields and given.get("reduction", "mean") == "mean"
+    return is_mean and given.get("num_valid_tokens") is None
 
 
 def _shard_of(shard: Any, weight: Any) -> VocabShard:

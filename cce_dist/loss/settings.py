@@ -40,7 +40,7 @@ _LARGEST_ESTIMATED = 2.0**-9.3
 _OF_ENTROPY = 0.5
 """eps of the entropy's gradient, of that of the loss: what is sampled of it counts log p times as much. So a policy's
 gradient, 0.01 entropies to a log-probability, is as near as with bf16 logits (benchmarks/logprobs.py, on an H100)."""
-_MAY_DIFFER: dict[str, Any] = {"may_differ": True}
+MAY_DIFFER: dict[str, Any] = {"may_differ": True}
 """Marks a field that ranks may set differently."""
 
 
@@ -79,7 +79,7 @@ class LossSettings(BaseModel):
     frequent_rows: int | None = Field(default=None, ge=0, description="an int, 0 or more (0: none), or None")
     workspace_mb: int | None = Field(default=None, ge=1, description="an int, 1 or more, or None")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | InstanceOf[Tensor] | None = Field(
-        default=None, description="a 64-bit int, a 0-d int64 tensor or None", json_schema_extra=_MAY_DIFFER
+        default=None, description="a 64-bit int, a 0-d int64 tensor or None", json_schema_extra=MAY_DIFFER
     )
     max_tokens: int | None = Field(default=None, ge=1, description="an int, 1 or more, or None")
     agreement: Agreeing = Field(default="every_call", description='"every_call" or "first_call"')
@@ -112,13 +112,13 @@ class CallSettings(TokenSettings):
     label_smoothing: Float = Field(default=0.0, ge=0, le=1, description="a float in [0, 1]")
     z_loss: Float = Field(default=0.0, ge=0, allow_inf_nan=False, description="a finite float, 0 or more")
     class_weights: Annotated[InstanceOf[Tensor], AfterValidator(_of_floats)] | None = Field(
-        default=None, description="a tensor of floats that requires no gradient, or None", json_schema_extra=_MAY_DIFFER
+        default=None, description="a tensor of floats that requires no gradient, or None", json_schema_extra=MAY_DIFFER
     )
     token_weights: Annotated[InstanceOf[Tensor], AfterValidator(_of_floats)] | None = Field(
-        default=None, description="a tensor of floats that requires no gradient, or None", json_schema_extra=_MAY_DIFFER
+        default=None, description="a tensor of floats that requires no gradient, or None", json_schema_extra=MAY_DIFFER
     )
     num_valid_tokens: Annotated[int, Field(ge=0)] | Annotated[InstanceOf[Tensor], AfterValidator(_is_scalar)] | None = (
-        Field(None, description="an int, 0 or more, a 0-d tensor or None", json_schema_extra=_MAY_DIFFER)
+        Field(None, description="an int, 0 or more, a 0-d tensor or None", json_schema_extra=MAY_DIFFER)
     )
 
 
@@ -168,7 +168,7 @@ class SamplingSettings(LogitSettings):
 
     temperature: Float = Field(default=1.0, ge=0, allow_inf_nan=False, description="a finite float, 0 or more")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | InstanceOf[Tensor] | None = Field(
-        default=None, description="a 64-bit int, a 0-d int64 tensor or None", json_schema_extra=_MAY_DIFFER
+        default=None, description="a 64-bit int, a 0-d int64 tensor or None", json_schema_extra=MAY_DIFFER
     )
 
 
@@ -319,7 +319,6 @@ def contract(
         alike["temperature"] = "one for each token" if each else settings.temperature
     return {
         **contract_of_head(hidden, weight_VD, bias_V, shard),
-        "count_group": _size(shard.count_group),
         **alike,
         **method._asdict(),
     }
@@ -338,6 +337,7 @@ def contract_of_head(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, s
         "bias": bias_V is not None,
         "bias's need of a gradient": grad and bias_V is not None and bias_V.requires_grad,
         "token_group": _size(shard.token_group),
+        "count_group": _size(shard.count_group),
         "reduce_dtype": str(shard.reduce_dtype),
     }
 

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from ranks import RankPool
 from reference import grad_of, leaf, relative_error
-from sharded import Layout, Runs, part_of
+from sharded import Layout, Runs, local_rows, part_of, shard_of
+from teachers import all_logits, rows_of, runs_of
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -41,18 +42,6 @@ def problem(
     }
 
 
-def all_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
-) -> Tensor:
-    z = (hidden @ weight.T + (0 if bias is None else bias)) * logit_scale
-    return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
-
-
 def plain(given: dict[str, Any], form: dict[str, Any], return_lse: bool = True) -> dict[str, Any]:
     """In fp64, from all logits: of each part, and the gradients of all rows."""
     hidden = [leaf(x.double()) for x in given["hidden"]]
@@ -70,16 +59,12 @@ def plain(given: dict[str, Any], form: dict[str, Any], return_lse: bool = True) 
     return {**found, "dhidden": [grad_of(x) for x in hidden], "dweight": grad_of(weight), "dbias": grad_of(bias)}
 
 
-def here(x: Tensor, shard: VocabShard) -> Tensor:
-    return torch.cat([x[:0], *(x[start:stop] for start, stop in shard.runs)])
-
-
 def computed(
     given: dict[str, Any], part: int, shard: VocabShard | None, form: dict[str, Any], return_lse: bool = True
 ) -> dict[str, Tensor]:
     whole = VocabShard.whole(given["weight"].shape[0])
     hidden = leaf(given["hidden"][part])
-    weight, bias = (leaf(here(given[name], shard or whole)) for name in ("weight", "bias"))
+    weight, bias = (leaf(local_rows(given[name], shard or whole)) for name in ("weight", "bias"))
     got = linear_selected_logits(
         hidden, weight, given["ids"][part], bias=bias, shard=shard, return_lse=return_lse, **form
     )
@@ -130,19 +115,9 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def _on_rank(
     given: dict[str, Any], layout: Layout, runs: Runs | None, form: dict[str, Any], return_lse: bool
 ) -> dict[str, Tensor]:
-    return computed(given, part_of(dist.get_rank(), layout), shard_of(given["weight"], layout, runs), form, return_lse)
-
-
-def shard_of(weight: Tensor, layout: Layout, runs: Runs | None) -> VocabShard:
-    world = dist.group.WORLD
-    assert world is not None
-    token_group = world if layout == "sharded" else None
-    if layout == "grid":
-        groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-        token_group = groups[dist.get_rank() % 2]
-    if runs is None:
-        return VocabShard.even(weight.shape[0], world, token_group)
-    return VocabShard(tuple(runs[dist.get_rank()]), weight.shape[0], world, token_group)
+    return computed(
+        given, part_of(dist.get_rank(), layout), shard_of(given["weight"].shape[0], layout, runs), form, return_lse
+    )
 
 
 CASES: dict[str, tuple[int, Layout, tuple[int, ...], Runs | None]] = {
@@ -161,13 +136,9 @@ def test_on_ranks_each_gets_those_of_its_own_tokens(
 ) -> None:
     given = problem(parts)
     truth = plain(given, FORM, return_lse)
-    size = -(-301 // world)
-    blocks = runs or [((min(r * size, 301), min(r * size + size, 301)),) for r in range(world)]
+    blocks = runs_of(301, world, runs)
     for rank, got in enumerate(ranks.run(world, _on_rank, given, layout, runs, FORM, return_lse)):
-        rows = {
-            name: torch.cat([truth[name][:0], *(truth[name][a:b] for a, b in blocks[rank])])
-            for name in ("dweight", "dbias")
-        }
+        rows = {name: rows_of(truth[name], blocks[rank]) for name in ("dweight", "dbias")}
         assert_close(got, truth, part_of(rank, layout), 2e-6, **rows)
 
 

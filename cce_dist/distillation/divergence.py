@@ -1,0 +1,32 @@
+"""Divergences of a student s from a teacher t, as sums over outcomes: what one adds, from both log-probabilities.
+
+Forward KL: t·log(t/s). Reverse KL: s·log(s/t). Generalised Jensen-Shannon (Agarwal et al., "On-Policy Distillation of
+Language Models", arXiv 2306.13649, equation 1, with TRL's β): β·t·log(t/m) + (1 − β)·s·log(s/m), m = β·t + (1 − β)·s.
+
+Where both are equal, so are all logarithms, and terms are 0 to the last bit. Tensors may have any shape.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["forward", "reverse", "jsd"]
+
+
+def terms(log_student: Tensor, log_teacher: Tensor, kind: Kind, beta: float) -> Tensor:
+    """Of each outcome; both are finite."""
+    difference = log_teacher - log_student
+    if kind == "forward":
+        return log_teacher.exp() * difference
+    if kind == "reverse":
+        return log_student.exp() * -difference
+    student = log_to_mixture(difference, beta)
+    return beta * log_teacher.exp() * (difference + student) + (1 - beta) * log_student.exp() * student
+
+
+def log_to_mixture(difference: Tensor, beta: float) -> Tensor:
+    """log(s/m) from log(t/s): by the larger of s and t, so that nothing overflows."""
+    below = torch.log1p(beta * torch.expm1(difference.clamp(max=0)))
+    above = difference + torch.log1p((1 - beta) * torch.expm1(-difference.clamp(min=0)))
+    return -torch.where(difference <= 0, below, above)
