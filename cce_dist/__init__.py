@@ -6,6 +6,7 @@ from cce_dist.config import CCEConfig
 from cce_dist.distillation import (
     TopLogits,
     linear_kept_logprobs,
+    linear_kl_div,
     linear_selected_logits,
     linear_topk,
     linear_topk_kl,
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "linear_cross_entropy",
     "linear_kept_logprobs",
+    "linear_kl_div",
     "linear_logprobs",
     "linear_next_token",
     "linear_selected_logits",

@@ -90,3 +90,35 @@ class TopkKLSettings(SelectedSettings, DivergenceSettings):
     function: ClassVar[str] = "linear_topk_kl"
 
     tail_bucket: bool = Field(default=True, description="True or False")
+
+
+class KLDivSettings(DivergenceSettings):
+    """The same between two heads, which tokens count, and the memory for it."""
+
+    function: ClassVar[str] = "linear_kl_div"
+
+    temperature: Float = Field(default=1.0, gt=0, allow_inf_nan=False, description="a positive float")
+    student_softcap: Float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="a positive float or None"
+    )
+    student_logit_scale: Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
+    teacher_softcap: Float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="a positive float or None"
+    )
+    teacher_logit_scale: Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
+    ignore_index: int = Field(default=-100, description="an int")
+    shift: int = Field(default=0, ge=0, description="an int, 0 or more")
+    workspace_mb: int | None = Field(default=None, ge=1, description="an int, 1 or more, or None")
+
+    @property
+    def student_form(self) -> tuple[float, float | None]:
+        """Scale and softcap of the student's products, with the temperature in them."""
+        return self._form(self.student_logit_scale, self.student_softcap)
+
+    @property
+    def teacher_form(self) -> tuple[float, float | None]:
+        """The same of the teacher's."""
+        return self._form(self.teacher_logit_scale, self.teacher_softcap)
+
+    def _form(self, scale: float | None, softcap: float | None) -> tuple[float, float | None]:
+        return at_temperature(1.0 if scale is None else scale, softcap, self.temperature)

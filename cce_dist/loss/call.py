@@ -77,8 +77,7 @@ def begin(
         hidden, labels, in_parts = held(hidden, labels, shard)
         check_tensors(hidden, weight_VD, labels, bias_V, shard)
         tokens = labels.numel()
-        if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        hidden = autocast(hidden)
         needs_grad = any(x is not None and x.requires_grad for x in (hidden, weight_VD, bias_V))
         method = resolve(settings, hidden, labels, shard, needs_grad and torch.is_grad_enabled())
         equal = {
@@ -158,8 +157,7 @@ def begin_without_labels(
     try:
         settings = check_settings(given, kind)
         check_head(hidden, weight_VD, bias_V, shard, of)
-        if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        hidden = autocast(hidden)
         number, more = also(settings, shard) if also is not None else (hidden.shape[:-1].numel(), {})
         equal = {**contract_of_head(hidden, weight_VD, bias_V, shard), **alike_of(settings), **more}
     except Exception as error:
@@ -167,6 +165,13 @@ def begin_without_labels(
     most = agree(shard, what, number, equal, fault, counts=_counts(kind, given))
     assert settings is not None
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight_VD, bias_V, shard, settings, most)
+
+
+def autocast(hidden: Tensor) -> Tensor:
+    """In the autocast dtype, where that is on."""
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        return hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return hidden
 
 
 def _counts(kind: type[TokenSettings | FunctionSettings], given: Mapping[str, Any]) -> bool:
