@@ -10,6 +10,7 @@ from cce_dist.distillation import (
     linear_selected_logits,
     linear_topk,
     linear_topk_kl,
+    logits_nuclear_norm,
 )
 from cce_dist.heads.sharded_head import ShardedCCEHead
 from cce_dist.loss import TokenLogprobs, linear_cross_entropy, linear_logprobs, linear_next_token
@@ -35,4 +36,5 @@ __all__ = [
     "linear_selected_logits",
     "linear_topk",
     "linear_topk_kl",
+    "logits_nuclear_norm",
 ]

@@ -122,3 +122,9 @@ class KLDivSettings(DivergenceSettings):
 
     def _form(self, scale: float | None, softcap: float | None) -> tuple[float, float | None]:
         return at_temperature(1.0 if scale is None else scale, softcap, self.temperature)
+
+
+class NuclearNormSettings(LogitSettings):
+    """Of which logits."""
+
+    function: ClassVar[str] = "logits_nuclear_norm"
