@@ -3,7 +3,7 @@
 Source: the utility of "Utility-Diversity Aware Online Batch Selection for LLM Supervised Fine-tuning" (UDS, 2025). The
 singular values of Z = s·E·Cᵀ are the square roots of the eigenvalues of E·G·Eᵀ, G = s²·CᵀC the classifier's Gram
 matrix, of which each rank adds the part of its rows. Squares cost half of the digits, so that all is in fp64, which
-leaves eight. A sequence longer than the classifier is wide goes through R of E = Q·R: R·Cᵀ has the same singular values.
+leaves eight. A sequence longer than the classifier is wide goes by R of E = Q·R: R·Cᵀ has the same singular values.
 A bias is a column of ones beside E, and itself beside C.
 
 Collectives: a SUM of G, [D, D] in fp64 (with a bias [D + 1, D + 1]). On CUDA the eigenvalues' library waits for the

@@ -1,7 +1,7 @@
 """The loss: cross-entropy of hidden · weightᵀ whose logits are never formed, on a whole or a sharded vocabulary; and
 the log-probabilities of tokens.
 
-settings ← tokens ← autograd ← call ← api, logprobs; chunks ← statistics, sampling.
+settings ← tokens ← autograd ← call ← api, logprobs; settings ← reduction ← api; chunks ← statistics, sampling.
 """
 
 from cce_dist.loss.api import linear_cross_entropy
