@@ -16,7 +16,7 @@ from cce_dist.distillation.selected import check_ids, check_integers, legal_ids,
 from cce_dist.distillation.settings import KeptSettings
 from cce_dist.kernels.problem import FAR
 from cce_dist.loss.call import begin_without_labels
-from cce_dist.loss.settings import takes_settings
+from cce_dist.loss.settings import choose_backend, takes_settings
 from cce_dist.shard import VocabShard
 from cce_dist.shard.agreement import agree
 
@@ -52,6 +52,7 @@ def linear_kept_logprobs(
         softcap, logit_scale: None leaves them out.
         temperature: what the logits are divided by, after the softcap.
         padding_id: the id of places that have none.
+        backend: "triton" (CUDA), "torch" (any device), "auto": triton on CUDA.
 
     Returns:
         The shape of ids, in fp32 (fp64 for fp64); −∞, without a gradient, where an id is padding.
@@ -65,9 +66,9 @@ def linear_kept_logprobs(
     def check(chosen: KeptSettings, shard: VocabShard) -> tuple[int, dict[str, Any]]:
         tokens = hidden.shape[:-1].numel()
         if offsets is None:
-            check_ids(ids, hidden, chosen.padding_id, shard.vocab_size)
+            check_ids(ids, hidden, chosen, shard.vocab_size)
             return tokens, {"ids of a token": ids.shape[-1]}
-        _check_csr(ids, offsets, hidden, chosen.padding_id, shard.vocab_size)
+        _check_csr(ids, offsets, hidden, chosen, shard.vocab_size)
         return tokens, {"ids of a token": "in CSR form"}
 
     head = begin_without_labels(
@@ -83,7 +84,7 @@ def linear_kept_logprobs(
     most = agree(head.shard, "the number of kept ids", ids.shape[0], {})
     token_n = torch.arange(offsets.shape[0] - 1, device=ids.device)
     token_m = token_n.repeat_interleave(offsets.diff(), output_size=ids.shape[0])
-    z_m, _ = logits_of_pairs(head, ids, token_m, most, head.settings.padding_id)
+    z_m, _ = logits_of_pairs(head, ids, token_m, most)
     return _log_softmax_of_segments(z_m.masked_fill(is_none, FAR), token_m, token_n.shape[0]).masked_fill(
         is_none, -torch.inf
     )
@@ -103,8 +104,9 @@ def _log_softmax_of_segments(z_m: Tensor, token_m: Tensor, tokens: int) -> Tenso
     return z_m - sum_n.log()[token_m]
 
 
-def _check_csr(ids: Any, offsets: Any, hidden: Tensor, padding_id: int, vocab_size: int) -> None:
+def _check_csr(ids: Any, offsets: Any, hidden: Tensor, settings: KeptSettings, vocab_size: int) -> None:
     """Raises TypeError or ValueError for what does not fit; on CUDA not for values."""
+    choose_backend(settings.backend, hidden)
     for name, x in (("ids", ids), ("offsets", offsets)):
         check_integers(name, x, hidden.device)
     tokens = hidden.shape[:-1].numel()
@@ -115,6 +117,6 @@ def _check_csr(ids: Any, offsets: Any, hidden: Tensor, padding_id: int, vocab_si
         )
     if ids.is_cuda:
         return
-    check_token_ids(ids, vocab_size, padding_id, legal_ids(padding_id, vocab_size))
+    check_token_ids(ids, vocab_size, settings.padding_id, legal_ids(settings.padding_id, vocab_size))
     if offsets[0] != 0 or offsets[-1] != ids.shape[0] or (offsets.diff() < 0).any():
         raise ValueError(f"{_MUST_BE}, {ids.shape[0]}; got {offsets[:3].tolist()} to {offsets[-1].item()}.")

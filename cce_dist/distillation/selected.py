@@ -18,6 +18,7 @@ Shapes: n tokens of this rank, N of the token group, K ids of a token, D hidden,
 this rank, M of the token group.
 """
 
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -26,11 +27,11 @@ from torch.autograd.function import once_differentiable
 
 from cce_dist.collectives import check_same_tokens
 from cce_dist.device_check import check_token_ids
-from cce_dist.distillation import pairs
-from cce_dist.distillation.settings import SelectedSettings, TemperedSettings
+from cce_dist.distillation.settings import KeptSettings, SelectedSettings
+from cce_dist.kernels import chosen_pairs as torch_sums
 from cce_dist.loss.autograd import LinearCrossEntropy
 from cce_dist.loss.call import Head, begin, begin_without_labels
-from cce_dist.loss.settings import LogprobSettings, takes_settings
+from cce_dist.loss.settings import LogprobSettings, choose_backend, takes_settings
 from cce_dist.loss.tokens import gather_values, start_sum
 from cce_dist.shard import VocabShard
 
@@ -86,7 +87,8 @@ def linear_selected_logits(
         softcap, logit_scale: None leaves them out.
         temperature: what the logits are divided by, after the softcap.
         padding_id: the id of places that have none.
-        gradient, backend: of the log-sum-exp, see `linear_cross_entropy`.
+        backend: "triton" (CUDA), "torch" (any device), "auto": triton on CUDA.
+        gradient: of the log-sum-exp, see `linear_cross_entropy`.
         return_lse: also return the log-sum-exp of all logits of each token [...] (fp32, differentiable, 0 where all ids
             are padding), by a pass of the loss.
 
@@ -99,7 +101,7 @@ def linear_selected_logits(
     """
 
     def check(chosen: SelectedSettings, shard: VocabShard) -> tuple[int, dict[str, Any]]:
-        check_ids(ids, hidden, chosen.padding_id, shard.vocab_size)
+        check_ids(ids, hidden, chosen, shard.vocab_size)
         return hidden.shape[:-1].numel(), {"ids of a token": ids.shape[-1], "return_lse": return_lse}
 
     head = begin_without_labels(hidden, weight, bias, shard, settings, SelectedSettings, "logits of chosen ids", check)
@@ -117,13 +119,14 @@ def selected(head: Head[Any], weight: Tensor, ids: Tensor, return_lse: bool = Fa
     ids_nK = ids.reshape(-1, ids.shape[-1])
     tokens, number = ids_nK.shape
     token_m = torch.arange(tokens, device=ids.device).repeat_interleave(number)
-    z_m, weight_VD = logits_of_pairs(head, ids_nK.reshape(-1), token_m, head.most * number, head.settings.padding_id)
+    z_m, weight_VD = logits_of_pairs(head, ids_nK.reshape(-1), token_m, head.most * number)
     lse = _lse(head, weight, weight_VD, ids_nK).view(ids.shape[:-1]) if return_lse else None
     return z_m.view(ids.shape), lse
 
 
-def check_ids(ids: Any, hidden: Tensor, padding_id: int, vocab_size: int, name: str = "ids") -> None:
-    """Raises TypeError or ValueError for ids [..., K] that do not fit; one out of range on a CPU alone."""
+def check_ids(ids: Any, hidden: Tensor, settings: KeptSettings, vocab_size: int, name: str = "ids") -> None:
+    """Raises TypeError or ValueError for ids [..., K] or a backend that do not fit; one out of range on a CPU alone."""
+    choose_backend(settings.backend, hidden)
     check_integers(name, ids, hidden.device)
     expected = list(hidden.shape[:-1])
     if ids.ndim != hidden.ndim or list(ids.shape[:-1]) != expected or ids.shape[-1] < 1:
@@ -132,7 +135,7 @@ def check_ids(ids: Any, hidden: Tensor, padding_id: int, vocab_size: int, name: 
             f"of its last axis; got shape {list(ids.shape)}."
         )
     if not ids.is_cuda:  # else the gathered ones, on every rank
-        check_token_ids(ids, vocab_size, padding_id, legal_ids(padding_id, vocab_size, name))
+        check_token_ids(ids, vocab_size, settings.padding_id, legal_ids(settings.padding_id, vocab_size, name))
 
 
 def check_integers(name: str, x: Any, device: torch.device) -> None:
@@ -182,22 +185,31 @@ class _Pairs(NamedTuple):
     shard: VocabShard
     scale: float
     softcap: float | None
+    backend: Literal["triton", "torch"]
+
+    @property
+    def sums(self) -> ModuleType:
+        if self.backend == "torch":
+            return torch_sums
+        from cce_dist.kernels.triton import chosen_pairs  # imports triton
+
+        return chosen_pairs
 
 
-def logits_of_pairs(
-    head: Head[Any], id_m: Tensor, token_m: Tensor, most: int, padding_id: int
-) -> tuple[Tensor, Tensor]:
+def logits_of_pairs(head: Head[Any], id_m: Tensor, token_m: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Logits [m] of pairs (token, id), 0 where the id is padding; and the rows [V, D] for what else is computed of
     them, so that backward adds the pairs' gradient to that in place.
 
     Args:
-        head: whose settings are `TemperedSettings`.
-        token_m: places in this rank's tokens.
+        head: whose settings are `KeptSettings`.
+        token_m: places in this rank's tokens, ascending.
         most: pairs that any rank brings.
     """
     settings = head.settings
-    assert isinstance(settings, TemperedSettings)
-    chosen = _Pairs(id_m.long(), token_m, most, head.most, padding_id, head.shard, *settings.scale_and_cap)
+    assert isinstance(settings, KeptSettings)
+    numbers = most, head.most, settings.padding_id
+    backend = choose_backend(settings.backend, head.hidden_nD)
+    chosen = _Pairs(id_m.long(), token_m, *numbers, head.shard, *settings.scale_and_cap, backend)
     with torch.autocast(id_m.device.type, enabled=False):
         z_m, weight_VD = _PairLogits.apply(head.hidden_nD, head.weight_VD, head.bias_V, chosen)
     return z_m, head.weight_VD if weight_VD is None else weight_VD
@@ -213,14 +225,14 @@ class _PairLogits(torch.autograd.Function):
         shard = chosen.shard
         hidden_ND = gather_values(hidden_nD.contiguous(), shard, chosen.most_tokens, 0)
         id_M = gather_values(chosen.id_m, shard, chosen.most, chosen.padding_id)
-        token_M = _in_group(gather_values(chosen.token_m, shard, chosen.most, 0), chosen)
+        token_M = _in_group(gather_values(chosen.token_m, shard, chosen.most, chosen.most_tokens - 1), chosen)
         if id_M.is_cuda:
             must_be = legal_ids(chosen.padding_id, shard.vocab_size)
             check_token_ids(id_M, shard.vocab_size, chosen.padding_id, must_be)
         if shard.same_tokens:
             check_same_tokens(id_M, "ids", shard.vocab_group)
         row_M = shard.local_columns(torch.where(id_M == chosen.padding_id, -1, id_M)).long()
-        z_M = pairs.products(hidden_ND, weight_VD, token_M, row_M)
+        z_M = chosen.sums.products(hidden_ND, weight_VD, token_M, row_M)
         if bias_V is not None and bias_V.shape[0]:
             z_M += bias_V.index_select(0, row_M.clamp(min=0)).to(z_M.dtype)
         z_M *= chosen.scale
@@ -248,14 +260,14 @@ class _PairLogits(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         finish, grad_bias_V = None, None
         if wants_hidden:
-            sum_ND = pairs.sum_of_tokens(grad_M, weight_VD, token_M, row_M, hidden_ND.shape[0], hidden_ND.dtype)
+            sum_ND = chosen.sums.sum_of_tokens(grad_M, weight_VD, token_M, row_M, hidden_ND.shape[0], hidden_ND.dtype)
             if shard.reduce_dtype is not None:
                 sum_ND = sum_ND.to(shard.reduce_dtype)
             finish = start_sum(sum_ND, ctx.num_tokens, shard)
         if wants_weight:
             # What the loss gives for the log-sum-exp is its own new tensor, and nobody else has it.
             grad_weight_VD = torch.zeros_like(weight_VD) if grad_weight_VD is None else grad_weight_VD
-            pairs.add_to_rows(grad_weight_VD, grad_M, hidden_ND, token_M, row_M)
+            chosen.sums.add_to_rows(grad_weight_VD, grad_M, hidden_ND, token_M, row_M)
         if wants_bias:
             sum_V = torch.zeros(bias_V.shape, dtype=grad_M.dtype, device=grad_M.device)
             if bias_V.shape[0]:

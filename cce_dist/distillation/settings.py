@@ -31,11 +31,12 @@ class TemperedSettings(LogitSettings):
 
 
 class KeptSettings(TemperedSettings):
-    """Which ids are none."""
+    """Which ids are none, and what computes."""
 
     function: ClassVar[str] = "linear_kept_logprobs"
 
     padding_id: int = Field(default=-1, description="an int")
+    backend: Backend = Field(default="auto", description='"auto", "triton" or "torch"')
 
 
 class SelectedSettings(KeptSettings):
@@ -44,7 +45,6 @@ class SelectedSettings(KeptSettings):
     function: ClassVar[str] = "linear_selected_logits"
 
     gradient: Gradient | None = Field(default=None, description='"unbiased", "exact", "filtered" or None')
-    backend: Backend = Field(default="auto", description='"auto", "triton" or "torch"')
 
 
 class TopkSettings(TemperedSettings):

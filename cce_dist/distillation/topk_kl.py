@@ -51,7 +51,8 @@ def linear_topk_kl(
         softcap, logit_scale: of the student; None leaves them out.
         temperature: what the student's logits are divided by, after the softcap.
         padding_id: the id of places that have none.
-        gradient, backend: of the student's log-sum-exp, see `linear_cross_entropy`.
+        backend: "triton" (CUDA), "torch" (any device), "auto": triton on CUDA.
+        gradient: of the student's log-sum-exp, see `linear_cross_entropy`.
         kind: "forward": KL(teacher ‖ student). "reverse": KL(student ‖ teacher). "jsd": the generalised
             Jensen-Shannon divergence.
         beta: the teacher's share of the mixture of "jsd", as TRL has it. None: 0.5.
@@ -70,7 +71,7 @@ def linear_topk_kl(
 
     def check(chosen: TopkKLSettings, shard: VocabShard) -> tuple[int, dict[str, Any]]:
         alike = chosen.check()
-        check_ids(teacher_ids, hidden, chosen.padding_id, shard.vocab_size, "teacher_ids")
+        check_ids(teacher_ids, hidden, chosen, shard.vocab_size, "teacher_ids")
         if not isinstance(teacher_logprobs, Tensor) or not teacher_logprobs.is_floating_point():
             raise TypeError("teacher_logprobs must be a tensor of floats.")
         if teacher_logprobs.shape != teacher_ids.shape or teacher_logprobs.device != teacher_ids.device:

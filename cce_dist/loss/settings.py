@@ -280,7 +280,7 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
         "exchange their numbers then",
         settings.max_tokens,
     )
-    backend = _backend(settings.backend, hidden)
+    backend = choose_backend(settings.backend, hidden)
     gradient = settings.gradient or choose_gradient(backend, settings.filter_eps)
     frequent = _frequent_rows(settings, backend, hidden, shard.vocab_size, needs_grad)
     eps = _eps(gradient, shard.vocab_size, frequent) if settings.filter_eps is None else settings.filter_eps
@@ -511,7 +511,8 @@ def _eps(gradient: Gradient, vocab_size: int, frequent_rows: int) -> float:
     return 2.0**-9.5 if is_large else 2.0**-9
 
 
-def _backend(backend: Backend, hidden: Tensor) -> Literal["triton", "torch"]:
+def choose_backend(backend: Backend, hidden: Tensor) -> Literal["triton", "torch"]:
+    """What computes, where "auto" leaves it open. Raises ValueError where Triton cannot."""
     can_triton = hidden.dtype != torch.float64 and (hidden.is_cuda or _interpreted())
     _require(
         backend != "triton" or can_triton,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import RankPool
-from reference import grad_of, leaf, relative_error
+from reference import DEVICE, GPU_BF16, grad_of, leaf, relative_error
 from sharded import Layout, Runs, local_rows, part_of, shard_of
 from teachers import all_logits, rows_of, runs_of
 from torch import Tensor
@@ -93,6 +93,20 @@ def test_they_are_those_of_all_logits(k: int, form: dict[str, Any], return_lse: 
     assert_close(got, plain(given, form, return_lse), 0, 2e-6)
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, GPU_BF16])
+def test_the_kernels_give_what_plain_torch_gives(dtype: torch.dtype, return_lse: bool) -> None:
+    given = problem((5, 0), 301, 20, dtype)
+    given = {name: [y.to(DEVICE) for y in x] if isinstance(x, list) else x.to(DEVICE) for name, x in given.items()}
+    form = {**FORM, "backend": "triton", "gradient": "exact"}
+    for part in (0, 1):
+        got = computed(given, part, None, form, return_lse)
+        expected = computed(given, part, None, {**form, "backend": "torch"}, return_lse)
+        for name, x in got.items():
+            bound = 2e-6 if x.dtype == torch.float32 else 2 * torch.finfo(x.dtype).eps
+            assert x.dtype == expected[name].dtype and relative_error(x, expected[name]) < bound, name
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_of_16_bits_sums_are_not(dtype: torch.dtype) -> None:
     given = problem((40,), k=20, dtype=dtype)
@@ -122,9 +136,8 @@ def _on_rank(
 
 CASES: dict[str, tuple[int, Layout, tuple[int, ...], Runs | None]] = {
     "2 ranks, the same tokens": (2, "replicated", (5,), None),
-    "3 ranks, tokens of their own, one has none": (3, "sharded", (4, 0, 6), None),
+    "3 ranks, own tokens, one has none, an empty shard": (3, "sharded", (4, 0, 6), (((0, 99),), (), ((99, 301),))),
     "4 ranks, uneven shards": (4, "replicated", (5,), (((0, 3), (200, 301)), ((3, 4),), ((4, 120),), ((120, 200),))),
-    "3 ranks, an empty shard": (3, "sharded", (3, 4, 2), (((0, 301),), (), ())),
     "2 x 2 ranks": (4, "grid", (5, 3), None),
 }
 
@@ -139,6 +152,16 @@ def test_on_ranks_each_gets_those_of_its_own_tokens(
     blocks = runs_of(301, world, runs)
     for rank, got in enumerate(ranks.run(world, _on_rank, given, layout, runs, FORM, return_lse)):
         rows = {name: rows_of(truth[name], blocks[rank]) for name in ("dweight", "dbias")}
+        assert_close(got, truth, part_of(rank, layout), 2e-6, **rows)
+
+
+def test_the_kernels_leave_out_what_other_ranks_hold(ranks: RankPool) -> None:
+    world, layout, parts, runs = CASES["3 ranks, own tokens, one has none, an empty shard"]
+    given = problem(parts)
+    truth = plain(given, FORM)
+    settings = {**FORM, "backend": "triton", "gradient": "exact"}
+    for rank, got in enumerate(ranks.run(world, _on_rank, given, layout, runs, settings, True)):
+        rows = {name: rows_of(truth[name], runs_of(301, world, runs)[rank]) for name in ("dweight", "dbias")}
         assert_close(got, truth, part_of(rank, layout), 2e-6, **rows)
 
 
@@ -222,6 +245,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a tensor": ({"temperature": torch.ones(())}, "temperature must be a positive float"),
     "a softcap of 0": ({"softcap": 0.0}, "softcap must be a positive float or None; got 0.0"),
     "another padding": ({"padding_id": "x"}, "padding_id must be an int; got 'x'"),
+    "no such backend here": (
+        {"backend": "triton", "hidden": torch.zeros(6, 8).double()},
+        'backend="triton" needs CUDA',
+    ),
     "other rows": ({"shard": VocabShard.whole(20)}, r"weight must be \[20, D\]"),
     "another bias": ({"bias": torch.zeros(3)}, r"bias must be \[301\]"),
 }
@@ -230,11 +257,9 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("arguments", "says"), FAULTS.values(), ids=FAULTS)
 def test_what_is_not_allowed_is_named(arguments: dict[str, Any], says: str) -> None:
     given = problem()
-    ids = arguments.get("ids", given["ids"][0])
+    tensors = {"hidden": given["hidden"][0], "weight": given["weight"], "ids": given["ids"][0]}
     with pytest.raises(ValueError, match=says):
-        linear_selected_logits(
-            given["hidden"][0], given["weight"], ids, **{k: x for k, x in arguments.items() if k != "ids"}
-        )
+        linear_selected_logits(**{**tensors, **arguments})
     with pytest.raises(TypeError, match="linear_selected_logits takes no argument colour"):
         linear_selected_logits(given["hidden"][0], given["weight"], given["ids"][0], colour=1)
 

@@ -54,7 +54,7 @@ def compile_only(self, *arguments, grid, warmup, **options):
 
 jit.JITFunction.run = compile_only
 from cce_dist.kernels.triton import (
-    compact, differentiate, exact, quantise, refine, select, summarise, tail, tokens, tuning
+    chosen_pairs, compact, differentiate, exact, quantise, refine, select, summarise, tail, tokens, tuning
 )
 from cce_dist.kernels.triton.operands import Tail
 from cce_dist.kernels.problem import (
@@ -130,6 +130,10 @@ with tuning.forced(table):
     compact.compacted(logits)
     compact.scatter_rows(floats(N, D), ints(N), ints(1), DTYPE)
     compact.write_rows(weight, floats(N, D), ints(N))
+    index = torch.zeros(N, dtype=torch.int64)
+    chosen_pairs.products(hidden, weight, index, index)
+    chosen_pairs.sum_of_tokens(floats(N), weight, index, index, N, DTYPE)
+    chosen_pairs.add_to_rows(weight.clone(), floats(N), hidden, index, index)
 
 
 def usage(kernel):
