@@ -1,6 +1,6 @@
 """Distillation on a whole or a sharded vocabulary, without its logits: those of chosen ids, divergences from a teacher.
 
-divergence ← settings ← topk; selected ← kept ← topk_kl; two_heads ← kl_div;
+settings ← topk; divergence,  selected ← kept ← topk_kl; two_heads ← kl_div;
 nuclear.
 """
 

@@ -6,12 +6,9 @@ Language Models", arXiv 2306.13649, equation 1, with TRL's β): β·t·log(t/m) 
 Where both are equal, so are all logarithms, and terms are 0 to the last bit. Tensors may have any shape.
 """
 
-from typing import Literal
-
-import torch
 from torch import Tensor
 
-Kind = Literal["forward", "reverse", "jsd"]
+from cce_dist.kernels.two_heads import Kind, log_to_mixture
 
 
 def terms(log_student: Tensor, log_teacher: Tensor, kind: Kind, beta: float) -> Tensor:
@@ -23,10 +20,3 @@ def terms(log_student: Tensor, log_teacher: Tensor, kind: Kind, beta: float) -> 
         return log_student.exp() * -difference
     student = log_to_mixture(difference, beta)
     return beta * log_teacher.exp() * (difference + student) + (1 - beta) * log_student.exp() * student
-
-
-def log_to_mixture(difference: Tensor, beta: float) -> Tensor:
-    """log(s/m) from log(t/s): by the larger of s and t, so that nothing overflows."""
-    below = torch.log1p(beta * torch.expm1(difference.clamp(max=0)))
-    above = difference + torch.log1p((1 - beta) * torch.expm1(-difference.clamp(min=0)))
-    return -torch.where(difference <= 0, below, above)

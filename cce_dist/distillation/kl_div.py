@@ -29,7 +29,7 @@ from cce_dist.distillation.settings import KLDivSettings
 from cce_dist.distillation.two_heads import Divergence, Job
 from cce_dist.loss.call import autocast, begin_without_labels
 from cce_dist.loss.reduction import reduced
-from cce_dist.loss.settings import check_head, takes_settings
+from cce_dist.loss.settings import check_head, choose_backend, takes_settings
 from cce_dist.loss.tokens import gather_values, shifted, unflatten
 from cce_dist.shard import VocabShard
 from cce_dist.shard.rows import local_rows
@@ -76,6 +76,7 @@ def linear_kl_div(
         student_softcap, student_logit_scale, teacher_softcap, teacher_logit_scale: None leaves them out.
         ignore_index, shift: of labels, see `linear_cross_entropy`.
         reduction, num_valid_tokens: see `linear_cross_entropy`.
+        backend: "triton" (CUDA), "torch" (any device), "auto": triton on CUDA.
         workspace_mb: memory for the logits of a chunk, at least 128 rows of which are taken at a time. None: 256.
 
     Returns:
@@ -94,7 +95,9 @@ def linear_kl_div(
     def check(chosen: KLDivSettings, shard: VocabShard) -> tuple[int, dict[str, Any]]:
         nonlocal valid_n, place_n
         alike = chosen.check()
+        choose_backend(chosen.backend, student_hidden)
         _check_teacher(student_hidden, teacher_hidden, teacher_rows_VE, teacher_bias_V, shard, teacher_shard)
+        choose_backend(chosen.backend, teacher_hidden)
         if labels is None:
             number = student_hidden.shape[:-1].numel()
             if chosen.shift:
@@ -140,8 +143,8 @@ def linear_kl_div(
         check_same_tokens(gather_values(same_n, head.shard, head.most, -1), "labels", head.shard.vocab_group)
     workspace = (256 if chosen.workspace_mb is None else chosen.workspace_mb) << 20
     forms = chosen.student_form, chosen.teacher_form
-    shards = head.shard, head.shard if teacher_shard is None else teacher_shard
-    job = Job(*shards, head.most, chosen.kind, chosen.mixed, *forms, workspace)
+    backend = choose_backend(chosen.backend, teacher_hidden if teacher_hidden.dtype == torch.float64 else student_nD)
+    job = Job(head.shard, head.most, chosen.kind, chosen.mixed, *forms, workspace, backend)
     teacher = teacher_nE, teacher_rows_VE, teacher_bias_V
     loss_n = Divergence.apply(student_nD, head.weight_VD, head.bias_V, *teacher, job)
     if place_n is not None:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, InstanceOf
 from torch import Tensor
 
-from cce_dist.distillation.divergence import Kind
+from cce_dist.kernels.two_heads import Kind
 from cce_dist.loss.settings import (
     MAY_DIFFER,
     Backend,
@@ -108,6 +108,7 @@ class KLDivSettings(DivergenceSettings):
     teacher_logit_scale: Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
     ignore_index: int = Field(default=-100, description="an int")
     shift: int = Field(default=0, ge=0, description="an int, 0 or more")
+    backend: Backend = Field(default="auto", description='"auto", "triton" or "torch"')
     workspace_mb: int | None = Field(default=None, ge=1, description="an int, 1 or more, or None")
 
     @property

@@ -60,20 +60,16 @@ def split(tokens: Tokens) -> list[Tokens]:
 def logits_of(tokens: Tokens, rows: Rows) -> Iterator[tuple[int, Tensor]]:
     """(first row, logits [c, v]) of each chunk of rows: the same bits each time."""
     for first in range(0, rows.weight_VD.shape[0], _ROWS):
-        yield first, logits_at(tokens, rows, slice(first, min(first + _ROWS, rows.weight_VD.shape[0])))
-
-
-def logits_at(tokens: Tokens, rows: Rows, v: slice) -> Tensor:
-    """[c, v] of some rows."""
-    z_cv = product(tokens.hidden_cD, rows.weight_VD[v].to(tokens.hidden_cD.dtype).T)
-    if rows.bias_V is not None:
-        z_cv += rows.bias_V[v].to(tokens.dtype)
-    z_cv *= rows.logit_scale
-    if rows.softcap is not None:
-        z_cv = rows.softcap * torch.tanh(z_cv / rows.softcap)
-    if tokens.temperature_c is not None:
-        z_cv /= tokens.temperature_c[:, None]
-    return z_cv
+        v = slice(first, min(first + _ROWS, rows.weight_VD.shape[0]))
+        z_cv = product(tokens.hidden_cD, rows.weight_VD[v].to(tokens.hidden_cD.dtype).T)
+        if rows.bias_V is not None:
+            z_cv += rows.bias_V[v].to(tokens.dtype)
+        z_cv *= rows.logit_scale
+        if rows.softcap is not None:
+            z_cv = rows.softcap * torch.tanh(z_cv / rows.softcap)
+        if tokens.temperature_c is not None:
+            z_cv /= tokens.temperature_c[:, None]
+        yield first, z_cv
 
 
 def first_row(row_N: Tensor, wins_N: Tensor, shard: VocabShard) -> Tensor:

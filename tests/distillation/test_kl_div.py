@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import RankPool
-from reference import grad_of, leaf, relative_error
+from reference import DEVICE, TRITON_DTYPES, grad_of, leaf, relative_error
 from sharded import Layout, Runs, local_rows, part_of, shard_of
 from teachers import all_logits, plain_terms, rows_of, runs_of
 from torch import Tensor
@@ -131,6 +131,19 @@ def test_of_16_bits_only_the_gradient_is_rounded(dtype: torch.dtype, kind: dict[
 
 
 @every_kind
+@pytest.mark.parametrize("form", [PLAIN, FORM], ids=["plain", "softcap"])
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+def test_the_kernels_give_it_too(dtype: torch.dtype, form: dict[str, Any], kind: dict[str, Any]) -> None:
+    given = problem((7,), dtype, 1300)  # more than a block
+    given = {name: [y.to(DEVICE) for y in x] if isinstance(x, list) else x.to(DEVICE) for name, x in given.items()}
+    got = computed(given, 0, VocabShard.whole(1300), backend="triton", **form, **kind)
+    truth = plain(given, form, **kind)
+    assert_close({name: got.pop(name) for name in ("losses", "mean")}, truth, 0, ())
+    bound = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps  # small ones are subnormal in fp16
+    assert_close(got, truth, 0, ((0, 1300),), bound=bound)
+
+
+@every_kind
 def test_gradients_are_those_of_finite_differences(kind: dict[str, Any]) -> None:
     hidden, weight, bias = (leaf(torch.randn(*shape).double()) for shape in ((3, 4), (9, 4), (9,)))
     teacher = torch.randn(3, 5), torch.randn(9, 5).double()
@@ -142,8 +155,10 @@ def test_gradients_are_those_of_finite_differences(kind: dict[str, Any]) -> None
 
 
 @every_kind
-def test_a_student_that_is_the_teacher_has_neither_loss_nor_gradient(kind: dict[str, Any]) -> None:
-    hidden, weight = leaf(torch.randn(50, 8)), leaf(torch.randn(VOCAB, 8))
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_student_that_is_the_teacher_has_neither_loss_nor_gradient(backend: str, kind: dict[str, Any]) -> None:
+    hidden, weight = leaf(torch.randn(9, 8, device=DEVICE)), leaf(torch.randn(VOCAB, 8, device=DEVICE))
+    kind = {"backend": backend, **kind}
     form = {f"{side}_{name}": x for side in ("student", "teacher") for name, x in form_of("student", FORM).items()}
     form = {name: x for name, x in form.items() if not name.endswith("temperature")}
     losses = linear_kl_div(hidden, weight, hidden, weight, reduction="none", temperature=1.7, **form, **kind)
@@ -153,11 +168,14 @@ def test_a_student_that_is_the_teacher_has_neither_loss_nor_gradient(kind: dict[
 
 
 @every_kind
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("offset", [-200.0, 1e4])
-def test_far_logits_have_finite_losses(offset: float, kind: dict[str, Any]) -> None:
+def test_far_logits_have_finite_losses(offset: float, backend: str, kind: dict[str, Any]) -> None:
     """A student all of whose logits are far away, and a teacher who is sure of one id."""
-    hidden, weight = leaf(torch.randn(5, 8)), leaf(torch.randn(VOCAB, 8))
-    student_bias, teacher_bias = torch.full((VOCAB,), offset), torch.zeros(VOCAB)
+    kind = {"backend": backend, **kind}
+    hidden, weight = leaf(torch.randn(5, 8, device=DEVICE)), leaf(torch.randn(VOCAB, 8, device=DEVICE))
+    student_bias = torch.full((VOCAB,), offset, device=DEVICE)
+    teacher_bias = torch.zeros(VOCAB, device=DEVICE)
     teacher_bias[7] = 1e4
     loss = linear_kl_div(
         hidden, weight, hidden, weight, student_bias=student_bias, teacher_bias=teacher_bias, reduction="sum", **kind
@@ -267,12 +285,13 @@ def test_sums_counts_and_shifted_labels_are_those_of_the_losses() -> None:
     assert linear_kl_div(hidden[:, :0], weight, teacher[0][:, :0], teacher[1], reduction="none").shape == (2, 0)
 
 
-def test_a_nan_in_a_valid_token_reaches_loss_and_gradient() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_nan_in_a_valid_token_reaches_loss_and_gradient(backend: str) -> None:
     for side in range(2):
-        hidden, weight = [torch.randn(4, 8), torch.randn(4, 8)], torch.randn(VOCAB, 8)
+        hidden, weight = [torch.randn(4, 8, device=DEVICE) for _ in range(2)], torch.randn(VOCAB, 8, device=DEVICE)
         hidden[side][2, 0] = torch.nan
         student = leaf(hidden[0])
-        losses = linear_kl_div(student, weight, hidden[1], weight, reduction="none")
+        losses = linear_kl_div(student, weight, hidden[1], weight, reduction="none", backend=backend)
         losses.sum().backward()
         assert losses.isnan().tolist() == grad_of(student).isnan().any(1).tolist() == [False, False, True, False]
 
@@ -288,6 +307,10 @@ def test_under_autocast_both_heads_are_computed_in_its_dtype() -> None:
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "another kind": ({"kind": "x"}, 'kind must be "forward", "reverse" or "jsd"; got \'x\''),
     "a beta without its kind": ({"beta": 0.3}, "beta goes with kind=\"jsd\"; got 'forward'"),
+    "no backend of fp64": (
+        {"teacher_hidden": torch.zeros(6, 12).double(), "backend": "triton"},
+        'backend="triton" needs CUDA',
+    ),
     "a softcap of 0": ({"teacher_softcap": 0.0}, "teacher_softcap must be a positive float or None; got 0.0"),
     "a temperature of 0": ({"temperature": 0.0}, "temperature must be a positive float; got 0.0"),
     "other tokens": ({"teacher_hidden": torch.zeros(5, 12)}, r"teacher_hidden must be \[6, E\] on cpu"),
