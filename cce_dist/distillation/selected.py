@@ -230,7 +230,7 @@ class _PairLogits(torch.autograd.Function):
             must_be = legal_ids(chosen.padding_id, shard.vocab_size)
             check_token_ids(id_M, shard.vocab_size, chosen.padding_id, must_be)
         if shard.same_tokens:
-            check_same_tokens(id_M, "ids", shard.vocab_group)
+            check_same_tokens(torch.cat((id_M, token_M)), "ids", shard.vocab_group)
         row_M = shard.local_columns(torch.where(id_M == chosen.padding_id, -1, id_M)).long()
         z_M = chosen.sums.products(hidden_ND, weight_VD, token_M, row_M)
         if bias_V is not None and bias_V.shape[0]:

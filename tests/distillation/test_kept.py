@@ -111,6 +111,21 @@ def test_what_is_not_allowed_is_named(arguments: dict[str, Any], says: str) -> N
         linear_kept_logprobs(torch.randn(2, 8), torch.randn(VOCAB, 8), **arguments)
 
 
+def _other_offsets() -> str:
+    given, shard = problem((2,)), VocabShard.even(VOCAB, dist.group.WORLD)
+    rows, offsets = given["weight"][shard.start : shard.stop], torch.tensor([0, 1 + dist.get_rank(), 3])
+    try:
+        linear_kept_logprobs(given["hidden"][0], rows, torch.arange(3), offsets, shard=shard)
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_ranks_whose_ids_are_of_other_tokens_are_told(ranks: RankPool) -> None:
+    for text in ranks.run(2, _other_offsets):
+        assert "ids differ between ranks that bring the same tokens" in text
+
+
 def _differing() -> str:
     given, shard = problem((2,)), VocabShard.even(VOCAB, dist.group.WORLD)
     given = {"hidden": given["hidden"][0], "weight": given["weight"][shard.start : shard.stop]}

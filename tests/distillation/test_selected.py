@@ -195,6 +195,20 @@ def test_a_gradient_may_be_unwanted_and_others_stay() -> None:
         assert (weight if wanted == "dhidden" else hidden).grad is None
 
 
+def test_a_second_backward_gives_the_same_gradient() -> None:
+    """Into the log-sum-exp's gradient of the rows that of the ids is added in place."""
+    given = problem()
+    hidden, weight = leaf(given["hidden"][0]), leaf(given["weight"])
+    z, lse = linear_selected_logits(hidden, weight, given["ids"][0], return_lse=True, **FORM)
+    objective = (z * given["upstream"][0]).sum() + (lse * given["lse_upstream"][0]).sum()
+    first = torch.autograd.grad(objective, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(objective, (hidden, weight))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    (of_z,) = torch.autograd.grad(linear_selected_logits(hidden, weight, given["ids"][0]).sum(), weight)
+    z, _ = linear_selected_logits(hidden, weight, given["ids"][0], return_lse=True)
+    assert torch.equal(torch.autograd.grad(z.sum(), weight)[0], of_z)
+
+
 def test_neither_all_logits_nor_a_row_of_each_pair_exist() -> None:
     tokens, k, vocab, dim = 2048, 32, 8192, 256
     hidden, weight = leaf(torch.randn(tokens, dim)), leaf(torch.randn(vocab, dim))
