@@ -95,7 +95,7 @@ def test_every_python_example_is_tested() -> None:
     assert LOGPROBS.count("```python") == len(OF_LOGPROBS)
     assert set(OF_OPTIONS) == {"class_weights", "token_weights", "several"}
     assert OPTIONS.count("```python") == len(OF_OPTIONS)
-    assert set(OF_DISTILLATION) == {"online", "write", "read", "kept", "select"}
+    assert set(OF_DISTILLATION) == {"online", "write", "read", "kept", "select", "gkd"}  # the last in test_trl.py
     assert DISTILLATION.count("```python") == len(OF_DISTILLATION)
 
 
