@@ -38,12 +38,12 @@ def assert_largest(got: TopLogits, hidden: Tensor, given: dict[str, Any], k: int
 
 @pytest.mark.parametrize("k", [1, 64])
 def test_they_are_those_of_all_logits(k: int) -> None:
-    given = problem((4200,), 5000)
+    given = problem((4200,), 2500)
     given = {"hidden": given["hidden"][0].to(DEVICE), **{name: given[name].to(DEVICE) for name in ("weight", "bias")}}
     hidden = given["hidden"].view(2, 2100, 8)
     with LargestTensor() as seen:
         got = linear_topk(hidden, given["weight"], k, bias=given["bias"], return_lse=k == 1, **FORM)
-    assert seen.largest <= 4096 * 2048 * 4 < 4200 * 5000 * 4
+    assert seen.largest <= 4096 * 2048 * 4 < 4200 * 2500 * 4
     assert_largest(got, hidden, given, k)
 
 
