@@ -3,6 +3,15 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from cce_dist.config import CCEConfig
+from cce_dist.distillation import (
+    TopLogits,
+    linear_kept_logprobs,
+    linear_kl_div,
+    linear_selected_logits,
+    linear_topk,
+    linear_topk_kl,
+    logits_nuclear_norm,
+)
 from cce_dist.heads.sharded_head import ShardedCCEHead
 from cce_dist.loss import LabelStatistics, TokenLogprobs, linear_cross_entropy, linear_logprobs, linear_next_token
 from cce_dist.shard import VocabShard
@@ -17,9 +26,16 @@ __all__ = [
     "LabelStatistics",
     "ShardedCCEHead",
     "TokenLogprobs",
+    "TopLogits",
     "VocabShard",
     "__version__",
     "linear_cross_entropy",
+    "linear_kept_logprobs",
+    "linear_kl_div",
     "linear_logprobs",
     "linear_next_token",
+    "linear_selected_logits",
+    "linear_topk",
+    "linear_topk_kl",
+    "logits_nuclear_norm",
 ]

@@ -49,16 +49,20 @@ def part_of(rank: int, layout: Layout) -> int:
 
 def make_shard(problem: Problem, layout: Layout, runs: Runs | None = None) -> VocabShard:
     """This rank's shard: ``runs[rank]``, or an even split."""
+    return shard_of(problem.vocab_size, layout, runs, problem.weight.shape[0])
+
+
+def shard_of(vocab_size: int, layout: Layout, runs: Runs | None = None, rows: int | None = None) -> VocabShard:
+    """The same of so many rows, ``rows`` with padding."""
     world = dist.group.WORLD
     assert world is not None
     token_group = world if layout == "sharded" else None
     if layout == "grid":
         groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
         token_group = groups[dist.get_rank() % 2]
-    rows = problem.weight.shape[0]
     if runs is None:
-        return VocabShard.even(problem.vocab_size, world, token_group, padded_vocab_size=rows)
-    return VocabShard(tuple(runs[dist.get_rank()]), problem.vocab_size, world, token_group)
+        return VocabShard.even(vocab_size, world, token_group, padded_vocab_size=rows)
+    return VocabShard(tuple(runs[dist.get_rank()]), vocab_size, world, token_group)
 
 
 def local_rows(x: Tensor, shard: VocabShard) -> Tensor:

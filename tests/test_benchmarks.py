@@ -19,6 +19,7 @@ from cce_dist.kernels.triton.tuning import Row, Tuning
 
 ROOT = Path(__file__).parent.parent
 MODULES = (
+    "distillation",
     "first_pass",
     "inputs",
     "logprobs",
@@ -226,16 +227,21 @@ def test_the_commands_run_and_write_their_results(
         "scaling": "--counts 512 1024 --vocabularies 300 512 --worlds 1 2 --num-tokens 512 --hidden 16",
         "logprobs": "--shapes 512x300x16 --eps -3",
         "stages": "--shapes 512x300x16 --modes unbiased",
+        "distillation": "--shapes 512x300x16",
         "first_pass": "--shapes 512x200x16 --noise 512x200x16 --only 0.05",
     }.items():
         monkeypatch.setattr(sys, "argv", [name, *common, *options.split(), "--out", "results"])
         getattr(benchmarks, name).main()
     assert len(list(Path("cache").iterdir())) == 3, "stages takes the inputs that loss has trained"
-    first_pass, logprobs, loss, scaling, stages = (
+    distillation, first_pass, logprobs, loss, scaling, stages = (
         json.loads(path.read_text()) for path in sorted(Path("results").iterdir())
     )
     assert {len(case["errors"]) for case in first_pass["cases"].values()} == {3}
     assert first_pass["times"]["512x200x16"]["forward, fp8"] > 0
+    rows = distillation["shapes"]["512x300x16"]["methods"]
+    assert all(row["both_x"] > 0 for row in rows.values()) and len(rows) == 11
+    errors = [x for name, row in rows.items() for key, x in row.items() if "error" in key and name.startswith("cce")]
+    assert len(errors) == 9 and max(errors) < 1e-4
     rows = logprobs["shapes"]["512x300x16"]["methods"]
     assert list(rows) == ["cce_dist", "cce_dist exact", "chunks of logits", "cce_dist eps 2^-3.0"]
     assert all(row["policy_hidden_error"] < 1e-5 and row["logprob_largest_error"] < 1e-5 for row in rows.values())

@@ -22,8 +22,10 @@ from cce_dist.loss.settings import CallSettings, LossSettings
 ROOT = Path(__file__).parent.parent
 LOGPROBS = (ROOT / "docs/reinforcement-learning.md").read_text()
 OPTIONS = (ROOT / "docs/options.md").read_text()
-EXAMPLES, OF_LOGPROBS, OF_OPTIONS = (
-    dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", text, re.S)) for text in (README, LOGPROBS, OPTIONS)
+DISTILLATION = (ROOT / "docs/distillation.md").read_text()
+EXAMPLES, OF_LOGPROBS, OF_OPTIONS, OF_DISTILLATION = (
+    dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", text, re.S))
+    for text in (README, LOGPROBS, OPTIONS, DISTILLATION)
 )
 VOCAB, HIDDEN = 96, 16
 
@@ -46,7 +48,7 @@ def _ids() -> torch.Tensor:
 
 def _run_example(name: str, **given: Any) -> dict[str, Any]:
     names = {"torch": torch, "dist": dist, "fully_shard": fully_shard, **given}
-    exec(compile({**EXAMPLES, **OF_LOGPROBS, **OF_OPTIONS}[name], f"example {name}", "exec"), names)
+    exec(compile({**EXAMPLES, **OF_LOGPROBS, **OF_OPTIONS, **OF_DISTILLATION}[name], f"example {name}", "exec"), names)
     return names
 
 
@@ -93,6 +95,8 @@ def test_every_python_example_is_tested() -> None:
     assert LOGPROBS.count("```python") == len(OF_LOGPROBS)
     assert set(OF_OPTIONS) == {"accumulator", "class_weights", "token_weights", "several", "statistics"}
     assert OPTIONS.count("```python") == len(OF_OPTIONS)
+    assert set(OF_DISTILLATION) == {"online", "write", "read", "kept", "select", "gkd"}  # the last in test_trl.py
+    assert DISTILLATION.count("```python") == len(OF_DISTILLATION)
 
 
 def _options() -> None:
@@ -127,6 +131,45 @@ def _options() -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_examples_of_options_are_those_of_all_logits(ranks: RankPool, world: int) -> None:
     ranks.run(world, _options)
+
+
+def _distillation() -> None:
+    torch.manual_seed(0)
+    student_hidden, teacher_hidden = torch.randn(3, 7, HIDDEN), torch.randn(3, 7, 2 * HIDDEN)
+    student_weight, teacher_weight = torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, 2 * HIDDEN)
+    labels = torch.randint(VOCAB, (3, 7)).masked_fill(torch.rand(3, 7) < 0.3, -100)
+    given: dict[str, Any] = {"student_hidden": student_hidden.requires_grad_(), "teacher_hidden": teacher_hidden}
+    given |= {"student_weight": student_weight, "teacher_weight": teacher_weight, "labels": labels}
+    after = _run_example("online", vocab_size=VOCAB, **given)
+    log_s, log_t = (
+        ((given[f"{name}_hidden"] @ given[f"{name}_weight"].T) / 2).log_softmax(-1) for name in ("student", "teacher")
+    )
+    log_m = (0.1 * log_t.exp() + 0.9 * log_s.exp()).log()
+    losses = (0.1 * log_t.exp() * (log_t - log_m) + 0.9 * log_s.exp() * (log_s - log_m)).sum(-1)
+    torch.testing.assert_close(after["loss"], losses[:, :-1][labels[:, 1:] != -100].mean())
+    shard, rows = after["shard"], after["student_rows"]
+    given |= {"shard": shard, "student_rows": rows}
+    stored = _run_example("write", teacher_rows=teacher_weight[shard.start : shard.stop], **given)["stored"]
+    p_t, p_s = (log_p.exp().gather(-1, stored["ids"].long()) for log_p in (log_t, log_s))
+    p_t, p_s = (torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1) for p in (p_t, p_s))
+    losses = (p_t * (p_t / p_s).log()).sum(-1)
+    after = _run_example("read", stored=stored, **given)
+    torch.testing.assert_close(after["loss"], losses[labels != -100].mean(), rtol=1e-3, atol=0)  # stored in 16 bits
+    kept = torch.tensor([5, 6, 9, 11, 70])
+    given = {"hidden": student_hidden[0, :2].detach(), "rows": rows.detach(), "shard": shard}
+    after = _run_example("kept", kept_ids=kept, offsets=torch.tensor([0, 2, 5]), sampled=torch.tensor([6, 9]), **given)
+    z = given["hidden"] @ student_weight.T / 0.7
+    expected = z[0, kept[:2]].log_softmax(-1)[1], z[1, kept[2:]].log_softmax(-1)[0]
+    torch.testing.assert_close(after["of_sampled"], torch.tensor([0, expected[0], expected[1], 0, 0]))
+    given |= {"hidden": torch.randn(20, 7, HIDDEN), "lengths": torch.full((20,), 7)}
+    batch = _run_example("select", **given)["batch"]
+    norms = torch.linalg.svdvals((given["hidden"] @ student_weight.T).double()).sum(-1)
+    assert torch.equal(batch, norms.topk(8).indices)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_examples_of_distillation_are_those_of_all_logits(ranks: RankPool, world: int) -> None:
+    ranks.run(world, _distillation)
 
 
 def test_the_page_of_options_has_every_one_and_what_it_refuses_is_refused() -> None:
@@ -255,6 +298,7 @@ def test_the_output_of_the_planner_is_what_it_prints(capsys: pytest.CaptureFixtu
         "CONTRIBUTING.md",
         "launch/README.md",
         "docs/plan.md",
+        "docs/distillation.md",
         "docs/reinforcement-learning.md",
     ],
 )

@@ -21,6 +21,7 @@ LAYERS = (
     ("device_check",),
     ("collectives", "shard"),
     ("loss",),
+    ("distillation",),
     ("config",),
     ("heads",),
     ("",),  # cce_dist itself

@@ -674,6 +674,45 @@ def test_the_example_of_grpo_trains_with_the_patched_model(tmp_path: Path) -> No
     assert is_lazy(output_layer(trainer.model)) and trl_forward_of(trainer.model) is None
 
 
+@pytest.mark.full
+def test_the_example_of_gkd_trains_as_stock_without_logits(tmp_path: Path) -> None:
+    experimental = pytest.importorskip("trl.experimental.gkd")
+    text = (Path(__file__).parents[1] / "docs/distillation.md").read_text()
+    (example,) = re.findall(r"<!-- test: gkd -->\n```python\n(.*?)```", text, re.S)
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    turns = [[("user", _words(i, 4)), ("assistant", _words(50 + i, 9))] for i in range(8)]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in turn]} for turn in turns]
+    logs = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        model, teacher = architectures.build("llama"), architectures.build("llama")
+        with torch.no_grad():
+            teacher.lm_head.weight *= 20
+        data, arguments = Dataset.from_list(rows), experimental.GKDConfig(**_settings(str(tmp_path), lmbda=0.0))
+        if ours:
+            names = {
+                "GKDTrainer": experimental.GKDTrainer,
+                "model": model,
+                "teacher": teacher,
+                "arguments": arguments,
+                "data": data,
+                "tokenizer": tokenizer,
+            }
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", MaterializedLogitsWarning)
+                exec(compile(example, "example of GKD", "exec"), names)
+            trainer: Any = names["trainer"]
+        else:
+            given = {"args": arguments, "train_dataset": data, "processing_class": tokenizer}
+            trainer = experimental.GKDTrainer(model, teacher_model=teacher, **given)
+            trainer.train()
+        logs.append([(float(r["loss"]), float(r["grad_norm"])) for r in trainer.state.log_history if "loss" in r])
+    assert len(logs[0]) == 3
+    for stock, got in zip(*logs, strict=True):
+        assert got == pytest.approx(stock, rel=1e-4)
+
+
 def test_a_projection_in_fp32_and_an_unknown_forward_are_refused() -> None:
     model = patch(architectures.build("llama"))
     utils.add_fused_lm_head(model, cast_lm_head_to_fp32=True)

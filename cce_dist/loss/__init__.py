@@ -1,8 +1,8 @@
 """The loss: cross-entropy of hidden · weightᵀ whose logits are never formed, on a whole or a sharded vocabulary; and
 the log-probabilities of tokens.
 
-settings ← tokens ← autograd ← call, and chunks; call, chunks ← statistics, sampling; statistics ← cross_entropy ← graph
-← api; statistics ← logprobs.
+settings ← tokens ← autograd ← call, and chunks; call, chunks ← statistics, sampling; statistics, reduction ←
+cross_entropy ← graph ← api; statistics ← logprobs.
 """
 
 from cce_dist.loss.api import linear_cross_entropy

@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -19,7 +18,6 @@ from cce_dist.collectives import (
     gather_tokens,
     merge_softmax,
     start_all_reduce,
-    start_reduce_scatter,
     token_fingerprint,
 )
 from cce_dist.device_check import device_check
@@ -48,7 +46,7 @@ from cce_dist.loss.settings import (
     legal_labels,
     workspace_bytes,
 )
-from cce_dist.loss.tokens import gather, gather_values, own
+from cce_dist.loss.tokens import gather, gather_values, own, start_sum
 from cce_dist.shard import VocabShard
 
 
@@ -392,18 +390,10 @@ def _start_reduction(partial_ND: Tensor, saved: Saved, call: Call) -> Callable[[
     if shard.token_group is None:
         if shard.vocab_group is None:
             return lambda: in_place(partial_ND, dtype)
-        finish_sum = start_all_reduce(partial_ND.to(reduce_dtype), shard.vocab_group)
+        finish_sum = start_sum(partial_ND.to(reduce_dtype), num_tokens, shard)
         return lambda: in_place(finish_sum(), dtype)
-    finish_scatter = start_reduce_scatter(in_place(partial_ND, reduce_dtype), num_tokens, shard.token_group)
-
-    def finish() -> Tensor:
-        own_nD = finish_scatter()
-        if shard.replica_group is not None:
-            own_nD = own_nD.contiguous()
-            dist.all_reduce(own_nD, group=shard.replica_group)
-        return own_nD.to(dtype)
-
-    return finish
+    finish_own = start_sum(in_place(partial_ND, reduce_dtype), num_tokens, shard)
+    return lambda: finish_own().to(dtype)
 
 
 def _with_padding(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:

@@ -6,8 +6,9 @@ and no rank waits for one that raised.
 Shapes: n tokens of this rank, D hidden, V local rows of the classifier.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,14 +18,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cce_dist.loss.autograd import Call
 from cce_dist.loss.frequent import counted_with, counts_of
 from cce_dist.loss.settings import (
+    FunctionSettings,
     LogprobSettings,
     Method,
     TokenSettings,
+    alike_of,
+    at_temperature,
+    check_head,
     check_labels,
     check_settings,
     check_temperatures,
     check_tensors,
     contract,
+    contract_of_head,
     resolve,
     workspace_bytes,
 )
@@ -60,9 +66,7 @@ def begin(
         kind: of the settings that are given.
         what: is computed, as the ranks agree on it.
     """
-    if shard is not None and not isinstance(shard, VocabShard):
-        raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}.")
-    shard = shard if shard is not None else own_shard(weight)
+    shard = _shard_of(shard, weight)
     weight_VD, bias_V = local_rows(weight), local_rows(bias)
     checked: tuple[TokenSettings, Method, Tensor | None] | None = None
     fault: Exception | None = None
@@ -73,8 +77,7 @@ def begin(
         hidden, labels, in_parts = held(hidden, labels, shard)
         check_tensors(hidden, weight_VD, labels, bias_V, shard)
         tokens = labels.numel()
-        if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        hidden = autocast(hidden)
         needs_grad = any(x is not None and x.requires_grad for x in (hidden, weight_VD, bias_V))
         method = resolve(settings, hidden, labels, shard, needs_grad and torch.is_grad_enabled())
         equal = {
@@ -98,9 +101,7 @@ def begin(
         equal,
         fault,
         every_call=given.get("agreement") != "first_call",
-        counts="reduction" in kind.model_fields
-        and given.get("reduction", "mean") == "mean"
-        and given.get("num_valid_tokens") is None,
+        counts=_counts(kind, given),
     )
     assert checked is not None
     settings, method, temperature_n = checked
@@ -114,6 +115,78 @@ def begin(
     return Inputs(hidden.reshape(-1, hidden.shape[-1]), weight_VD, bias_V, call), labels
 
 
+Kind = TypeVar("Kind", bound=FunctionSettings)
+
+
+@dataclass(frozen=True)
+class Head(Generic[Kind]):
+    """Hidden states and rows of a call that the ranks have agreed on. ``most``: tokens that any rank brings."""
+
+    hidden_nD: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    shard: VocabShard
+    settings: Kind
+    most: int
+
+
+def begin_without_labels(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shard: VocabShard | None,
+    given: Mapping[str, Any],
+    kind: type[Kind],
+    what: str,
+    also: Callable[[Kind, VocabShard], tuple[int, Mapping[str, Any]]] | None = None,
+    of: str = "",
+) -> Head[Kind]:
+    """The start of a call whose hidden states have no labels; under autocast they are cast.
+
+    Args:
+        kind: of the settings that are given.
+        what: is computed, as the ranks agree on it.
+        also: checks what else the call was given; the number of tokens, and what else must be equal on all ranks. None:
+            all hidden states are tokens.
+        of: how the arguments' names begin.
+    """
+    shard = _shard_of(shard, weight)
+    weight_VD, bias_V = local_rows(weight), local_rows(bias)
+    number, equal, settings = 0, {}, None
+    fault: Exception | None = None
+    try:
+        settings = check_settings(given, kind)
+        check_head(hidden, weight_VD, bias_V, shard, of)
+        hidden = autocast(hidden)
+        number, more = also(settings, shard) if also is not None else (hidden.shape[:-1].numel(), {})
+        equal = {**contract_of_head(hidden, weight_VD, bias_V, shard), **alike_of(settings), **more}
+    except Exception as error:
+        fault = error  # told to every rank, and raised there
+    most = agree(shard, what, number, equal, fault, counts=_counts(kind, given))
+    assert settings is not None
+    return Head(hidden.reshape(-1, hidden.shape[-1]), weight_VD, bias_V, shard, settings, most)
+
+
+def autocast(hidden: Tensor) -> Tensor:
+    """In the autocast dtype, where that is on."""
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        return hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return hidden
+
+
+def _counts(kind: type[TokenSettings | FunctionSettings], given: Mapping[str, Any]) -> bool:
+    """Whether the count group's valid tokens are to be counted."""
+    is_mean = "reduction" in kind.model_fields and given.get("reduction", "mean") == "mean"
+    return is_mean and given.get("num_valid_tokens") is None
+
+
+def _shard_of(shard: Any, weight: Any) -> VocabShard:
+    """Raises TypeError for one that is none."""
+    if shard is not None and not isinstance(shard, VocabShard):
+        raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}.")
+    return shard if shard is not None else own_shard(weight)
+
+
 def _flat_labels(labels: Tensor, settings: TokenSettings, shard: VocabShard) -> Tensor:
     """Shifted labels [n], int64, on a CPU checked."""
     labels_n = shifted(labels.long(), settings.shift, settings.ignore_index).reshape(-1)
@@ -123,8 +196,7 @@ def _flat_labels(labels: Tensor, settings: TokenSettings, shard: VocabShard) -> 
 
 
 def _with_temperature(settings: TokenSettings, hidden: Tensor, labels: Tensor) -> tuple[TokenSettings, Tensor | None]:
-    """A temperature that all tokens share goes into scale and softcap, f(s·x)/τ = (cap/τ)·tanh((s/τ)·x / (cap/τ)); else
-    one for each token [n].
+    """A temperature that all tokens share goes into scale and softcap; else one for each token [n].
 
     Raises:
         ValueError: a tensor that does not fit the labels; on a CPU, one that is not positive.
@@ -135,8 +207,7 @@ def _with_temperature(settings: TokenSettings, hidden: Tensor, labels: Tensor) -
     if not isinstance(temperature, Tensor):
         if temperature == 1.0:
             return settings, None
-        scale = settings.scale / temperature
-        cap = None if settings.softcap is None else settings.softcap / temperature
+        scale, cap = at_temperature(settings.scale, settings.softcap, temperature)
         return settings.model_copy(update={"logit_scale": scale, "softcap": cap}), None
     if isinstance(labels, DTensor):
         raise ValueError("temperature must be a float where labels are a DTensor's parts.")

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cce_dist.kernels.products import product
 from cce_dist.shard import VocabShard
 
 _TOKENS, _ROWS = 4096, 2048
@@ -60,7 +61,7 @@ def logits_of(tokens: Tokens, rows: Rows) -> Iterator[tuple[int, Tensor]]:
     """(first row, logits [c, v]) of each chunk of rows: the same bits each time."""
     for first in range(0, rows.weight_VD.shape[0], _ROWS):
         v = slice(first, min(first + _ROWS, rows.weight_VD.shape[0]))
-        z_cv = _products(tokens.hidden_cD, rows.weight_VD[v].to(tokens.hidden_cD.dtype), tokens.dtype)
+        z_cv = product(tokens.hidden_cD, rows.weight_VD[v].to(tokens.hidden_cD.dtype).T)
         if rows.bias_V is not None:
             z_cv += rows.bias_V[v].to(tokens.dtype)
         z_cv *= rows.logit_scale
@@ -76,13 +77,6 @@ def first_row(row_N: Tensor, wins_N: Tensor, shard: VocabShard) -> Tensor:
     row_N = torch.where(wins_N, row_N, shard.vocab_size - 1)
     dist.all_reduce(row_N, dist.ReduceOp.MIN, group=shard.vocab_group)
     return row_N
-
-
-def _products(hidden_cD: Tensor, weight_vD: Tensor, dtype: torch.dtype) -> Tensor:
-    """[c, v] without rounding the sums to 16 bits."""
-    if hidden_cD.is_cuda and hidden_cD.dtype != dtype:
-        return torch.mm(hidden_cD, weight_vD.T, out_dtype=dtype)
-    return hidden_cD.to(dtype) @ weight_vD.to(dtype).T
 
 
 def global_rows(column_c: Tensor, shard: VocabShard) -> Tensor:

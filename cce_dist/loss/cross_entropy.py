@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce_dist.collectives import group_mean
 from cce_dist.loss.autograd import Call, LinearCrossEntropy
 from cce_dist.loss.call import begin
+from cce_dist.loss.reduction import reduced
 from cce_dist.loss.settings import CallSettings
 from cce_dist.loss.smoothing import MeanLogit
 from cce_dist.loss.statistics import label_statistics
@@ -77,12 +77,5 @@ def _with_options(
 def _reduce(loss_n: Tensor, class_n: Tensor | None, labels: Tensor, call: Call, settings: CallSettings) -> Tensor:
     if settings.reduction == "none":
         return unflatten(loss_n, labels, settings.shift)
-    own_sum = loss_n.sum()
-    if settings.reduction == "sum":
-        return own_sum
-    if settings.num_valid_tokens is not None:
-        return own_sum / settings.num_valid_tokens
-    own_count = (call.labels_n != settings.ignore_index).sum() if class_n is None else class_n.sum()
-    shard = call.shard
-    group = shard.count_group if shard.count_group is not None else shard.token_group
-    return own_sum / own_count if group is None else group_mean(own_sum, own_count, group)
+    counted_n = call.labels_n != settings.ignore_index if class_n is None else class_n
+    return reduced(loss_n, counted_n, settings.reduction, settings.num_valid_tokens, call.shard)

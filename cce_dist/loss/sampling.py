@@ -15,13 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cce_dist.kernels.torch_backend import philox
-from cce_dist.loss.call import own_shard
+from cce_dist.loss.call import begin_without_labels
 from cce_dist.loss.chunks import Rows, Tokens, first_row, global_rows, logits_of, rows_of, split
-from cce_dist.loss.settings import SamplingSettings, check_seed, checked
+from cce_dist.loss.settings import SamplingSettings, check_seed
 from cce_dist.loss.tokens import gather_values, own
 from cce_dist.shard import VocabShard
-from cce_dist.shard.agreement import agree
-from cce_dist.shard.rows import local_rows
 
 
 @torch.no_grad()
@@ -57,26 +55,16 @@ def linear_next_token(
         ValueError, TypeError: for arguments that do not fit, on every rank of the vocabulary group (there a
             ValueError).
     """
-    if shard is not None and not isinstance(shard, VocabShard):
-        raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}.")
-    shard = shard if shard is not None else own_shard(weight)
-    weight_VD, bias_V = local_rows(weight), local_rows(bias)
     given = {"softcap": softcap, "logit_scale": logit_scale, "temperature": temperature, "seed": seed}
-    alike: dict[str, Any] = {name: x for name, x in given.items() if name != "seed" and not isinstance(x, Tensor)}
-    settings, number = SamplingSettings(), 0
-    fault: Exception | None = None
-    try:
-        settings = checked(SamplingSettings, given)
-        _check(hidden, weight_VD, bias_V, shard)
-        check_seed(seed, hidden.device)
-        number = hidden[..., 0].numel()
-        alike |= {"hidden's last dimension": hidden.shape[-1], "hidden's dtype": str(hidden.dtype)}
-        alike["bias"] = bias_V is not None
-    except Exception as error:
-        fault = error  # told to every rank, and raised there
-    most = agree(shard, "the next tokens", number, alike, fault)
-    tokens = Tokens(gather_values(hidden.reshape(-1, hidden.shape[-1]).contiguous(), shard, most, 0), None, None)
-    rows = rows_of(weight_VD, bias_V, shard, settings.logit_scale, settings.softcap)
+
+    def check(settings: SamplingSettings, shard: VocabShard) -> tuple[int, dict[str, Any]]:
+        check_seed(settings.seed, hidden.device)
+        return hidden.shape[:-1].numel(), {}
+
+    head = begin_without_labels(hidden, weight, bias, shard, given, SamplingSettings, "the next tokens", check)
+    shard, settings, most, number = head.shard, head.settings, head.most, head.hidden_nD.shape[0]
+    tokens = Tokens(gather_values(head.hidden_nD.contiguous(), shard, most, 0), None, None)
+    rows = rows_of(head.weight_VD, head.bias_V, shard, settings.logit_scale, settings.softcap)
     seed_1 = _seed(settings.seed, hidden.device) if settings.temperature > 0 else None
     best, first_token = [], 0
     with torch.autocast(hidden.device.type, enabled=False):
@@ -90,24 +78,6 @@ def linear_next_token(
         row_N = first_row(row_N, own_score_N == score_2N[0], shard)
     row_N = torch.where(score_2N[1] > 0, -1, row_N)
     return own(row_N, number, most, shard).view(hidden.shape[:-1])
-
-
-def _check(hidden: Any, weight_VD: Any, bias_V: Any, shard: VocabShard) -> None:
-    for name, x in (("hidden", hidden), ("weight", weight_VD), ("bias", bias_V)):
-        if not isinstance(x, Tensor | None) or (x is None and name != "bias"):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
-        if x is not None and not x.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}.")
-    if hidden.ndim < 1 or list(weight_VD.shape) != [shard.num_rows, hidden.shape[-1]]:
-        raise ValueError(
-            f"weight must be [{shard.num_rows}, D], the shard's rows and hidden's last dimension; got weight "
-            f"{list(weight_VD.shape)} and hidden {list(hidden.shape)}."
-        )
-    if bias_V is not None and list(bias_V.shape) != [shard.num_rows]:
-        raise ValueError(f"bias must be [{shard.num_rows}], one entry per local row, got {list(bias_V.shape)}.")
-    devices = {str(x.device) for x in (hidden, weight_VD, bias_V) if x is not None}
-    if len(devices) > 1:
-        raise ValueError(f"hidden, weight and bias must be on one device, got {sorted(devices)}.")
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

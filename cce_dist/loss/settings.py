@@ -40,7 +40,7 @@ _LARGEST_ESTIMATED = 2.0**-9.3
 _OF_ENTROPY = 0.5
 """eps of the entropy's gradient, of that of the loss: what is sampled of it counts log p times as much. So a policy's
 gradient, 0.01 entropies to a log-probability, is as near as with bf16 logits (benchmarks/logprobs.py, on an H100)."""
-_MAY_DIFFER: dict[str, Any] = {"may_differ": True}
+MAY_DIFFER: dict[str, Any] = {"may_differ": True}
 """Marks a field that ranks may set differently."""
 
 
@@ -51,7 +51,7 @@ def _no_tensor(x: Any) -> Any:
     return x
 
 
-_Float = Annotated[float, BeforeValidator(_no_tensor)]
+Float = Annotated[float, BeforeValidator(_no_tensor)]
 
 
 def _is_scalar(x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class LossSettings(BaseModel):
     frequent_rows: int | None = Field(default=None, ge=0, description="an int, 0 or more (0: none), or None")
     workspace_mb: int | None = Field(default=None, ge=1, description="an int, 1 or more, or None")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | InstanceOf[Tensor] | None = Field(
-        default=None, description="a 64-bit int, a 0-d int64 tensor or None", json_schema_extra=_MAY_DIFFER
+        default=None, description="a 64-bit int, a 0-d int64 tensor or None", json_schema_extra=MAY_DIFFER
     )
     max_tokens: int | None = Field(default=None, ge=1, description="an int, 1 or more, or None")
     agreement: Agreeing = Field(default="every_call", description='"every_call" or "first_call"')
@@ -104,8 +104,8 @@ class TokenSettings(LossSettings):
 
     ignore_index: int = Field(default=-100, description="an int")
     shift: int = Field(default=0, ge=0, description="an int, 0 or more (0 for one label)")
-    softcap: _Float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a positive float or None")
-    logit_scale: _Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
+    softcap: Float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a positive float or None")
+    logit_scale: Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
     statistics: Annotated[tuple[Statistic, ...], BeforeValidator(tuple), AfterValidator(_each_once)] = Field(
         default=(), description='names out of "top1", "rank", "sum_sq_probs" and "mean_logit", each once'
     )
@@ -121,19 +121,19 @@ class CallSettings(TokenSettings):
     function: ClassVar[str] = "linear_cross_entropy"
 
     reduction: Reduction = Field(default="mean", description='"mean", "sum" or "none"')
-    label_smoothing: _Float = Field(default=0.0, ge=0, le=1, description="a float in [0, 1]")
-    z_loss: _Float = Field(default=0.0, ge=0, allow_inf_nan=False, description="a finite float, 0 or more")
+    label_smoothing: Float = Field(default=0.0, ge=0, le=1, description="a float in [0, 1]")
+    z_loss: Float = Field(default=0.0, ge=0, allow_inf_nan=False, description="a finite float, 0 or more")
     class_weights: Annotated[InstanceOf[Tensor], AfterValidator(_of_floats)] | None = Field(
-        default=None, description="a tensor of floats that requires no gradient, or None", json_schema_extra=_MAY_DIFFER
+        default=None, description="a tensor of floats that requires no gradient, or None", json_schema_extra=MAY_DIFFER
     )
     token_weights: Annotated[InstanceOf[Tensor], AfterValidator(_of_floats)] | None = Field(
-        default=None, description="a tensor of floats that requires no gradient, or None", json_schema_extra=_MAY_DIFFER
+        default=None, description="a tensor of floats that requires no gradient, or None", json_schema_extra=MAY_DIFFER
     )
     grad_accumulator: InstanceOf[Tensor] | None = Field(
-        default=None, description="a tensor or None", json_schema_extra=_MAY_DIFFER
+        default=None, description="a tensor or None", json_schema_extra=MAY_DIFFER
     )
     num_valid_tokens: Annotated[int, Field(ge=0)] | Annotated[InstanceOf[Tensor], AfterValidator(_is_scalar)] | None = (
-        Field(None, description="an int, 0 or more, a 0-d tensor or None", json_schema_extra=_MAY_DIFFER)
+        Field(None, description="an int, 0 or more, a 0-d tensor or None", json_schema_extra=MAY_DIFFER)
     )
 
 
@@ -150,20 +150,37 @@ class LogprobSettings(TokenSettings):
     entropy: bool | Literal["value"] = Field(default=False, description='True, "value" or False')
 
 
-class SamplingSettings(BaseModel):
-    """What `linear_next_token` draws from, and by what."""
+class FunctionSettings(BaseModel):
+    """The keywords of a function that takes no labels."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    function: ClassVar[str]
 
-    softcap: _Float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a positive float or None")
-    logit_scale: _Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
-    temperature: _Float = Field(default=1.0, ge=0, allow_inf_nan=False, description="a finite float, 0 or more")
+
+class LogitSettings(FunctionSettings):
+    """The same, and what makes logits of products."""
+
+    softcap: Float | None = Field(default=None, gt=0, allow_inf_nan=False, description="a positive float or None")
+    logit_scale: Float | None = Field(default=None, allow_inf_nan=False, description="a finite float or None")
+
+
+class SamplingSettings(LogitSettings):
+    """What `linear_next_token` draws from, and by what."""
+
+    function: ClassVar[str] = "linear_next_token"
+
+    temperature: Float = Field(default=1.0, ge=0, allow_inf_nan=False, description="a finite float, 0 or more")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | InstanceOf[Tensor] | None = Field(
-        default=None, description="a 64-bit int, a 0-d int64 tensor or None"
+        default=None, description="a 64-bit int, a 0-d int64 tensor or None", json_schema_extra=MAY_DIFFER
     )
 
 
-Settings = TypeVar("Settings", bound=TokenSettings)
+def at_temperature(scale: float, softcap: float | None, temperature: float) -> tuple[float, float | None]:
+    """Scale and softcap of f(s·x)/τ = (cap/τ)·tanh((s/τ)·x / (cap/τ))."""
+    return scale / temperature, None if softcap is None else softcap / temperature
+
+
+Settings = TypeVar("Settings", bound="TokenSettings | FunctionSettings")
 
 
 def check_settings(given: Mapping[str, Any], kind: type[Settings]) -> Settings:
@@ -195,7 +212,7 @@ def checked(kind: type[Model], given: Mapping[str, Any]) -> Model:
         raise
 
 
-def takes_settings(kind: type[TokenSettings]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def takes_settings(kind: type[TokenSettings | FunctionSettings]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Gives a function that takes ``**settings`` the signature with each of them by name, as help() shows it."""
 
     def named(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -267,7 +284,7 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
         "exchange their numbers then",
         settings.max_tokens,
     )
-    backend = _backend(settings.backend, hidden)
+    backend = choose_backend(settings.backend, hidden)
     gradient = settings.gradient or choose_gradient(backend, settings.filter_eps)
     frequent = _frequent_rows(settings, backend, hidden, shard.vocab_size, needs_grad)
     eps = _eps(gradient, shard.vocab_size, frequent) if settings.filter_eps is None else settings.filter_eps
@@ -311,11 +328,7 @@ def contract(
     hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, shard: VocabShard, settings: TokenSettings, method: Method
 ) -> Mapping[str, Any]:
     """What every rank of the vocabulary group must say alike in a call, by name."""
-    alike = {
-        name: getattr(settings, name)
-        for name, field in type(settings).model_fields.items()
-        if not field.json_schema_extra
-    }
+    alike = alike_of(settings)
     if isinstance(settings, CallSettings) and settings.num_valid_tokens is not None:
         alike["reduction"] += " with num_valid_tokens"
     if isinstance(settings, CallSettings) and settings.class_weights is not None:
@@ -326,20 +339,63 @@ def contract(
         each = isinstance(settings.temperature, Tensor)
         alike["temperature"] = "one for each token" if each else settings.temperature
     return {
-        "vocab_size": shard.vocab_size,
-        "grad mode": torch.is_grad_enabled(),
-        "hidden's last dimension": hidden.shape[-1],
-        "hidden's dtype": str(hidden.dtype),
-        "hidden's need of a gradient": hidden.requires_grad,
-        "weight's need of a gradient": weight_VD.requires_grad,
-        "bias": bias_V is not None,
-        "bias's need of a gradient": bias_V is not None and bias_V.requires_grad,
-        "token_group": _size(shard.token_group),
-        "count_group": _size(shard.count_group),
-        "reduce_dtype": str(shard.reduce_dtype),
+        **contract_of_head(hidden, weight_VD, bias_V, shard),
         **alike,
         **method._asdict(),
     }
+
+
+def contract_of_head(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, shard: VocabShard) -> dict[str, Any]:
+    """What of tensors and shard must be alike, by name."""
+    grad = torch.is_grad_enabled()
+    return {
+        "vocab_size": shard.vocab_size,
+        "grad mode": grad,
+        "hidden's last dimension": hidden.shape[-1],
+        "hidden's dtype": str(hidden.dtype),
+        "hidden's need of a gradient": grad and hidden.requires_grad,
+        "weight's need of a gradient": grad and weight_VD.requires_grad,
+        "bias": bias_V is not None,
+        "bias's need of a gradient": grad and bias_V is not None and bias_V.requires_grad,
+        "token_group": _size(shard.token_group),
+        "count_group": _size(shard.count_group),
+        "reduce_dtype": str(shard.reduce_dtype),
+    }
+
+
+def alike_of(settings: BaseModel) -> dict[str, Any]:
+    """The settings that must be alike, by name."""
+    return {
+        name: getattr(settings, name)
+        for name, field in type(settings).model_fields.items()
+        if not field.json_schema_extra
+    }
+
+
+def check_head(hidden: Any, weight_VD: Any, bias_V: Any, shard: VocabShard, of: str = "") -> None:
+    """Raises TypeError or ValueError where hidden states and rows do not fit together or to the shard.
+
+    Args:
+        of: how the arguments' names begin.
+    """
+    for name, x in (("hidden", hidden), ("weight", weight_VD), ("bias", bias_V)):
+        if not isinstance(x, Tensor | None) or (x is None and name != "bias"):
+            raise TypeError(f"{of}{name} must be a tensor, got {type(x).__name__}.")
+        _require(bool(x is None or x.is_floating_point()), f"{of}{name} must be a floating-point tensor", _dtype(x))
+    _require(hidden.dtype in _DTYPES, f"{of}hidden must be fp32, fp16, bf16 or fp64", hidden.dtype)
+    _require(not isinstance(hidden, DTensor), f"{of}hidden must be a plain tensor; pass its to_local()", "a DTensor")
+    _require(
+        hidden.ndim >= 1 and list(weight_VD.shape) == [shard.num_rows, hidden.shape[-1]],
+        f"{of}weight must be [{shard.num_rows}, D], the shard's rows and {of}hidden's last dimension",
+        f"weight {list(weight_VD.shape)} and hidden {list(hidden.shape)}",
+    )
+    _require(
+        bool(bias_V is None or list(bias_V.shape) == [shard.num_rows]),
+        f"{of}bias must be [{shard.num_rows}], one entry per local row",
+        bias_V,
+    )
+    devices = {str(x.device) for x in (hidden, weight_VD, bias_V) if x is not None}
+    _require(len(devices) == 1, f"{of}hidden, {of}weight and {of}bias must be on one device", sorted(devices))
 
 
 def check_tensors(hidden: Any, weight_VD: Any, labels: Any, bias_V: Any, shard: VocabShard) -> None:
@@ -476,7 +532,8 @@ def _eps(gradient: Gradient, vocab_size: int, frequent_rows: int) -> float:
     return 2.0**-9.5 if is_large else 2.0**-9
 
 
-def _backend(backend: Backend, hidden: Tensor) -> Literal["triton", "torch"]:
+def choose_backend(backend: Backend, hidden: Tensor) -> Literal["triton", "torch"]:
+    """What computes, where "auto" leaves it open. Raises ValueError where Triton cannot."""
     can_triton = hidden.dtype != torch.float64 and (hidden.is_cuda or _interpreted())
     _require(
         backend != "triton" or can_triton,

@@ -5,6 +5,7 @@ In: hidden states and labels of any leading shape, plain or DTensors. Out: losse
 Shapes: n tokens of this rank, N tokens of the token group, D hidden.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from cce_dist.collectives import gather_tokens
+from cce_dist.collectives import gather_tokens, start_all_reduce, start_reduce_scatter
 from cce_dist.shard import VocabShard
 from cce_dist.shard.groups import ranks_of
 
@@ -39,6 +40,23 @@ def own(values_N: Tensor, num_tokens: int, most: int, shard: VocabShard) -> Tens
         return values_N
     first = most * dist.get_rank(shard.token_group)
     return values_N[first : first + num_tokens].clone()
+
+
+def start_sum(partial_N: Tensor, num_tokens: int, shard: VocabShard) -> Callable[[], Tensor]:
+    """Starts summing values [N, ...] of all tokens, in place, over the vocabulary group; when called, the sums of this
+    rank's."""
+    if shard.token_group is None:
+        return (lambda: partial_N) if shard.vocab_group is None else start_all_reduce(partial_N, shard.vocab_group)
+    finish_scatter = start_reduce_scatter(partial_N, num_tokens, shard.token_group)
+
+    def finish() -> Tensor:
+        own_n = finish_scatter()
+        if shard.replica_group is not None:
+            own_n = own_n.contiguous()
+            dist.all_reduce(own_n, group=shard.replica_group)
+        return own_n
+
+    return finish
 
 
 def shifted(labels: Tensor, shift: int, ignore_index: int) -> Tensor:

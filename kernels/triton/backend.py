@@ -25,13 +25,14 @@ from ..problem import (
     Upstream,
     Wanted,
 )
+from ..products import add_product, product
 from . import compact, tokens
 from . import estimate as estimate_stage
 from . import refine as refine_stage
 from . import summarise as summarise_stage
 from .blocks import LN_2
 from .differentiate import differentiate as differentiate_pairs
-from .exact import add_product, differentiate_exactly, differentiate_rows, product
+from .exact import differentiate_exactly, differentiate_rows
 from .operands import Pairs, Tail
 from .select import select, tail_rows
 from .tail import tail_means

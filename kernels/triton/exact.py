@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..problem import Gradients, Logits, Normaliser, Upstream
+from ..products import add_product, product, write_product
 from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, probabilities
 from .compact import compacted, write_rows
 from .operands import LAUNCH, operands_of
@@ -204,26 +205,3 @@ def differentiate_rows(
         del weight_kD, part  # before the next chunk's
     if dhidden_ND is not None and not exact_factor:
         dhidden_ND *= factor
-
-
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b in fp32 from 16-bit (or fp32) factors, without rounding the sums."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def write_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """out = a b, in fp32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(a.float(), b.float(), out=out)
-
-
-def add_product(sum_: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """sum_ += a b, in fp32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(sum_, a, b, out_dtype=torch.float32, out=sum_)
-    else:
-        sum_.addmm_(a.float(), b.float())

@@ -54,7 +54,7 @@ def compile_only(self, *arguments, grid, warmup, **options):
 
 jit.JITFunction.run = compile_only
 from cce_dist.kernels.triton import (
-    compact, differentiate, exact, quantise, refine, select, summarise, tail, tokens, tuning
+    chosen_pairs, compact, differentiate, exact, quantise, refine, select, summarise, tail, tokens, tuning, two_heads
 )
 from cce_dist.kernels.triton.operands import Tail
 from cce_dist.kernels.problem import (
@@ -130,6 +130,16 @@ with tuning.forced(table):
     compact.compacted(logits)
     compact.scatter_rows(floats(N, D), ints(N), ints(1), DTYPE)
     compact.write_rows(weight, floats(N, D), ints(N))
+    index = torch.zeros(N, dtype=torch.int64)
+    chosen_pairs.products(hidden, weight, index, index)
+    chosen_pairs.sum_of_tokens(floats(N), weight, index, index, N, DTYPE)
+    chosen_pairs.add_to_rows(weight.clone(), floats(N), hidden, index, index)
+    cap = 30.0 if BIAS else None
+    side = two_heads.Side(floats(N, V), floats(V) if BIAS else None, 1.0, cap)
+    for divergence in ("forward", "reverse", "jsd"):
+        two_heads.add(floats(5, N), side, side, divergence)
+        two_heads.slope(side, side, floats(2, N), floats(N), floats(N), divergence, 0.5, DTYPE)
+    two_heads.add_mixture(floats(2, N), side, side, floats(2, N), 0.5)
 
 
 def usage(kernel):

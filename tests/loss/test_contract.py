@@ -30,8 +30,8 @@ from reference import (
 )
 from sharded import Layout, assert_ranks_no_worse, make_rank_problem, sharded_outcome
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from watched import LargestTensor
 
 from cce_dist import VocabShard, linear_cross_entropy
 from cce_dist.kernels.problem import TILE
@@ -651,19 +651,6 @@ def test_autocast_computes_in_its_dtype_and_returns_the_inputs_dtypes(mode: dict
     assert relative_error(weight.grad, expected.dweight[0]) < 1e-6
     # dE is rounded to the autocast dtype at most once.
     assert relative_error(hidden.grad, expected.dhidden[0].float()) < torch.finfo(dtype).eps
-
-
-class LargestTensor(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation returned."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, Tensor):
-                self.largest = max(self.largest, x.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from cce_dist.distillation import linear_selected_logits, linear_topk_kl
 from cce_dist.heads.lazy.form import LOGITS, MULTIPLY, SOFTMAX, Call, LogitForm, is_last_dim, p_log_p, record
 from cce_dist.heads.lazy.pytree import register_pytree_node, tree_map
 from cce_dist.heads.lazy.source import Source
@@ -91,9 +92,7 @@ class LazyLogits:
         Raises:
             ValueError: these are no logits any more: something was written to them, or log_softmax taken.
         """
-        if self._changed is not None or self._form.of != "logits":
-            raise ValueError("statistics() is of the logits that a model returns; these have been changed since.")
-        return self._source.statistics_of(self._form)
+        return self._source.statistics_of(self._unchanged("statistics"))
 
     def logprobs(self, labels: Tensor, **settings: Any) -> TokenLogprobs:
         """Log-probabilities of labels [X], differentiable; see `linear_logprobs`, whose keywords ``settings`` are.
@@ -103,9 +102,56 @@ class LazyLogits:
         Raises:
             ValueError: these are no logits any more: something was written to them, or log_softmax taken.
         """
+        return self._source.logprobs(self._unchanged("logprobs"), labels, **settings)
+
+    def selected(self, ids: Tensor, **settings: Any) -> Any:
+        """Logits of ids [X, K] alone, differentiable; see `linear_selected_logits`, whose keywords ``settings`` are.
+
+        Where the vocabulary is sharded, every rank of the group must make the call, here and below.
+
+        Raises:
+            ValueError: these are no logits any more: something was written to them, or log_softmax taken.
+        """
+        form = self._unchanged("selected")
+        self._source.check_biases(form)
+        return self._source.call(linear_selected_logits, form, (ids,), settings)
+
+    def topk_kl(self, teacher_ids: Tensor, teacher_logprobs: Tensor, **settings: Any) -> Tensor:
+        """The divergence from a teacher's stored ids [X, K]; see `linear_topk_kl`, whose keywords ``settings`` are.
+
+        Raises:
+            ValueError: as for `selected`.
+        """
+        form = self._unchanged("topk_kl")
+        self._source.check_biases(form)
+        loss: Tensor = self._source.call(linear_topk_kl, form, (teacher_ids, teacher_logprobs), settings)
+        return loss
+
+    def kl_div(self, teacher: "LazyLogits", labels: Tensor | None = None, **settings: Any) -> Tensor:
+        """The divergence from a teacher's logits of the same tokens, not computed either; see `linear_kl_div`, whose
+        keywords ``settings`` are.
+
+        Args:
+            teacher: what the teacher's model returned, its output layer lazy too (in evaluation: `fused_evaluation`).
+            labels: [X], which tokens are ignored.
+
+        Raises:
+            TypeError: a teacher whose logits have been computed.
+            ValueError: as for `selected`.
+        """
+        if not isinstance(teacher, LazyLogits):
+            raise TypeError(
+                f"teacher must be the logits of a model whose output layer is patched too, got a "
+                f"{type(teacher).__name__}: patch the teacher, and in evaluation call it inside of fused_evaluation."
+            )
+        form = self._unchanged("kl_div")
+        self._source.check_biases(form)
+        return self._source.divergence(form, teacher._source, teacher._unchanged("kl_div"), labels, settings)
+
+    def _unchanged(self, name: str) -> LogitForm:
         if self._changed is not None or self._form.of != "logits":
-            raise ValueError("logprobs() is of the logits that a model returns; these have been changed since.")
-        return self._source.logprobs(self._form, labels, **settings)
+            raise ValueError(f"{name}() is of the logits that a model returns; these have been changed since.")
+        return self._form
 
     def __repr__(self) -> str:
         return f"LazyLogits(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cce_dist.config import CCEConfig
+from cce_dist.distillation import linear_kl_div
 from cce_dist.heads import hooks
 from cce_dist.heads.find import registered
 from cce_dist.heads.lazy.form import LogitForm
@@ -157,6 +158,14 @@ class Source:
         a part of its gradient."""
         return self.shard.vocab_group is not None and any(bias.requires_grad for bias in form.biases)
 
+    def check_biases(self, form: LogitForm) -> None:
+        """Raises ValueError where one misses a gradient."""
+        if self.misses_a_gradient(form):
+            raise ValueError(
+                "a bias was added to the logits that requires a gradient and is not sharded as the head is: make it "
+                "the head's own bias, or freeze it."
+            )
+
     def compute(self, function: Callable[..., Any], form: LogitForm, labels_X: Tensor, settings: dict[str, Any]) -> Any:
         """`linear_cross_entropy`, or another of its arguments, of the form's tokens; in the graph of the call.
 
@@ -165,9 +174,41 @@ class Source:
         """
         if not self.head.training:
             settings = {**settings, "max_tokens": None, "agreement": "every_call"}
-        with torch.autocast(labels_X.device.type, enabled=False), torch.set_grad_enabled(self.with_graph()):
+        return self.call(function, form, (labels_X,), settings)
+
+    def call(
+        self, function: Callable[..., Any], form: LogitForm, arguments: tuple[Tensor, ...], settings: dict[str, Any]
+    ) -> Any:
+        """A function of hidden states, rows and ``arguments``, of the form's tokens; in the graph of the call."""
+        with torch.autocast(form.hidden_XD.device.type, enabled=False), torch.set_grad_enabled(self.with_graph()):
             terms = self.terms(form)
-            return function(form.hidden_XD, terms.pop("weight"), labels_X, **{**terms, **settings})
+            return function(form.hidden_XD, terms.pop("weight"), *arguments, **{**terms, **settings})
+
+    def divergence(
+        self,
+        form: LogitForm,
+        teacher: "Source",
+        teacher_form: LogitForm,
+        labels_X: Tensor | None,
+        settings: dict[str, Any],
+    ) -> Tensor:
+        """`linear_kl_div` of the form's tokens from another call's, the teacher's; on every rank of the group."""
+        with torch.no_grad():
+            of_teacher = teacher.terms(teacher_form)
+        with torch.autocast(form.hidden_XD.device.type, enabled=False), torch.set_grad_enabled(self.with_graph()):
+            own = self.terms(form)
+            return linear_kl_div(
+                form.hidden_XD,
+                own.pop("weight"),
+                teacher_form.hidden_XD,
+                of_teacher.pop("weight"),
+                labels=labels_X,
+                shard=own.pop("shard"),
+                teacher_shard=of_teacher.pop("shard"),
+                **{f"student_{name}": x for name, x in own.items()},
+                **{f"teacher_{name}": x for name, x in of_teacher.items()},
+                **settings,
+            )
 
     def logprobs(self, form: LogitForm, labels_X: Tensor, **given: Any) -> TokenLogprobs:
         """Of the form's tokens [X], differentiable; on every rank of the shard's group.
@@ -175,11 +216,7 @@ class Source:
         Raises:
             ValueError: a bias that a gradient is wanted of, which is not sharded as the head is.
         """
-        if self.misses_a_gradient(form):
-            raise ValueError(
-                "a bias was added to the logits that requires a gradient and is not sharded as the head is: make it "
-                "the head's own bias, or freeze it."
-            )
+        self.check_biases(form)
         settings = {**self.binding.config.logprobs_kwargs(), **given}
         found: TokenLogprobs = self.compute(linear_logprobs, form, labels_X, settings)
         return found
