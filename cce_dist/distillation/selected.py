@@ -170,7 +170,7 @@ def _lse(head: Head[Any], weight: Tensor, weight_VD: Tensor, ids_nK: Tensor) -> 
         LogprobSettings,
         "the log-sum-exp beside logits of chosen ids",
     )
-    _, lse_n, _ = LinearCrossEntropy.apply(*inputs._replace(weight_VD=weight_VD))
+    _, lse_n, _, _ = LinearCrossEntropy.apply(*inputs._replace(weight_VD=weight_VD))
     return lse_n
 
 

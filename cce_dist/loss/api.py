@@ -22,8 +22,8 @@ Collectives of a call, with N tokens in all, n of each of W ranks, D hidden; fp3
 With frequent rows ([K, D], `frequent`) on several ranks there are also, forward: SUM [K, D] in weight's dtype, beside
 the 8-bit pass, and 2 numbers in the MAX, which compare the choice; backward: SUM [K, D], beside the other rows.
 The 8-bit pass adds a MAX and a SUM of the same sizes before the refinement; a mean over ranks, a SUM of two fp64
-numbers in forward and of one in backward; label smoothing, a SUM [D + 1] in forward over the vocabulary group, and in
-backward over the token group; class weights, an all-gather of the labels over the token group and a SUM [N];
+numbers in forward and of one in backward; label smoothing, a SUM [D + 2] in forward over the vocabulary group, and one
+number more of each token in backward; class weights, an all-gather of the labels over the token group and a SUM [N];
 statistics, another all-gather of hidden, a MAX, a SUM and a MIN of a few numbers a token, and for "rank" two SUMs
 more. Before all of them the hosts exchange seven integers.
 
@@ -121,12 +121,12 @@ def linear_cross_entropy(
         softcap, logit_scale: None leaves them out.
         reduction: "none": [..., L - shift], 0 where ignored. "sum": over this rank's tokens. "mean": over the valid
             tokens of ``shard.count_group``, the same value on every rank of it; NaN where there is no valid token.
-        label_smoothing: of this share the loss is the mean over all classes, lse − mean logit, as F.cross_entropy has
+        label_smoothing: of this share the loss is the mean over all labels, with their weights, as F.cross_entropy has
             it; without a softcap.
         z_loss: times lse², this is added to the loss of each token (PaLM, arXiv 2204.02311, section 5; with
             ``return_lse`` it can be told apart).
         class_weights: [V], this rank's: a token's cross-entropy counts as much as its label's entry, and "mean" divides
-            by the sum of these, as F.cross_entropy has it; without label smoothing. No gradient is theirs.
+            by the sum of these, as F.cross_entropy has it. No gradient is theirs.
         token_weights: [...], floats that the tokens' losses are multiplied with; "mean" still divides by the number of
             valid tokens, by the sum of class weights, or by ``num_valid_tokens``. No gradient is theirs.
         grad_accumulator: [V, D] in fp32 (fp64 for fp64), Megatron's main_grad: dC, the undivided sum over the tokens of

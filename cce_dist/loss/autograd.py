@@ -1,7 +1,7 @@
 """Forward and backward of the loss: this rank's rows by the backend, the ranks' parts put together.
 
-In: flat tokens of this rank, local rows, and a `Call` with all the rest. Out: nll, lse and, if asked for, entropy of
-the tokens, their gradients.
+In: flat tokens of this rank, local rows, and a `Call` with all the rest. Out: nll, lse and, if asked for, entropy and
+smoothed loss of the tokens, their gradients.
 
 Shapes: n tokens of this rank, N tokens of the token group, D hidden, V local rows, T tiles, S splits.
 """
@@ -37,6 +37,7 @@ from cce_dist.kernels.problem import (
     Wanted,
 )
 from cce_dist.loss import frequent as frequent_rows
+from cce_dist.loss import smoothing
 from cce_dist.loss.frequent import Frequent, LabelCounts
 from cce_dist.loss.settings import (
     FREQUENT_WORKSPACE,
@@ -80,6 +81,15 @@ class Call(NamedTuple):
         return self.most if self.settings.max_tokens is None else self.settings.max_tokens
 
     @property
+    def is_smoothed(self) -> bool:
+        return bool(getattr(self.settings, "label_smoothing", 0.0))
+
+    @property
+    def class_weights_V(self) -> Tensor | None:
+        weights: Tensor | None = getattr(self.settings, "class_weights", None)
+        return weights
+
+    @property
     def grad_accumulator_VD(self) -> Tensor | None:
         """What dC of the real rows is added to, in place of being returned."""
         given = getattr(self.settings, "grad_accumulator", None)
@@ -111,6 +121,8 @@ class Saved(NamedTuple):
     reference_SN: Tensor | None
     entropy_N: Tensor | None
     inverse_temperature_N: Tensor | None
+    mean_row_D: Tensor | None
+    mean_class_weight: Tensor | None
 
     @property
     def order(self) -> Order:
@@ -121,12 +133,13 @@ _NOT_FREQUENT = (None,) * len(Frequent._fields)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(nll_n, lse_n, entropy_n or None) of this rank's tokens, 0 where ignored."""
+    """(nll_n, lse_n, entropy_n or None, the mean over all labels of nll_n or None) of this rank's tokens, 0 where
+    ignored."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: Call
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         shard, settings, method = call.shard, call.settings, call.method
         num_tokens, most = call.labels_n.shape[0], call.padded_to
         hidden_ND, labels_N = gather(hidden_nD, call.labels_n, shard, most, settings.ignore_index)
@@ -138,6 +151,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         if legal.is_cuda:
             device_check(legal, f"{legal_labels(settings.ignore_index, shard.vocab_size)}.")
         hidden_ND = hidden_ND if hidden_ND.stride(1) == 1 else hidden_ND.contiguous()
+
+        mean: smoothing.MeanRow | None = None
+        mean_logit_n: Tensor | None = None
+        if call.is_smoothed:
+            with torch.autocast(hidden_nD.device.type, enabled=False):
+                mean = smoothing.mean_row(weight_VD, bias_V, call.class_weights_V, shard, settings.scale)
+                mean_logit_n = smoothing.mean_logit(hidden_nD, call.labels_n != settings.ignore_index, mean)
 
         needs_grad = call.grad_enabled and any(ctx.needs_input_grad[:3])
         inverse_temperature_N: Tensor | None = None
@@ -197,6 +217,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 reference_SN,
                 entropy_N if call.entropy is True else None,
                 inverse_temperature_N,
+                *((None, None) if mean is None else (mean.row_D, mean.weight)),
             )
             if frequent is not None and shard.vocab_group is None:
                 frequent = frequent._replace(rows_KD=None, bias_K=None)  # they are here anyway
@@ -210,7 +231,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         entropy_n = None if entropy_N is None else in_own(order.restore(entropy_N))
         if entropy_n is not None and call.entropy == "value":
             ctx.mark_non_differentiable(entropy_n)
-        return nll_n, lse_n, entropy_n
+        smoothed_n = None if mean is None or mean_logit_n is None else mean.weight * lse_n - mean_logit_n
+        return nll_n, lse_n, entropy_n, smoothed_n
 
     @staticmethod
     @once_differentiable
@@ -222,7 +244,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         shard, weight_VD, bias_V = call.shard, saved.weight_VD, saved.bias_V
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         with torch.autocast(saved.hidden_ND.device.type, enabled=False):
-            upstream = _upstream(grads_n, saved, call)
+            of_mean_n = None
+            if grads_n[3] is not None and saved.mean_class_weight is not None:
+                of_mean_n = -grads_n[3].masked_fill(call.labels_n == call.settings.ignore_index, 0.0)
+                of_lse_n = -of_mean_n * saved.mean_class_weight
+                grads_n = (grads_n[0], of_lse_n if grads_n[1] is None else grads_n[1] + of_lse_n, grads_n[2], of_mean_n)
+            *of_all_N, of_mean_N = _of_all_tokens(grads_n, saved, call)
+            upstream = _upstream(of_all_N, saved, call)
             order, inverse_temperature_N = saved.order, saved.inverse_temperature_N
             logits = logits_of(saved.hidden_ND, weight_VD, bias_V, saved.target_N, order, call, inverse_temperature_N)
             normaliser = Normaliser(saved.max_N, saved.log_sum_N, ctx.unit)
@@ -266,9 +294,22 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if call.counts is not None and not ctx.counted:
                     call.counts.count(frequent.label_N)
                     ctx.counted = True
+            if of_mean_N is not None and (wants_weight or wants_bias):
+                valid_N, share = saved.place_N < saved.n_valid, call.settings.scale / shard.vocab_size
+                smoothing.add_to_rows(
+                    gradients.weight_VD,
+                    gradients.bias_V,
+                    of_mean_N.masked_fill(~valid_N, 0.0),
+                    saved.hidden_ND,
+                    valid_N,
+                    call.class_weights_V,
+                    share,
+                )
             if gradients.hidden_ND is not None and finish is None:
                 reduce_hidden(gradients.hidden_ND)
             grad_hidden_nD = None if finish is None else finish()
+            if grad_hidden_nD is not None and of_mean_n is not None and saved.mean_row_D is not None:
+                smoothing.add_to_hidden(grad_hidden_nD, of_mean_n, saved.mean_row_D)
         grad_bias_V = None if bias_V is None or gradients.bias_V is None else gradients.bias_V.to(bias_V.dtype)
         grad_weight_VD = None if onto_VD is not None else _with_padding(gradients.weight_VD, weight_VD)
         return grad_hidden_nD, grad_weight_VD, _with_padding(grad_bias_V, bias_V), None
@@ -358,20 +399,27 @@ def _draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return own_seed
 
 
-def _upstream(grads_n: tuple[Tensor | None, ...], saved: Saved, call: Call) -> Upstream:
-    """The upstream gradients of nll, lse and entropy of every token of the group, compacted, as the kernels take them:
-    scaled to at most about 1."""
+def _of_all_tokens(grads_n: tuple[Tensor | None, ...], saved: Saved, call: Call) -> list[Tensor | None]:
+    """The upstream gradients of nll, lse, entropy and mean logit of every token of the group, None of what there is
+    not."""
     dtype, group = saved.max_N.dtype, call.shard.token_group
-    wanted = grads_n if call.entropy is True else grads_n[:2]
-    if group is not None:
-        zero_n = torch.zeros(call.labels_n.shape[0], dtype=dtype, device=saved.max_N.device)
-        grads_nx = torch.stack([zero_n if grad is None else grad.to(dtype) for grad in wanted], dim=1)
-        wanted = gather_tokens(grads_nx, call.padded_to, group).unbind(1)
+    if group is None:
+        return list(grads_n)
+    there = [True, True, call.entropy is True, call.is_smoothed]
+    zero_n = torch.zeros(call.labels_n.shape[0], dtype=dtype, device=saved.max_N.device)
+    given_n = [x_n for x_n, is_there in zip(grads_n, there, strict=True) if is_there]
+    given_nx = torch.stack([zero_n if x_n is None else x_n.to(dtype) for x_n in given_n], dim=1)
+    gathered_N = iter(gather_tokens(given_nx, call.padded_to, group).unbind(1))
+    return [next(gathered_N) if is_there else None for is_there in there]
+
+
+def _upstream(grads_N: list[Tensor | None], saved: Saved, call: Call) -> Upstream:
+    """Those of nll, lse and entropy, compacted, as the kernels take them: scaled to at most about 1."""
     upstream: Upstream = call.backend.upstream(
-        OutputGradients(*wanted),
+        OutputGradients(*grads_N),
         saved.order,
         saved.hidden_ND.dtype,
-        dtype,
+        saved.max_N.dtype,
         saved.entropy_N,
         saved.inverse_temperature_N,
     )

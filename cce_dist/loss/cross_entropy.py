@@ -15,7 +15,6 @@ from cce_dist.loss.autograd import Call, LinearCrossEntropy
 from cce_dist.loss.call import begin
 from cce_dist.loss.reduction import reduced
 from cce_dist.loss.settings import CallSettings
-from cce_dist.loss.smoothing import MeanLogit
 from cce_dist.loss.statistics import label_statistics
 from cce_dist.loss.tokens import shifted, unflatten
 from cce_dist.loss.weights import weights_of_labels
@@ -37,13 +36,11 @@ def cross_entropy(
     inputs, labels = begin(hidden, weight, labels, bias, shard, settings, CallSettings, A_LOSS)
     call, chosen = inputs.call, inputs.call.settings
     assert isinstance(chosen, CallSettings)
-    # Before the loss: backward comes to it after, and adds to dC in place.
-    mean_logit_n = MeanLogit.apply(*inputs) if chosen.label_smoothing else None
-    nll_n, lse_n, _ = LinearCrossEntropy.apply(*inputs)
+    nll_n, lse_n, _, smoothed_n = LinearCrossEntropy.apply(*inputs)
     class_n = None
     if chosen.class_weights is not None:
         class_n = weights_of_labels(chosen.class_weights, call, nll_n.dtype)
-    loss_n = _with_options(nll_n, lse_n, mean_logit_n, class_n, call.labels_n, chosen)
+    loss_n = _with_options(nll_n, lse_n, smoothed_n, class_n, call.labels_n, chosen)
     loss = _reduce(loss_n, class_n, labels, call, chosen)
 
     def shaped(values_n: Tensor) -> Tensor:
@@ -57,15 +54,16 @@ def cross_entropy(
 def _with_options(
     nll_n: Tensor,
     lse_n: Tensor,
-    mean_logit_n: Tensor | None,
+    smoothed_n: Tensor | None,
     class_n: Tensor | None,
     labels_n: Tensor,
     settings: CallSettings,
 ) -> Tensor:
-    """The loss of each token, 0 where ignored; ``class_n``: the weight of its label."""
+    """The loss of each token, 0 where ignored; ``class_n``: the weight of its label; ``smoothed_n``: the mean loss over
+    all labels, with their weights."""
     loss_n = nll_n if class_n is None else nll_n * class_n
-    if mean_logit_n is not None:
-        loss_n = torch.lerp(loss_n, lse_n - mean_logit_n, settings.label_smoothing)
+    if smoothed_n is not None:
+        loss_n = torch.lerp(loss_n, smoothed_n, settings.label_smoothing)
     if settings.z_loss:
         loss_n = loss_n + settings.z_loss * lse_n.square()
     if settings.token_weights is not None:

@@ -99,7 +99,7 @@ def linear_logprobs(
     inputs, labels = begin(
         hidden, weight, labels, bias, shard, settings, LogprobSettings, "log-probabilities of tokens"
     )
-    nll_n, lse_n, entropy_n = LinearCrossEntropy.apply(*inputs)
+    nll_n, lse_n, entropy_n, _ = LinearCrossEntropy.apply(*inputs)
     checked = inputs.call.settings
     assert isinstance(checked, LogprobSettings)
 

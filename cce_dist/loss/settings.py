@@ -262,11 +262,6 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
             "label_smoothing goes without a softcap, which leaves no mean row of the classifier",
             f"label_smoothing={settings.label_smoothing}, softcap={settings.softcap}",
         )
-        _require(
-            settings.label_smoothing == 0 or settings.class_weights is None,
-            "label_smoothing goes without class_weights, by which rows would differ in the mean",
-            f"label_smoothing={settings.label_smoothing} and class weights",
-        )
         _check_weights("token_weights", settings.token_weights, labels.shape, "one for each label", hidden.device)
         rows = torch.Size([shard.num_rows])
         _check_weights("class_weights", settings.class_weights, rows, "one for each row of weight", hidden.device)

@@ -1,98 +1,100 @@
-"""Label smoothing: each token's mean logit over the vocabulary, from one row in place of all.
+"""Label smoothing: the mean over the classes of what each would cost as label, from one row in place of all.
 
-(1/V)·Σ_j s·(e·c_j + bias_j) = s·(e·c̄ + b̄) with the mean row c̄, so that the mean logit costs a pass over the classifier,
-and its gradient one over dC: dE_i = s·g_i·c̄, and the same (s/V)·Σ_i g_i·e_i for every row. With a softcap there is no
-such row.
+With classes' weights w (1 without) it is (1/V)·Σ_j w_j·(lse − z_j) = w̄·lse − z̄, where z̄ = (1/V)·Σ_j w_j·s·(e·c_j +
+bias_j) = s·(e·c̄ + b̄) with a mean row c̄: a pass over the classifier, and in backward one over dC. Of the gradient g_i
+of z̄_i: dE_i = s·g_i·c̄, and (s/V)·w_j·Σ_i g_i·e_i for row j. With a softcap there is no such row.
 
-In: this rank's tokens and rows. Out: a number of each token, differentiable. Collectives: a SUM of D + 1 numbers over
-the vocabulary group in forward, and over the token group in backward.
+In: this rank's tokens and rows. Out: z̄ of each token, and what its gradient adds to those of the loss.
+Collectives: a SUM of D + 2 numbers over the vocabulary group in forward.
 
-Shapes: n tokens of this rank, D hidden, V local rows.
+Shapes: n tokens of this rank, N of the token group, D hidden, V local rows.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cce_dist.loss.autograd import Call
+from cce_dist.shard import VocabShard
 
 _AT_ONCE = 2048
-"""Tokens of which there are copies in fp32."""
+"""Tokens, or rows, of which there are copies in fp32."""
 
 
-class MeanLogit(torch.autograd.Function):
-    """(hidden_nD, weight_VD, bias_V, call) -> the mean logit [n] of the tokens, in fp32 (fp64 for fp64); 0 of those
-    that are ignored."""
+class MeanRow(NamedTuple):
+    """Of the whole vocabulary, in fp32 (fp64 for fp64).
 
-    @staticmethod
-    def forward(ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: Call) -> Tensor:
-        valid_n = call.labels_n != call.settings.ignore_index
-        with torch.autocast(hidden_nD.device.type, enabled=False):
-            mean_D1 = _mean_row(hidden_nD, weight_VD, bias_V, call)
-            parts = [part_nD.to(mean_D1.dtype) @ mean_D1[:-1] for part_nD in hidden_nD.split(_AT_ONCE)]
-        ctx.save_for_backward(hidden_nD, weight_VD, bias_V, mean_D1, valid_n)
-        ctx.call = call
-        return (torch.cat(parts) + mean_D1[-1]).masked_fill_(~valid_n, 0.0)
+    Attributes:
+        row_D, bias: s·c̄ and s·b̄.
+        weight: the mean of the classes' weights.
+        share: s/V.
+    """
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_nD, weight_VD, bias_V, mean_D1, valid_n = ctx.saved_tensors
-        call: Call = ctx.call
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_n = grad_n.masked_fill(~valid_n, 0.0)
-        grad_hidden_nD = grad_weight_VD = grad_bias_V = None
-        with torch.autocast(grad_n.device.type, enabled=False):
-            if wants_hidden:
-                grad_hidden_nD = torch.empty_like(hidden_nD)
-                for out_nD, part_n in zip(grad_hidden_nD.split(_AT_ONCE), grad_n.split(_AT_ONCE), strict=True):
-                    out_nD.copy_(torch.outer(part_n, mean_D1[:-1]))
-            if wants_weight or wants_bias:
-                sum_D1 = _sum_of_tokens(grad_n, hidden_nD, valid_n, call)
-                if wants_weight and call.grad_accumulator_VD is not None:
-                    call.grad_accumulator_VD.add_(sum_D1[:-1])
-                elif wants_weight:
-                    grad_weight_VD = _in_real_rows(sum_D1[:-1], weight_VD, call)
-                grad_bias_V = _in_real_rows(sum_D1[-1], bias_V, call) if wants_bias else None
-        return grad_hidden_nD, grad_weight_VD, grad_bias_V, None
+    row_D: Tensor
+    bias: Tensor
+    weight: Tensor
+    share: float
 
 
-def _mean_row(hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: Call) -> Tensor:
-    """s·(c̄, b̄) of the whole vocabulary."""
-    dtype, rows = torch.promote_types(hidden_nD.dtype, torch.float32), call.shard.num_real_rows
-    mean_D1 = torch.zeros(hidden_nD.shape[1] + 1, dtype=dtype, device=hidden_nD.device)
-    mean_D1[:-1] = weight_VD[:rows].sum(0, dtype=dtype)
+def mean_row(
+    weight_VD: Tensor, bias_V: Tensor | None, class_weights_V: Tensor | None, shard: VocabShard, scale: float
+) -> MeanRow:
+    """Of all ranks' rows, padding left out."""
+    rows, hidden_size = shard.num_real_rows, weight_VD.shape[1]
+    weight_VD, bias_V = weight_VD[:rows], None if bias_V is None else bias_V[:rows]
+    dtype = torch.promote_types(weight_VD.dtype, torch.float32)
+    each_V = class_weights_V[:rows].to(dtype) if class_weights_V is not None else weight_VD.new_ones(rows, dtype=dtype)
+    sum_D2 = weight_VD.new_zeros(hidden_size + 2, dtype=dtype)
+    if class_weights_V is None:
+        sum_D2[:-2] = weight_VD.sum(0, dtype=dtype)
+    else:
+        for part_v, part_vD in zip(each_V.split(_AT_ONCE), weight_VD.split(_AT_ONCE), strict=True):
+            sum_D2[:-2] += part_v @ part_vD.to(dtype)
     if bias_V is not None:
-        mean_D1[-1] = bias_V[:rows].sum(dtype=dtype)
-    if call.shard.vocab_group is not None:
-        dist.all_reduce(mean_D1, group=call.shard.vocab_group)
-    return mean_D1.mul_(_share(call))
+        sum_D2[-2] = each_V @ bias_V.to(dtype)
+    sum_D2[-1] = each_V.sum()
+    if shard.vocab_group is not None:
+        dist.all_reduce(sum_D2, group=shard.vocab_group)
+    share = scale / shard.vocab_size
+    return MeanRow(sum_D2[:-2] * share, sum_D2[-2] * share, sum_D2[-1] / shard.vocab_size, share)
 
 
-def _sum_of_tokens(grad_n: Tensor, hidden_nD: Tensor, valid_n: Tensor, call: Call) -> Tensor:
-    """(s/V)·Σ g·(e, 1) over all tokens of the token group: the gradient of every row and of its bias."""
-    sum_D1 = grad_n.new_zeros(hidden_nD.shape[1] + 1)
-    for part_n, part_nD, valid in zip(*(x.split(_AT_ONCE) for x in (grad_n, hidden_nD, valid_n)), strict=True):
-        sum_D1[:-1] += part_n @ part_nD.to(part_n.dtype).masked_fill(~valid[:, None], 0.0)
-    sum_D1[-1] = grad_n.sum()
-    if call.shard.token_group is not None:
-        dist.all_reduce(sum_D1, group=call.shard.token_group)
-    return sum_D1.mul_(_share(call))
+def mean_logit(hidden_nD: Tensor, valid_n: Tensor, mean: MeanRow) -> Tensor:
+    """[n], 0 of those that are ignored."""
+    parts = [part_nD.to(mean.row_D.dtype) @ mean.row_D for part_nD in hidden_nD.split(_AT_ONCE)]
+    return (torch.cat(parts) + mean.bias).masked_fill_(~valid_n, 0.0)
 
 
-def _share(call: Call) -> float:
-    """s/V."""
-    return call.settings.scale / call.shard.vocab_size
+def add_to_hidden(grad_hidden_nD: Tensor, grad_n: Tensor, mean_row_D: Tensor) -> None:
+    """``grad_n``: the mean logit's upstream gradient, 0 of those that are ignored."""
+    for out_nD, part_n in zip(grad_hidden_nD.split(_AT_ONCE), grad_n.split(_AT_ONCE), strict=True):
+        out_nD += torch.outer(part_n, mean_row_D)
 
 
-def _in_real_rows(value: Tensor, parameter: Tensor, call: Call) -> Tensor:
-    """The same in each row of the vocabulary, 0 in those of padding; without memory of its own where there are none."""
-    rows = call.shard.num_real_rows
-    if rows == parameter.shape[0]:
-        return value.to(parameter.dtype).expand(parameter.shape)
-    grad = torch.zeros_like(parameter)
-    grad[:rows] = value
-    return grad
+def add_to_rows(
+    grad_weight_VD: Tensor | None,
+    grad_bias_V: Tensor | None,
+    grad_N: Tensor,
+    hidden_ND: Tensor,
+    valid_N: Tensor,
+    class_weights_V: Tensor | None,
+    share: float,
+) -> None:
+    """To the real rows' gradients, in place. ``grad_N``: as in `add_to_hidden`, of all tokens."""
+    if grad_weight_VD is not None:
+        sum_D = grad_N.new_zeros(hidden_ND.shape[1])
+        for part_N, part_ND, valid in zip(*(x.split(_AT_ONCE) for x in (grad_N, hidden_ND, valid_N)), strict=True):
+            sum_D += part_N @ part_ND.to(part_N.dtype).masked_fill(~valid[:, None], 0.0)
+        _add(grad_weight_VD, sum_D * share, class_weights_V)
+    if grad_bias_V is not None:
+        _add(grad_bias_V, grad_N.sum() * share, class_weights_V)
+
+
+def _add(out_V: Tensor, value: Tensor, class_weights_V: Tensor | None) -> None:
+    """The same to each row, or as much as its weight says."""
+    if class_weights_V is None:
+        out_V += value
+        return
+    for out_v, each_v in zip(out_V.split(_AT_ONCE), class_weights_V[: out_V.shape[0]].split(_AT_ONCE), strict=True):
+        out_v += each_v.to(value.dtype).view(-1, *(1,) * value.ndim) * value

@@ -106,13 +106,12 @@ def test_weights_of_tokens_multiply_their_losses(backend: str) -> None:
         assert relative_error(got, expected) < 1e-5
 
 
-def _with_class_weights(problem: Problem, class_weights: torch.Tensor, layout: Layout) -> Outcome:
+def _with_class_weights(problem: Problem, class_weights: torch.Tensor, layout: Layout, smoothing: float) -> Outcome:
     shard, part = make_shard(problem, layout), part_of(dist.get_rank(), layout)
     hidden, weight = leaf(problem.hidden[part]), leaf(local_rows(problem.weight, shard))
     own = local_rows(class_weights, shard)
-    loss = linear_cross_entropy(
-        hidden, weight, problem.labels[part], shard=shard, class_weights=own, gradient="exact", backend="torch"
-    )
+    settings = {"class_weights": own, "label_smoothing": smoothing, "gradient": "exact", "backend": "torch"}
+    loss = linear_cross_entropy(hidden, weight, problem.labels[part], shard=shard, **settings)
     (loss * problem.upstream[part]).backward()
     return Outcome((loss.detach(),), (), (grad_of(hidden),), (grad_of(weight),), ())
 
@@ -120,16 +119,19 @@ def _with_class_weights(problem: Problem, class_weights: torch.Tensor, layout: L
 @pytest.mark.parametrize(
     ("world", "layout"), [(1, "replicated"), (2, "replicated"), (3, "sharded"), (4, "grid"), (4, "sharded")]
 )
-def test_class_weights_on_sharded_vocabularies_are_those_of_torch(ranks: RankPool, world: int, layout: Layout) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_class_weights_on_sharded_vocabularies_are_those_of_torch(
+    ranks: RankPool, world: int, layout: Layout, smoothing: float
+) -> None:
     problem = make_rank_problem(UNEVEN[: part_of(world - 1, layout) + 1], 61)
     class_weights = torch.rand(61) + 0.5
     weight, hidden = leaf(problem.weight.double()), [leaf(x.double()) for x in problem.hidden]
     logits = torch.cat([(x @ weight.T).flatten(0, -2) for x in hidden])
     labels = torch.cat([x.flatten() for x in problem.labels])
-    loss = F.cross_entropy(logits, labels, weight=class_weights.double())
+    loss = F.cross_entropy(logits, labels, weight=class_weights.double(), label_smoothing=smoothing)
     # The mean of all tokens is on every rank; its gradient is that of the sum of the parts' losses.
     (loss * sum(float(u) for u in problem.upstream)).backward()
-    got = ranks.run(world, _with_class_weights, problem, class_weights, layout)
+    got = ranks.run(world, _with_class_weights, problem, class_weights, layout, smoothing)
     rows = -(-61 // world)
     for rank, outcome in enumerate(got):
         assert float(outcome.loss[0]) == pytest.approx(float(loss), rel=1e-5)
@@ -156,7 +158,6 @@ def test_weights_that_follow_from_the_log_probability() -> None:
         ({"label_smoothing": 1.5}, "label_smoothing must be a float in"),
         ({"label_smoothing": 0.1, "softcap": 30.0}, "label_smoothing goes without a softcap"),
         ({"z_loss": -1.0}, "z_loss must be a finite float, 0 or more"),
-        ({"class_weights": torch.ones(40), "label_smoothing": 0.1}, "label_smoothing goes without class_weights"),
         ({"class_weights": torch.ones(3)}, r"class_weights must be \[40\], one for each row"),
         ({"token_weights": torch.ones(4)}, r"token_weights must be \[3\], one for each label"),
         ({"token_weights": torch.ones(3).long()}, "token_weights must be a tensor of floats"),
