@@ -8,9 +8,10 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def shown(command: str) -> list[str]:
-    """The lines that README shows of the output of a command, which is named from its beginning."""
+    """The lines that README shows of the output of a command, which is named from its beginning; "…" stands for some
+    that it leaves out."""
     (block,) = re.findall(rf"<!-- output: {command}.*? -->\n```text\n(.*?)```", README, re.S)
-    return [line.rstrip() for line in block.splitlines()]
+    return [line.rstrip() for line in block.splitlines() if line != "…"]
 
 
 def missing(lines: Iterable[str], printed: str) -> list[str]:

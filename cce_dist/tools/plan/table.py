@@ -94,8 +94,8 @@ def _reasons(job: Job, found: Sequence[Setting], best: Setting | None, memory: f
     for stock in others:
         if not stock.name.startswith("cce_dist"):
             yield (
-                f"  Against {stock.name}: {stock.step / best.step:.2f}x its time, "
-                f"{stock.bytes.total / best.bytes.total:.2f}x its memory."
+                f"  {stock.name} takes {stock.step / best.step:.2f} times as long and "
+                f"{stock.bytes.total / best.bytes.total:.2f} times the memory."
             )
     sizes = [setting for setting in found if setting.name.startswith("cce_dist")]
     if best in sizes:
