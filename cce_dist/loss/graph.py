@@ -143,21 +143,8 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    class_weights: Tensor | None,
-    token_weights: Tensor | None,
-    num_valid_tokens: Tensor | None,
-    seed: Tensor | None,
-    count: int,
-    needs: int,
-    shift: int,
-    of_tokens: bool,
-    call: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shift, of_tokens, _ = rest[-3:]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     lse = hidden.new_empty((*labels.shape[:-1], labels.shape[-1] - shift) if labels.ndim else (), dtype=dtype)
     loss = torch.empty_like(lse) if of_tokens else lse.new_empty(())

@@ -130,9 +130,10 @@ def _weight_item(
     pointers = out.weight_VD + columns[:, None].to(tl.int64) * D + d_range[None, :]
     inside = (columns < V)[:, None] & (d_range < D)[None, :]
     gradient *= factor
-    if ADD:
-        gradient += tl.load(pointers, mask=inside)
-    tl.store(pointers, gradient.to(out.weight_VD.dtype.element_ty), mask=inside)
+    if ADD:  # once for each element; reading it before would take registers that there are not
+        tl.atomic_add(pointers, gradient, mask=inside, sem="relaxed")
+    else:
+        tl.store(pointers, gradient.to(out.weight_VD.dtype.element_ty), mask=inside)
     if out.bias_V is not None:  # noqa: SIM102 (the outer condition is known when compiling)
         if d == 0:
             bias_gradient = tl.zeros([TILE], tl.float32)

@@ -21,16 +21,16 @@ _KINDS: dict[Kind, int] = {"forward": 0, "reverse": 1, "jsd": 2}
 
 
 @triton.jit
-def _logits(products, bias, column, inside, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-    """(z, its derivative by the scaled product); NaN stays."""
-    x = tl.load(products + column, mask=inside, other=0.0)
-    if HAS_BIAS:
-        x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    x *= scale
+def _logits(side, n, v, V):
+    """(z, its derivative by the scaled product) of columns v of a token; NaN stays."""
+    x = tl.load(side.products_Nv + n * V + v, mask=v < V, other=0.0)
+    if side.bias_v is not None:
+        x += tl.load(side.bias_v + v, mask=v < V, other=0.0).to(tl.float32)
+    x *= side.scale
     chain = tl.full(x.shape, 1.0, tl.float32)
-    if HAS_CAP:
-        t = 1 - 2 / (tl.exp(x * (2 / softcap)) + 1)
-        x = softcap * t
+    if side.softcap is not None:
+        t = 1 - 2 / (tl.exp(x * (2 / side.softcap)) + 1)
+        x = side.softcap * t
         chain = 1 - t * t
     return tl.where(x < _LOWEST, _LOWEST, x), chain
 
@@ -51,19 +51,9 @@ def _add_kernel(
     sums_5N,
     student,
     teacher,
-    student_bias,
-    teacher_bias,
     N,
     V,
-    student_scale,
-    teacher_scale,
-    student_cap,
-    teacher_cap,
     KIND: tl.constexpr,
-    STUDENT_BIAS: tl.constexpr,
-    TEACHER_BIAS: tl.constexpr,
-    STUDENT_CAP: tl.constexpr,
-    TEACHER_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
@@ -73,12 +63,8 @@ def _add_kernel(
     for first in range(0, V, BLOCK):
         v = first + tl.arange(0, BLOCK)
         inside = v < V
-        z_s, _ = _logits(
-            student + n * V, student_bias, v, inside, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP
-        )
-        z_t, _ = _logits(
-            teacher + n * V, teacher_bias, v, inside, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_CAP
-        )
+        z_s, _ = _logits(student, n, v, V)
+        z_t, _ = _logits(teacher, n, v, V)
         new_s = tl.maximum(max_s, tl.max(tl.where(inside, z_s, _LOWEST), 0))
         new_t = tl.maximum(max_t, tl.max(tl.where(inside, z_t, _LOWEST), 0))
         decay_s, decay_t = tl.exp(max_s - new_s), tl.exp(max_t - new_t)
@@ -104,18 +90,8 @@ def _add_mixture_kernel(
     beta,
     student,
     teacher,
-    student_bias,
-    teacher_bias,
     N,
     V,
-    student_scale,
-    teacher_scale,
-    student_cap,
-    teacher_cap,
-    STUDENT_BIAS: tl.constexpr,
-    TEACHER_BIAS: tl.constexpr,
-    STUDENT_CAP: tl.constexpr,
-    TEACHER_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
@@ -124,12 +100,8 @@ def _add_mixture_kernel(
     for first in range(0, V, BLOCK):
         v = first + tl.arange(0, BLOCK)
         inside = v < V
-        z_s, _ = _logits(
-            student + n * V, student_bias, v, inside, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP
-        )
-        z_t, _ = _logits(
-            teacher + n * V, teacher_bias, v, inside, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_CAP
-        )
+        z_s, _ = _logits(student, n, v, V)
+        z_t, _ = _logits(teacher, n, v, V)
         log_s, log_t = z_s - lse_s, z_t - lse_t
         difference = log_t - log_s
         ratio = _log_to_mixture(difference, beta)
@@ -148,28 +120,16 @@ def _slope_kernel(
     beta,
     student,
     teacher,
-    student_bias,
-    teacher_bias,
     N,
     V,
-    student_scale,
-    teacher_scale,
-    student_cap,
-    teacher_cap,
     KIND: tl.constexpr,
-    STUDENT_BIAS: tl.constexpr,
-    TEACHER_BIAS: tl.constexpr,
-    STUDENT_CAP: tl.constexpr,
-    TEACHER_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = v < V
-    z_s, chain = _logits(
-        student + n * V, student_bias, v, inside, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP
-    )
-    z_t, _ = _logits(teacher + n * V, teacher_bias, v, inside, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_CAP)
+    z_s, chain = _logits(student, n, v, V)
+    z_t, _ = _logits(teacher, n, v, V)
     log_s, log_t = z_s - tl.load(lse_2N + n), z_t - tl.load(lse_2N + N + n)
     if KIND == 0:
         slope = tl.exp(log_s) - tl.exp(log_t)
@@ -189,7 +149,7 @@ def add(sums_5N: Tensor, student: Side, teacher: Side, kind: Kind) -> None:
     if tokens:
         with torch.cuda.device_of(sums_5N):
             _add_kernel[(tokens,)](
-                sums_5N, *_arguments(student, teacher), KIND=_KINDS[kind], **_forms(student, teacher), **LAUNCH
+                sums_5N, student, teacher, *student.products_Nv.shape, KIND=_KINDS[kind], BLOCK=_BLOCK, **LAUNCH
             )
 
 
@@ -199,7 +159,7 @@ def add_mixture(parts_2N: Tensor, student: Side, teacher: Side, lse_2N: Tensor, 
     if tokens:
         with torch.cuda.device_of(parts_2N):
             _add_mixture_kernel[(tokens,)](
-                parts_2N, lse_2N, beta, *_arguments(student, teacher), **_forms(student, teacher), **LAUNCH
+                parts_2N, lse_2N, beta, student, teacher, *student.products_Nv.shape, BLOCK=_BLOCK, **LAUNCH
             )
 
 
@@ -224,27 +184,12 @@ def slope(
                 factor_N if mean_ratio_N is None else mean_ratio_N,
                 factor_N,
                 beta,
-                *_arguments(student, teacher),
+                student,
+                teacher,
+                tokens,
+                columns,
                 KIND=_KINDS[kind],
-                **_forms(student, teacher),
+                BLOCK=_BLOCK,
                 **LAUNCH,
             )
     return out_Nv
-
-
-def _arguments(student: Side, teacher: Side) -> tuple[Tensor | int | float, ...]:
-    tokens, columns = student.products_Nv.shape
-    sides = student, teacher
-    biases = (side.products_Nv if side.bias_v is None else side.bias_v for side in sides)
-    caps = (1.0 if side.softcap is None else side.softcap for side in sides)
-    return (*(side.products_Nv for side in sides), *biases, tokens, columns, *(side.scale for side in sides), *caps)
-
-
-def _forms(student: Side, teacher: Side) -> dict[str, bool | int]:
-    return {
-        "STUDENT_BIAS": student.bias_v is not None,
-        "TEACHER_BIAS": teacher.bias_v is not None,
-        "STUDENT_CAP": student.softcap is not None,
-        "TEACHER_CAP": teacher.softcap is not None,
-        "BLOCK": _BLOCK,
-    }

@@ -158,6 +158,12 @@ def usage(kernel):
 
 
 used = {name: [(k.metadata.shared, *usage(k)) for k in kernels.values()] for name, kernels in compiled.items()}
+if arch == 90 and D > 1000:
+    # Onto what is there, in fp32: compiled alone, since it takes up to 152 bytes of stack, 24 more than the others.
+    with tuning.forced(table):
+        compact.write_rows(floats(V, D), floats(N, D), ints(N), True)
+        onto = Gradients(floats(N, D), floats(V, D), floats(V) if BIAS else None)
+        differentiate.differentiate(logits, pairs, normaliser, upstream, onto, whole_tail, 1.0, 1 << 20, None, True)
 print(json.dumps(used))
 """
 
