@@ -17,3 +17,14 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self.largest = max(self.largest, x.untyped_storage().nbytes())
         return result
+
+
+class LargestNewTensor(LargestTensor):
+    """The same of those in new memory: of no argument of the operation."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known:
+            self.largest = max(self.largest, made.untyped_storage().nbytes())
+        return made

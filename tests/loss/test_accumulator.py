@@ -9,7 +9,7 @@ from ranks import RankPool, device
 from reference import DEVICE, TRITON_DTYPES, leaf, make_problem, relative_error
 from sharded import Layout, local_rows, make_rank_problem, make_shard, part_of
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from watched import LargestNewTensor
 
 from cce_dist import linear_cross_entropy
 
@@ -71,19 +71,6 @@ def test_two_micro_steps_are_one_of_both_batches() -> None:
     assert relative_error(onto, weight.grad) < 1e-6
 
 
-class Largest(TorchDispatchMode):
-    """The largest new tensor, in elements."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
-        if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known:
-            self.elements = max(self.elements, made.numel())
-        return made
-
-
 @every_mode
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_there_is_no_second_buffer(mode: dict[str, Any], backend: str) -> None:
@@ -93,11 +80,11 @@ def test_there_is_no_second_buffer(mode: dict[str, Any], backend: str) -> None:
     settings = {"backend": backend, "workspace_mb": 1, **seeded(mode, DEVICE)}
     if backend == "torch":
         settings["frequent_rows"] = 0  # whose copies into place are of all rows there
-    with Largest() as largest:
+    with LargestNewTensor() as largest:
         loss = linear_cross_entropy(problem.hidden[0], weight, problem.labels[0], grad_accumulator=onto, **settings)
         loss.backward()
     assert onto.any() and weight.grad is None
-    assert largest.elements < rows * dim
+    assert largest.largest < onto.nbytes
 
 
 def _on_a_rank(problem: Any, layout: Layout, mode: dict[str, Any]) -> tuple[Tensor, Tensor]:
