@@ -58,6 +58,7 @@ def begin(
     given: Mapping[str, Any],
     kind: type[TokenSettings],
     what: str,
+    counted: Tensor | None = None,
 ) -> tuple[Inputs, Tensor]:
     """What can be computed now, and the labels, all of them. See `linear_cross_entropy`, whose arguments and errors
     these are.
@@ -65,7 +66,9 @@ def begin(
     Args:
         kind: of the settings that are given.
         what: is computed, as the ranks agree on it.
+        counted: what the classifier is known by, where labels are counted; None: ``weight``.
     """
+    counted = weight if counted is None else counted
     shard = _shard_of(shard, weight)
     weight_VD, bias_V = local_rows(weight), local_rows(bias)
     checked: tuple[TokenSettings, Method, Tensor | None] | None = None
@@ -85,7 +88,7 @@ def begin(
             "tokens are in a DTensor's parts": in_parts,
         }
         if method.frequent_rows:
-            equal["what labels are counted with"] = counted_with(weight, shard)
+            equal["what labels are counted with"] = counted_with(counted, shard)
         if shard.token_group is None:
             workspace_bytes(settings.workspace_mb, method, tokens, hidden.element_size())
         if not isinstance(labels, DTensor):
@@ -109,7 +112,7 @@ def begin(
         hidden, labels = redistributed(hidden), redistributed(labels)
     if labels_n is None:
         labels_n = _flat_labels(labels, settings, shard)
-    counts = counts_of(weight, shard, hidden.device) if method.frequent_rows else None
+    counts = counts_of(counted, shard, hidden.device) if method.frequent_rows else None
     entropy = settings.entropy if isinstance(settings, LogprobSettings) else False
     call = Call(labels_n, shard, settings, method, most, torch.is_grad_enabled(), counts, entropy, temperature_n)
     return Inputs(hidden.reshape(-1, hidden.shape[-1]), weight_VD, bias_V, call), labels

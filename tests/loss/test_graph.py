@@ -166,13 +166,12 @@ def test_faults_are_told_as_without_a_graph() -> None:
 def test_the_operators_pass_torchs_own_checks() -> None:
     inputs, labels = batch(5)
     hidden, weight, bias = (x.requires_grad_() for x in (inputs, torch.randn(VOCAB, DIM), torch.randn(VOCAB)))
-    number = graph._number_of(None, (("shift", 1), ("z_loss", 0.1)))
     every = graph._HIDDEN + graph._WEIGHT + graph._BIAS + graph._GRAD
-    none = (None,) * 4
-    torch.library.opcheck(graph._forward, (hidden, weight, labels, bias, *none, -1, every, 1, False, number))
-    number = graph._number_of(None, (("reduction", "none"),))
-    without_bias = graph._HIDDEN + graph._WEIGHT + graph._GRAD
-    torch.library.opcheck(graph._forward, (hidden, weight, labels, None, *none, -1, without_bias, 0, True, number))
+    number = graph._number_of(None, ((), ("z_loss",), ("shift",)), ())
+    torch.library.opcheck(graph._forward, (hidden, weight, labels, bias, [], [0.1], [1], every, 1, False, number))
+    number = graph._number_of(None, (("class_weights",), (), ()), (("reduction", "none"),))
+    given = (hidden, weight, labels, None, [torch.rand(VOCAB)], [], [], every - graph._BIAS, 0, True, number)
+    torch.library.opcheck(graph._forward, given)
 
 
 @pytest.mark.full
