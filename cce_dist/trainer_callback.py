@@ -182,7 +182,8 @@ class CCECallback(TrainerCallback):
 def _preprocess_in_the_step(trainer: Any) -> None:
     """Has ``preprocess_logits_for_metrics`` called where a step of evaluation ends, not once the logits were padded to
     those of other ranks: of lazy logits an argmax, for the accuracy, needs none."""
-    preprocess, stock_step = trainer.preprocess_logits_for_metrics, trainer.prediction_step
+    preprocess = trainer.preprocess_logits_for_metrics
+    stock_step = getattr(trainer.prediction_step, "_cce_stock", trainer.prediction_step)
     if preprocess is None or preprocess is _as_it_is:
         return
 
@@ -190,6 +191,7 @@ def _preprocess_in_the_step(trainer: Any) -> None:
         loss, logits, labels = stock_step(*args, **kwargs)
         return loss, None if logits is None else preprocess(logits, labels), labels
 
+    step._cce_stock = stock_step  # type: ignore[attr-defined]
     trainer.prediction_step, trainer.preprocess_logits_for_metrics = step, _as_it_is
 
 
@@ -205,6 +207,8 @@ def _no_logits_are_kept() -> bool:
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("transformers.generation."):
+            return False
         if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_code.co_varnames:
             preprocess = getattr(frame.f_locals.get("self"), "preprocess_logits_for_metrics", None)
             return bool(frame.f_locals["prediction_loss_only"]) or preprocess is _as_it_is

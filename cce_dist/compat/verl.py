@@ -55,9 +55,9 @@ def linear_cross_entropy(
         shard = shard_of(start, start + rows, ranks * rows, dist_process_group)
         hidden = divide_gradient(hidden, ranks)
     found = linear_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden.reshape(-1, hidden.shape[-1]) if isinstance(hidden, Tensor) and hidden.ndim else hidden,
         weight,
-        labels.reshape(-1),
+        labels.reshape(-1) if isinstance(labels, Tensor) else labels,
         shard=shard,
         temperature=1.0 if temperature is None else float(temperature),
         entropy=True,

@@ -5,7 +5,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import deepspeed
@@ -214,13 +214,16 @@ def _attach(engine: Any, cut: CutClassifierOwner | None, settings: CCEConfig) ->
         del head.forward  # of an engine that the same model had before, as is its being lazy
     with suppress(ValueError):
         make_eager(head)
-    owner: ShardOwner
+    owner: ShardOwner | None = None
     if engine.zero_optimization_stage() == 3:
-        owner = _zero3_owner(engine, head, settings, rows)
+        # Of too few rows for the ranks: an engine that trains nothing stays DeepSpeed's.
+        with nullcontext() if trains else suppress(ValueError):
+            owner = _zero3_owner(engine, head, settings, rows)
     else:
         owner = ModuleOwner(head) if rows is None else rows
-    make_lazy(head, owner, settings, tensor_parallel.linear_class(head))
-    if trains:
+    if owner is not None:
+        make_lazy(head, owner, settings, tensor_parallel.linear_class(head))
+    if trains and owner is not None:
         engine.compile = _refuse_compile
         print_dist(_describe(engine, owner, settings), ranks=[0])
     if rows is not None:

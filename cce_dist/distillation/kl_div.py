@@ -203,4 +203,4 @@ def _check_labels(labels: Any, hidden: Tensor) -> None:
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:
     """To the device, without waiting for what it is at."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    return x if x.device == device else x.pin_memory().to(device, non_blocking=True)

@@ -72,7 +72,7 @@ def label_statistics(inputs: Inputs, shaped: Callable[[Tensor], Tensor]) -> Labe
     of_n, rank_n = statistics_of(
         torch.where(valid_n[:, None], hidden_nD, 0),  # what is ignored may hold anything
         rows_of(weight_VD, bias_V, call.shard, settings.logit_scale, settings.softcap),
-        call.most,
+        call.padded_to,
         temperature_n=call.temperature_n,
         ranked_n=torch.where(valid_n, labels_n, -1) if "rank" in wanted else None,
     )

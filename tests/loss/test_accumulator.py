@@ -131,3 +131,14 @@ def test_another_buffer_is_refused_by_name(wrong: Tensor) -> None:
     problem = make_problem(((3, 17),), 300, 24, device="cpu")
     with pytest.raises(ValueError, match="grad_accumulator must be a contiguous torch.float32 tensor of"):
         linear_cross_entropy(problem.hidden[0], problem.weight, problem.labels[0], grad_accumulator=wrong)
+
+
+def test_a_frozen_weight_and_a_buffer_for_its_gradient_are_refused() -> None:
+    problem = make_problem(((3, 17),), 300, 24)
+    with pytest.raises(ValueError, match="grad_accumulator goes with a weight that requires a gradient"):
+        linear_cross_entropy(
+            leaf(problem.hidden[0]),
+            problem.weight,
+            problem.labels[0],
+            grad_accumulator=torch.zeros_like(problem.weight),
+        )

@@ -174,6 +174,87 @@ def test_the_operators_pass_torchs_own_checks() -> None:
     torch.library.opcheck(graph._forward, given)
 
 
+VIEWS: dict[str, Any] = {
+    "as it is": lambda hidden: hidden,
+    "less a position": lambda hidden: hidden[:, :-1],
+    "of one sequence": lambda hidden: hidden[0],
+    "reshaped": lambda hidden: hidden.reshape(-1, DIM),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_views_of_a_graphs_inputs_have_their_gradients_and_hooks_run_once(view: Any) -> None:
+    inputs, labels = batch(9)
+    hidden, weight = inputs.requires_grad_(), torch.randn(VOCAB, DIM, requires_grad=True)
+    labels = view(labels[..., None].expand(-1, -1, DIM))[..., 0]
+    for x in (hidden, weight):
+        x.register_hook(lambda grad: 2 * grad)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return linear_cross_entropy(view(hidden), weight[:300], labels.clamp(max=299))
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got, expected = (torch.autograd.grad(function(hidden), (hidden, weight)) for function in (compiled, loss))
+    assert_same(list(got), list(expected))
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"softcap": torch.tensor(3.0)}, "softcap must be a positive float or None"),
+        ({"token_weight": torch.ones(2, 9)}, "takes no argument token_weight"),
+        ({"num_valid_tokens": -1}, "num_valid_tokens must be an int, 0 or more"),
+        ({"num_valid_tokens": True}, "num_valid_tokens must be an int, 0 or more"),
+        ({"grad_accumulator": torch.zeros(3)}, "grad_accumulator must be a contiguous"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_settings_that_do_not_fit_are_refused_by_name(given: dict[str, Any], text: str) -> None:
+    model = Model()
+    with pytest.raises((ValueError, TypeError), match=text):
+        torch.compile(model, backend="aot_eager")(*batch(9), **given)
+
+
+def test_numbers_may_change_from_call_to_call_and_labels_be_fewer_than_the_shift() -> None:
+    model = Model(reduction="none")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for number in range(1, 4):
+        more = {"seed": number, "gradient": "unbiased", "filter_eps": 0.01 * number, "z_loss": 0.1 * number}
+        assert_same(outcome(compiled, model, *batch(9), **more), outcome(model, model, *batch(9), **more))
+    assert float(compiled(*batch(3), shift=3).detach()) == 0.0
+
+
+def test_an_export_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="cannot be exported"):
+        torch.export.export(Model(), batch(9), strict=False)
+
+
+USES: dict[str, Any] = {
+    "the loss": lambda hidden, loss, lse: hidden * 0 + loss.detach() + 3,
+    "the log-sum-exps": lambda hidden, loss, lse: lse.detach() / 10,
+    "the hidden states": lambda hidden, loss, lse: (hidden + 1).sin() * loss.detach(),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_what_a_compiler_writes_over_changes_no_gradient(use: Any) -> None:
+    """Inductor makes its results in memory that its graph needs no more."""
+    inputs, labels = batch(9)
+    leaf, weight = inputs.requires_grad_(), torch.randn(VOCAB, DIM, requires_grad=True)
+
+    def steps(leaf: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = (leaf * 2).sin()
+        count = (labels != -100).sum().float()
+        of_classes = {"class_weights": weight[:, 0].detach().exp(), "num_valid_tokens": count}
+        loss, lse = linear_cross_entropy(hidden, weight, labels, z_loss=0.1, return_lse=True, **of_classes)
+        return loss, use(hidden, loss, lse) * count
+
+    compiled = torch.compile(steps, fullgraph=True)
+    got, expected = (torch.autograd.grad(function(leaf)[0], (leaf, weight)) for function in (compiled, steps))
+    assert_same(list(got), list(expected))
+
+
 @pytest.mark.full
 def test_the_default_compiler_makes_one_graph_too() -> None:
     model = Model(**SAMPLED)

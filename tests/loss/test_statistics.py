@@ -137,3 +137,27 @@ def test_a_sharded_head_tells_likewise(ranks: RankPool) -> None:
     for loss, told in ranks.run(2, _on_a_head, problem):
         assert torch.isfinite(loss)
         assert torch.equal(told.top1, wanted.top1) and torch.equal(told.is_top1, wanted.is_top1)  # type: ignore[arg-type]
+
+
+def _of_changing_lengths() -> bool:
+    group, rank = dist.group.WORLD, dist.get_rank()
+    shard, draw = VocabShard.even(61, group, group), torch.Generator().manual_seed(rank)
+    weight = torch.randn(61, 8, generator=torch.Generator().manual_seed(9))
+    for tokens in (8, 8 + 4 * rank, 5 - rank):
+        hidden, labels = torch.randn(tokens, 8, generator=draw), torch.randint(61, (tokens,), generator=draw)
+        _, told = linear_cross_entropy(
+            hidden,
+            weight[shard.start : shard.stop],
+            labels,
+            shard=shard,
+            max_tokens=32,
+            agreement="first_call",
+            statistics=("top1", "rank"),
+        )
+        if not torch.equal(told.top1, (hidden @ weight.T).argmax(-1)):
+            return False
+    return True
+
+
+def test_ranks_that_agree_once_may_bring_other_numbers_of_tokens(ranks: RankPool) -> None:
+    assert all(ranks.run(2, _of_changing_lengths))

@@ -249,6 +249,8 @@ class Source:
 
     def logits(self, why: str) -> Tensor:
         """The real logits, computed once (once more if first wanted without a graph, then with one)."""
+        if self.in_generation:
+            self.binding.choice = None  # of a loop before this one
         if self._real is None and not self.in_generation:
             shape = [*self.hidden_XD.shape[:-1], self.shard.vocab_size]
             report(

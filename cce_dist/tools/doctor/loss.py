@@ -72,7 +72,8 @@ def _compile(cases: Sequence[Case], group: ProcessGroup, device: torch.device) -
     with as many rows and tokens. All ranks compiling everything, one case after the other, takes over a minute."""
     # Not LOCAL_RANK, which is the GPU's number where ranks share one.
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    alone = new_subgroup([dist.get_rank()], group)
+    # One of each thread's own.
+    alone = {gradient: new_subgroup([dist.get_rank()], group) for gradient in ("exact", "unbiased")}
     if dist.get_rank() == 0:
         print("cce-dist doctor: compiling kernels, which takes half a minute on a fresh machine.", file=sys.stderr)
     # The longest ones, those of "unbiased", to different ranks.
@@ -83,7 +84,7 @@ def _compile(cases: Sequence[Case], group: ProcessGroup, device: torch.device) -
             torch.cuda.set_device(device)  # a thread begins with the first one
         for case in (case for case in own if case.gradient == gradient):
             rows = _problem(case, group).shard.num_rows
-            shard = VocabShard.even(rows, alone, alone if case.sharded else None)
+            shard = VocabShard.even(rows, alone[gradient], alone[gradient] if case.sharded else None)
             counts = _counts(case, dist.get_world_size(group))
             with suppress(Exception):  # of this rank alone: the others would wait; the cases will show it
                 loss_errors(_drawn(rows, max(counts) * len(counts), case, shard), case, device)

@@ -27,7 +27,7 @@ class Links(NamedTuple):
 
 def measured_links(results: Sequence[tuple[str, Mapping[str, Any]]], gpu: str) -> Links:
     """From contents of `benchmarks/ranks.py`, each with its GPU: the last of ``gpu``, or else the last of any."""
-    timed = [(key, content) for key, content in results if "links" in content]
+    timed = [(key, content) for key, content in results if content["ranks"] > 1 and "links" in content]
     for key, content in [(key, content) for key, content in timed if key == gpu][-1:] or timed[-1:]:
         found, ranks = content["links"], content["ranks"]
         rate = (found["all_gather_gb_s"] + found["reduce_scatter_gb_s"]) / 2
