@@ -9,6 +9,7 @@ axolotl imports the class by that path, asks it for a pydantic model that its ow
 plugin's callbacks into the trainer that it builds: `CCECallback`.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,5 +71,18 @@ class CCEPlugin(BasePlugin):
 
     def add_callbacks_pre_trainer(self, cfg: Mapping[str, Any], model: PreTrainedModel) -> list[TrainerCallback]:
         """The callback; before the trainer is made, so that DeepSpeed's config gets its section in time."""
+        logger = logging.getLogger("cce_dist")
+        if _named_as_axolotls not in logger.filters:
+            logger.filters.insert(0, _named_as_axolotls)  # before axolotl's own, which every logger made after it has
         section = cfg.get("cce_dist")
         return [CCECallback() if section is None else CCECallback(CCEConfig.from_mapping(section, _SECTION))]
+
+    def post_train(self, cfg: Mapping[str, Any], model: PreTrainedModel) -> None:
+        """Leaves logging as it was."""
+        logging.getLogger("cce_dist").removeFilter(_named_as_axolotls)
+
+
+def _named_as_axolotls(record: logging.LogRecord) -> bool:
+    """axolotl drops what others than its own loggers say below WARNING: "cce_dist is active" would be lost."""
+    record.name = f"axolotl.{record.name}"
+    return True

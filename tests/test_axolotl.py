@@ -6,6 +6,7 @@ hooks do nothing either, and the hooks are called as the ``PluginManager`` of 0.
 """
 
 import importlib
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,13 +69,13 @@ def test_another_option_that_replaces_the_loss_is_refused_unless_ours_is_off(axo
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_callback_of_the_plugin_trains_the_model_without_logits(
-    axolotl: Any, tmp_path: Path, enabled: bool
+    axolotl: Any, tmp_path: Path, enabled: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     from transformers import Trainer, TrainingArguments
 
     config = _validated(axolotl, cce_dist={"gradient": "exact", "materialize": "raise", "enabled": enabled})
-    losses = []
-    for callbacks in ([], _plugin(axolotl).add_callbacks_pre_trainer(config, None)):
+    losses, plugin, filters = [], _plugin(axolotl), list(logging.getLogger("cce_dist").filters)
+    for callbacks in ([], plugin.add_callbacks_pre_trainer(config, None)):
         model = architectures.build("llama")
         rows = [{key: x[i].clone() for key, x in architectures.batch().items()} for i in range(2)]
         arguments = TrainingArguments(
@@ -91,6 +92,10 @@ def test_the_callback_of_the_plugin_trains_the_model_without_logits(
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
         assert is_lazy(model.lm_head) == (enabled and bool(callbacks))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    plugin.post_train(config, model)
+    assert logging.getLogger("cce_dist").filters == filters
+    active = [record.name for record in caplog.records if "cce_dist is active" in record.getMessage()]
+    assert active == ["axolotl.cce_dist"] * enabled  # axolotl's loggers alone may say what is no warning
 
 
 def test_axolotl_itself_takes_the_plugin_and_refuses_an_unknown_key() -> None:
