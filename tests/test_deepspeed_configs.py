@@ -57,7 +57,7 @@ SETTINGS = {
 def _train(words: list[str]) -> str:
     """`python -m cce_dist.train`; returns what it prints."""
     fresh_deepspeed()
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
         assert main(["train", "--config", str(ROOT / "configs/train/tiny-cpu.yaml"), *words]) == 0
     return printed.getvalue()
 

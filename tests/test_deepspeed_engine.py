@@ -202,20 +202,25 @@ def _sources(config: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.usefixtures("alone")
 def test_the_section_is_found_wherever_deepspeed_takes_its_config(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for source in _sources(make_config(Case(stage=0)), tmp_path):
         model = make_model(Case())
         engine = cce_deepspeed.initialize(model=model, model_parameters=model.parameters(), **source)[0]
         assert _is_active(engine), source
-        assert capsys.readouterr().out.count("cce_dist is active: ZeRO stage 0, gradient=exact") == 1
+        said = [record.getMessage() for record in caplog.records if record.name == "cce_dist"]
+        assert len(said) == 1 and said[0].startswith("cce_dist is active: ZeRO stage 0, gradient=exact")
+        caplog.clear()
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_reference_model_that_is_not_trained_is_not_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.filterwarnings("error:.*no effect")
+def test_a_reference_model_that_is_not_trained_is_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
     config = {key: value for key, value in make_config(Case()).items() if key != "optimizer"}
+    assert not _is_active(deepspeed.initialize(model=make_model(Case()), config=config)[0])
     engine = cce_deepspeed.initialize(model=make_model(Case()), config=config)[0]
-    assert _is_active(engine) and "cce_dist" not in capsys.readouterr().out
+    assert _is_active(engine)
+    assert [record for record in caplog.records if record.name == "cce_dist"] == []
     with torch.no_grad():  # in training mode, as a reference may be left in
         loss = engine(**make_batch(Case(), 0, 0))
     assert torch.equal(loss, make_model(Case())(**make_batch(Case(), 0, 0)).detach())

@@ -23,9 +23,10 @@ ROOT = Path(__file__).parent.parent
 LOGPROBS = (ROOT / "docs/reinforcement-learning.md").read_text()
 OPTIONS = (ROOT / "docs/options.md").read_text()
 DISTILLATION = (ROOT / "docs/distillation.md").read_text()
-EXAMPLES, OF_LOGPROBS, OF_OPTIONS, OF_DISTILLATION = (
+CLIENTS = (ROOT / "docs/clients.md").read_text()
+EXAMPLES, OF_LOGPROBS, OF_OPTIONS, OF_DISTILLATION, OF_CLIENTS = (
     dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", text, re.S))
-    for text in (README, LOGPROBS, OPTIONS, DISTILLATION)
+    for text in (README, LOGPROBS, OPTIONS, DISTILLATION, CLIENTS)
 )
 VOCAB, HIDDEN = 96, 16
 
@@ -48,7 +49,8 @@ def _ids() -> torch.Tensor:
 
 def _run_example(name: str, **given: Any) -> dict[str, Any]:
     names = {"torch": torch, "dist": dist, "fully_shard": fully_shard, **given}
-    exec(compile({**EXAMPLES, **OF_LOGPROBS, **OF_OPTIONS, **OF_DISTILLATION}[name], f"example {name}", "exec"), names)
+    pages = EXAMPLES, OF_LOGPROBS, OF_OPTIONS, OF_DISTILLATION, OF_CLIENTS
+    exec(compile(next(page[name] for page in pages if name in page), f"example {name}", "exec"), names)
     return names
 
 
@@ -97,6 +99,44 @@ def test_every_python_example_is_tested() -> None:
     assert OPTIONS.count("```python") == len(OF_OPTIONS)
     assert set(OF_DISTILLATION) == {"online", "write", "read", "kept", "select", "gkd"}  # the last in test_trl.py
     assert DISTILLATION.count("```python") == len(OF_DISTILLATION)
+    of_lightning = {"fabric", "lightning", "lightning_deepspeed"}  # in test_lightning.py
+    assert set(OF_CLIENTS) == {"llamafactory", "swift", "verl", "megatron", *of_lightning}
+    assert CLIENTS.count("```python") == len(OF_CLIENTS)
+
+
+def _megatron() -> None:
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(7, 3, HIDDEN), torch.randn(VOCAB, HIDDEN), torch.randint(VOCAB, (3, 7))
+    output_layer, rank = torch.nn.Linear(HIDDEN, VOCAB // 2, bias=False), dist.get_rank()
+    output_layer.weight.data = weight.chunk(2)[rank]
+    given = {"hidden": hidden, "output_layer": output_layer, "labels": labels, "vocab_size": VOCAB}
+    loss = _run_example("megatron", tensor_parallel_group=dist.group.WORLD, **given)["loss"]
+    logits = (hidden.transpose(0, 1) @ weight.T).flatten(0, 1)
+    torch.testing.assert_close(loss.flatten(), F.cross_entropy(logits, labels.flatten(), reduction="none"))
+
+
+def test_the_example_of_megatron_is_the_loss_of_each_token(ranks: RankPool) -> None:
+    ranks.run(2, _megatron)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("llamafactory", "llamafactory.train.tuner"),
+        ("swift", "swift.callbacks"),
+        ("verl", "verl.utils.kernel.linear_cross_entropy"),
+    ],
+)
+def test_the_examples_of_clients_fit_the_client_that_is_installed(name: str, package: str) -> None:
+    pytest.importorskip(package, exc_type=ImportError)
+    from cce_dist.compat import verl
+    from cce_dist.trainer_callback import CCECallback
+
+    names = _run_example(name, __name__="imported")
+    if name == "swift":
+        assert isinstance(names["callbacks_map"]["cce_dist"](None, None), CCECallback)
+    if name == "verl":
+        assert sys.modules[package].linear_cross_entropy is verl.linear_cross_entropy  # type: ignore[attr-defined]
 
 
 def _options() -> None:
@@ -297,9 +337,11 @@ def test_the_output_of_the_planner_is_what_it_prints(capsys: pytest.CaptureFixtu
         "README.md",
         "CONTRIBUTING.md",
         "launch/README.md",
+        "docs/clients.md",
         "docs/plan.md",
         "docs/distillation.md",
         "docs/reinforcement-learning.md",
+        "docs/torchtitan.md",
     ],
 )
 def test_the_paths_that_a_document_names_exist(document: str) -> None:

@@ -25,7 +25,7 @@ LAYERS = (
     ("config",),
     ("heads",),
     ("",),  # cce_dist itself
-    ("compat", "fsdp", "deepspeed", "transformers", "trl", "trainer_callback"),
+    ("axolotl", "compat", "fsdp", "deepspeed", "transformers", "trl", "trainer_callback"),
     ("train",),
     ("tools",),
     ("cli", "doctor", "train.__main__"),
@@ -37,13 +37,14 @@ REQUIRED = {"torch", "triton", "pydantic"}
 """What any module but the kernels may import, beside Python's own library."""
 KERNELS_REQUIRE = {"torch", "triton"}
 OPTIONAL = {
+    "axolotl": ("axolotl",),
     "deepspeed": ("deepspeed", "train.engines", "train.restricted"),
     "matplotlib": ("tools.plan.plot", "tools.report"),
     "numpy": ("train.data",),
     "packaging": ("deepspeed.guard",),
     "rich": ("tools", "train"),
     "tokenizers": ("train.data",),
-    "transformers": ("trainer_callback", "train"),
+    "transformers": ("axolotl", "trainer_callback", "train"),
     "trl": ("trl",),
     "yaml": ("train.settings",),
 }

@@ -91,6 +91,37 @@ def test_the_import_brings_in_no_optional_framework(installed: dict[str, Any]) -
     assert optional & set(installed["brought"]) == set()
 
 
+TYPED = """from typing import Any
+
+from cce_dist import CCEConfig, VocabShard, linear_cross_entropy
+
+config: CCEConfig = CCEConfig(gradient="exact")
+shard: VocabShard = VocabShard.whole(9)
+
+
+def loss(hidden: Any, weight: Any, labels: Any) -> Any:
+    return linear_cross_entropy(hidden, weight, labels, shard=SHARD)
+"""
+
+
+@pytest.mark.full
+def test_mypy_of_who_uses_the_wheel_sees_its_types(wheel: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=60)
+    (site,) = tmp_path.glob("venv/lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    said = []
+    for given in ("shard", "'all of it'"):
+        (tmp_path / "consumer.py").write_text(TYPED.replace("SHARD", given))
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", "--strict", "--ignore-missing-imports", "--python-executable",
+             tmp_path / "venv/bin/python", "consumer.py"],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        said.append(done.stdout)
+    assert "Success" in said[0], said[0]
+    assert 'No overload variant of "linear_cross_entropy"' in said[1], said[1]
+
+
 STAND_IN = """#!/bin/bash
 # Instead of a program of this name: leaves its arguments in a file.
 printf '%s\\n' "$@" >"$OUTPUT/${0##*/}$(find "$OUTPUT" | wc -l)"

@@ -364,10 +364,16 @@ def test_ligers_other_kernels_and_a_callback_that_is_switched_off_are_not_refuse
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_model_whose_forward_liger_has_replaced_is_refused(tmp_path: Path, wrapped: bool) -> None:
+@pytest.mark.parametrize(
+    ("place", "remedy"),
+    [("liger_kernel.transformers.model.llama", "leave Liger out"), ("unsloth.models.llama", "not imported unsloth")],
+)
+def test_a_model_whose_forward_another_loss_has_replaced_is_refused(
+    tmp_path: Path, wrapped: bool, place: str, remedy: str
+) -> None:
     def lce_forward(self: Any, *args: Any, **kwargs: Any) -> Any: ...
 
-    lce_forward.__module__ = "liger_kernel.transformers.model.llama"  # as apply_liger_kernel_to_llama(model=model) does
+    lce_forward.__module__ = place  # as apply_liger_kernel_to_llama(model=model) does
     model = architectures.build("llama")
     model.forward = MethodType(lce_forward, model)
     if wrapped:
@@ -376,7 +382,7 @@ def test_a_model_whose_forward_liger_has_replaced_is_refused(tmp_path: Path, wra
         lambda: CCECallback().on_train_begin(_arguments(str(tmp_path)), None, None, model=model),
         lambda: patch(model),
     ):
-        with pytest.raises(ValueError, match="liger_kernel.transformers.model.llama.*leave Liger out"):
+        with pytest.raises(ValueError, match=f"{place}.*{remedy}"):
             attempt()
 
 

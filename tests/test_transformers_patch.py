@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 import re
 import warnings
 from pathlib import Path
@@ -123,6 +124,17 @@ def test_saving_and_copying_are_untouched(tmp_path: Path) -> None:
     assert twin.lm_head.weight is twin.model.embed_tokens.weight
     assert isinstance(_step(twin)[2].logits, LazyLogits)
     assert model.lm_head.weight.grad is None
+
+
+def test_patch_and_unpatch_take_no_random_numbers_and_leave_no_function_of_others_replaced() -> None:
+    model = architectures.build("llama")
+    places = [torch.nn.functional, torch.nn.Linear, torch.Tensor, torch.nn.Module, type(model), type(model.model)]
+    before = torch.get_rng_state(), random.getstate(), [dict(vars(place)) for place in places]
+    patch(model, gradient="exact")
+    model(**architectures.batch()).loss.backward()
+    unpatch(model)
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert [dict(vars(place)) for place in places] == before[2]
 
 
 def test_unpatch_restores_the_model() -> None:

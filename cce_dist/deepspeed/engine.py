@@ -11,7 +11,6 @@ from typing import Any
 import deepspeed
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.utils.logging import print_dist
 from torch import nn
 
 from cce_dist.config import CCEConfig
@@ -26,6 +25,7 @@ from cce_dist.deepspeed.guard import (
 )
 from cce_dist.deepspeed.sharded import CutClassifierOwner, GatheringOwner, cut_before
 from cce_dist.deepspeed.zero3 import ZeRO3Owner, ZeRO3Rows, vocab_group_size
+from cce_dist.heads.announce import announce_active
 from cce_dist.heads.find import declared_layer, output_layer
 from cce_dist.heads.lazy import make_eager, make_lazy
 from cce_dist.heads.liger import refuse_liger_forward
@@ -110,8 +110,10 @@ def installed() -> bool:
 @functools.wraps(_stock_initialize)
 def _stock_initialize_that_warns(*args: Any, **kwargs: Any) -> Any:
     """``deepspeed.initialize`` while `install` has not been called: stock DeepSpeed ignores unknown sections."""
-    config, source = _config(inspect.signature(_stock_initialize).bind_partial(*args, **kwargs).arguments)
-    if SECTION in config and CCEConfig.from_mapping(config[SECTION], SECTION).enabled:
+    arguments = inspect.signature(_stock_initialize).bind_partial(*args, **kwargs).arguments
+    config, source = _config(arguments)
+    trains = arguments.get("optimizer") is not None or "optimizer" in config  # a reference model has none
+    if trains and SECTION in config and CCEConfig.from_mapping(config[SECTION], SECTION).enabled:
         warnings.warn(
             f'the section "{SECTION}" of {source} has no effect: DeepSpeed\'s own initialize ignores it. '
             "Call cce_dist.deepspeed.install() before, or cce_dist.deepspeed.initialize in its place.",
@@ -225,7 +227,7 @@ def _attach(engine: Any, cut: CutClassifierOwner | None, settings: CCEConfig) ->
         make_lazy(head, owner, settings, tensor_parallel.linear_class(head))
     if trains and owner is not None:
         engine.compile = _refuse_compile
-        print_dist(_describe(engine, owner, settings), ranks=[0])
+        announce_active(_describe(engine, owner, settings))
     if rows is not None:
         head.forward = rows.logits
 
@@ -258,7 +260,7 @@ def _describe(engine: Any, owner: ShardOwner, settings: CCEConfig) -> str:
     group = 1 if shard.vocab_group is None else shard.vocab_group.size()
     tensor = tensor_parallel.tensor_parallel_size(engine.mpu)
     return (
-        f"cce_dist is active: ZeRO stage {engine.zero_optimization_stage()}, "
+        f"ZeRO stage {engine.zero_optimization_stage()}, "
         f"{f'tensor parallelism over {tensor}, ' if tensor > 1 else ''}"
         f"gradient={settings.gradient_on(engine.device)}, "
         f"{shard.vocab_size} vocabulary rows over {group} rank(s), {shard.num_rows} of them on rank 0"

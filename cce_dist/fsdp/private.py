@@ -71,7 +71,17 @@ def holding_group(model: nn.Module, head: nn.Module) -> Any | None:
 
 
 def fsdp_mesh(group: Any) -> DeviceMesh:
-    """The mesh that `fully_shard` was given: without the dimension of tensor parallelism."""
+    """The mesh that `fully_shard` was given: without the dimension of tensor parallelism.
+
+    Raises:
+        ValueError: `fully_shard` was given that one too, and told which dimensions are data-parallel.
+    """
+    if getattr(group.mesh_info, "is_spmd_mesh", False):
+        raise ValueError(
+            "the head is sharded by fully_shard(..., dp_mesh_dims=...), which has every tensor of the model as a "
+            "DTensor over all dimensions of the mesh; that is not supported. Give fully_shard the mesh of the "
+            "data-parallel dimensions alone; in torchtitan: parallelism.spmd_backend = 'partial_dtensor'."
+        )
     mesh: DeviceMesh = group.mesh_info.mesh
     return mesh
 
@@ -124,9 +134,9 @@ def release(model: nn.Module, head: nn.Module) -> None:
         )
 
 
-def is_of_tensor_parallelism(hook: Callable[..., Any]) -> bool:
-    """Whether torch's `parallelize_module` has put this forward hook on a module."""
-    return getattr(hook, "__qualname__", "").startswith("distribute_module.")
+def is_of_tensor_parallelism(function: Callable[..., Any]) -> bool:
+    """Whether torch's `parallelize_module` has put this forward hook on a module, or torchtitan's this forward."""
+    return getattr(function, "__qualname__", "").startswith(("distribute_module.", "Module.parallelize."))
 
 
 no_torch_function: Any = getattr(torch._C, "_disabled_torch_function_impl", None)

@@ -148,7 +148,7 @@ def _find_head(model: nn.Module, head: nn.Module | None) -> nn.Linear:
             f"the head must be an nn.Linear with its stock forward, got {type(head).__name__}; the loss computes "
             "hidden · weightᵀ + bias and nothing else."
         )
-    if "forward" in vars(head):
+    if "forward" in vars(head) and not is_of_tensor_parallelism(head.forward):
         raise ValueError(
             "the head's forward is replaced already: shard_head or adopt was called on this model before, or "
             "transformers made the head tensor-parallel; leave it out of its plan, and pass tp to shard_head."
@@ -279,6 +279,7 @@ def _install(
     for embedding in tied_to(model, head):
         make_vocab_parallel(embedding, owner, owner.compute_dtype)  # type: ignore[arg-type]
     remove(head, is_of_tensor_parallelism)
+    vars(head).pop("forward", None)  # torchtitan's, which moves hidden states and logits between layouts
     make_lazy(head, owner, config)
     assert isinstance(head.weight, DTensor)
     if head.weight.device_mesh.ndim > mesh.ndim:

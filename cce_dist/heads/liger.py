@@ -1,4 +1,4 @@
-"""A loss of Liger's in place of a model's forward, or of F.cross_entropy: beside it cce_dist would do nothing.
+"""A loss of Liger's or unsloth's in place of a model's forward or of F.cross_entropy: cce_dist would do nothing.
 
 In go a Trainer's arguments, or a model; out comes an error that says how to leave that loss out, or nothing.
 """
@@ -12,6 +12,11 @@ _REMEDY = (
     "leave Liger out, or let it have its other kernels alone: "
     'liger_kernel_config={"fused_linear_cross_entropy": False, "cross_entropy": False}.'
 )
+
+_REMEDIES = {
+    "liger_kernel": _REMEDY,
+    "unsloth": "load the model with transformers, in a process that has not imported unsloth, or leave cce_dist out.",
+}
 
 
 def refuse_liger_arguments(args: Any) -> None:
@@ -37,15 +42,16 @@ def refuse_liger_forward(model: nn.Module) -> None:
     """Looks at the forward of the model, and of those that it wraps.
 
     Raises:
-        ValueError: it is Liger's.
+        ValueError: it is Liger's, or unsloth's.
     """
     for module in model.modules():
         getter = getattr(module, "get_output_embeddings", None)
         if not callable(getter) or getter() is None:
             continue
         forward: Any = inspect.unwrap(getattr(module.forward, "__func__", module.forward))
-        if str(getattr(forward, "__module__", "")).startswith("liger_kernel"):
+        package = str(getattr(forward, "__module__", "")).split(".")[0]
+        if package in _REMEDIES:
             raise ValueError(
                 f"the forward of {type(module).__name__} is {forward.__module__}.{forward.__qualname__}, which "
-                f"computes the loss past the output layer that cce_dist patches: {_REMEDY}"
+                f"computes the loss past the output layer that cce_dist patches: {_REMEDIES[package]}"
             )

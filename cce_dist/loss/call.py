@@ -82,9 +82,9 @@ def begin(
         tokens = labels.numel()
         hidden = autocast(hidden)
         needs_grad = any(x is not None and x.requires_grad for x in (hidden, weight_VD, bias_V))
+        method = resolve(settings, hidden, labels, shard, needs_grad and torch.is_grad_enabled())
         if getattr(settings, "grad_accumulator", None) is not None and not weight_VD.requires_grad:
             raise ValueError("grad_accumulator goes with a weight that requires a gradient; got one that does not.")
-        method = resolve(settings, hidden, labels, shard, needs_grad and torch.is_grad_enabled())
         equal = {
             **contract(hidden, weight_VD, bias_V, shard, settings, method),
             "tokens are in a DTensor's parts": in_parts,

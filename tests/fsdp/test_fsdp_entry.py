@@ -146,6 +146,25 @@ def test_what_is_not_supported_is_refused_by_name(ranks: RankPool) -> None:
             assert part in text
 
 
+def _over_all_dimensions() -> str:
+    from torch.distributed.fsdp import DataParallelMeshDims
+
+    mesh, model = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",)), PlainLM(11, tied=False)
+    distribute_module(model, mesh)
+    fully_shard(model, mesh=mesh, dp_mesh_dims=DataParallelMeshDims(shard="dp"))
+    with pytest.raises(ValueError, match="partial_dtensor") as caught:
+        adopt(model)
+    return str(caught.value)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.distributed.fsdp, "DataParallelMeshDims"), reason="a torch without dp_mesh_dims of fully_shard"
+)
+def test_a_mesh_of_all_parallelism_is_refused_by_name(ranks: RankPool) -> None:
+    for text in ranks.run(2, _over_all_dimensions):
+        assert "dp_mesh_dims" in text
+
+
 def _ranks_apart(unequal_groups: bool) -> str:
     """What shard_head says on an HSDP mesh where rank 0 is in a group more, or has another setting."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
