@@ -8,7 +8,8 @@ Collectives are those of the loss (see `api`), the packed SUM with one number a 
 all-gather of upstream gradients in backward, where the entropy has one; and with one
 temperature for each token an all-gather of those, or, where ranks bring the same tokens, two numbers more in the MAX.
 Statistics gather the hidden states again, and make a MAX, a SUM and a MIN of a few numbers a token; "rank" two SUMs
-more.
+more. With ``exact_sums`` the SUM is of int64, [3, N]; where shards cut tiles an all-reduce of their rows comes first
+(see `cce_dist.loss.exact_sums`).
 
 Shapes: L tokens of a sequence, D hidden, V local rows of the classifier, n tokens of this rank.
 """
