@@ -35,7 +35,8 @@ from .problem import (
 
 SAMPLED_ROWS = 128
 SMALLEST_DRAW = 2.0**-32
-_TILES_AT_ONCE = 64
+_TILES_AT_ONCE, _TOKENS_AT_ONCE = 64, 256
+"""Of exact sums; chunks of so many tokens stay in a CPU's cache."""
 
 
 def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int, want_entropy: bool = False) -> Summary:
@@ -69,26 +70,27 @@ def sum_tiles(logits: Logits, tiles: GlobalTiles, workspace_bytes: int) -> TileS
     """Max, Σ exp and target logit of each (tile, token), the same bits whatever other tokens and tiles there are.
 
     Not by a library's product or sum, whose order depends on the number of tokens: products of elements, added by
-    halves. So it is many times slower than `summarise`; `kernels/triton/exact_sums.py` is the fast one.
+    halves. So it takes about ten times as long as `summarise`; `triton/exact_sums.py` is the fast one.
     """
     logits = _compacted(logits)
     tokens, hidden_size = logits.hidden_ND.shape
     dtype, hidden_ND = logits.accumulator, logits.hidden_ND
     max_TN = torch.full((len(tiles.spans), tokens), -torch.inf, dtype=dtype, device=hidden_ND.device)
     sumexp_TN, target_N = torch.zeros_like(max_TN), max_TN.new_zeros(tokens)
-    step = max(workspace_bytes // (4 * dtype.itemsize * logits.tile * max(hidden_size, 1)), 1)
+    chunks = hidden_size.bit_length() + 4  # of that size are alive at a time
+    step = max(min(workspace_bytes // (chunks * dtype.itemsize * logits.tile), _TOKENS_AT_ONCE), 1)
     for t, (row, rows) in enumerate(tiles.spans):
         v = slice(row, row + rows)
-        weight_vD = logits.weight_VD[v].to(dtype)
+        weight_Dv = logits.weight_VD[v].to(dtype).T.contiguous()
         for first in range(0, tokens, step):
             n = slice(first, min(first + step, tokens))
-            x_nv = _added_by_halves(hidden_ND[n].to(dtype)[:, None, :] * weight_vD)
+            x_nv = _product_by_halves(hidden_ND[n].to(dtype).T.contiguous(), weight_Dv)
             z_nv = _of_products(logits, x_nv, n, v)[0]
             max_n = z_nv.amax(1)
             safe_max_n = torch.where(max_n == -torch.inf, 0.0, max_n)
             # exp, not exp2: on a CPU torch's exp2 has other bits at the end of a vector.
             e_nv = _by_tile((z_nv - safe_max_n[:, None]).exp(), logits.tile, 0.0)[:, 0]
-            max_TN[t, n], sumexp_TN[t, n] = max_n, _added_by_halves(e_nv)
+            max_TN[t, n], sumexp_TN[t, n] = max_n, _sum_by_halves(e_nv)
             target_N[n] += torch.where(_is_target(logits, n, v), z_nv, 0.0).sum(1)  # of one number: exact
     none_N = max_TN.new_full((1, tokens), -torch.inf)
     return TileSums(max_TN, sumexp_TN, torch.cat((none_N, max_TN)).amax(0), target_N, 1.0)
@@ -417,15 +419,21 @@ def _of_products(logits: Logits, x_nv: Tensor, n: slice | Tensor, v: slice) -> t
     return x_nv, slope_nv
 
 
-def _added_by_halves(x_xD: Tensor) -> Tensor:
-    """Σ over the last axis, by additions of elements in an order that its length alone decides; used up."""
-    while x_xD.shape[-1] > 1:
-        half = x_xD.shape[-1] // 2
-        sums_xD = x_xD[..., :half] + x_xD[..., half : 2 * half]
-        if x_xD.shape[-1] % 2:
-            sums_xD[..., 0] += x_xD[..., -1]
-        x_xD = sums_xD
-    return x_xD[..., 0]
+def _product_by_halves(hidden_Dn: Tensor, weight_Dv: Tensor) -> Tensor:
+    """[n, v] products e·c, each the sum of those of both halves of D: in an order that D alone decides."""
+    if hidden_Dn.shape[0] == 1:
+        return hidden_Dn[0, :, None] * weight_Dv[0]
+    half = hidden_Dn.shape[0] // 2
+    first_nv = _product_by_halves(hidden_Dn[:half], weight_Dv[:half])
+    return first_nv.add_(_product_by_halves(hidden_Dn[half:], weight_Dv[half:]))
+
+
+def _sum_by_halves(x_nv: Tensor) -> Tensor:
+    """Σ over the last axis, a power of two, in an order that it alone decides."""
+    while x_nv.shape[1] > 1:
+        half = x_nv.shape[1] // 2
+        x_nv = x_nv[:, :half] + x_nv[:, half:]
+    return x_nv[:, 0]
 
 
 def _cold(logits: Logits, z_nv: Tensor, v: slice) -> Tensor:
