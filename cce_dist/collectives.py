@@ -97,7 +97,8 @@ def merge_exactly(
         dist.all_reduce(units_3N, group=group)
     sum_N, bits_N, faults_N = units_3N
     target_N = bits_N.to(torch.int64 if max_N.dtype == torch.float64 else torch.int32).view(max_N.dtype)
-    log_sum_N = (sum_N.double() * 2.0**-SUM_BITS).log().masked_fill_(faults_N > 0, torch.nan)
+    # The largest logit alone is 1 of the sum, whatever exp makes of 0; the sum is 0 where all logits are −inf.
+    log_sum_N = (sum_N.double() * 2.0**-SUM_BITS).log().clamp_(min=0).masked_fill_(faults_N > 0, torch.nan)
     lse_N = max_N.double() * unit + log_sum_N
     nll_N = (max_N.double() - target_N.double()) * unit + log_sum_N
     normaliser = Normaliser(max_N, (log_sum_N / unit).to(max_N.dtype), unit)

@@ -98,7 +98,10 @@ def sum_tiles(logits: Logits, tiles: GlobalTiles, workspace_bytes: int) -> TileS
 
 def exact_units(sums: TileSums, max_N: Tensor, n_valid: Tensor) -> Tensor:
     """[3, N] int64, to be added over parts of the vocabulary in any order: Σ exp(z − max) in units of 2^-SUM_BITS, each
-    tile's rounded; the bits of the target's logit; the number of tiles that are no numbers. ``max_N``: of all parts."""
+    tile's rounded; the bits of the target's logit; the number of tiles that are no numbers.
+
+    ``max_N``: of all parts. Of tokens that are not valid the triton backend has no sum.
+    """
     bits = torch.int64 if sums.target_N.dtype == torch.float64 else torch.int32
     units_3N = torch.zeros((3, max_N.shape[0]), dtype=torch.int64, device=max_N.device)
     units_3N[1] = sums.target_N.view(bits)
@@ -108,7 +111,6 @@ def exact_units(sums: TileSums, max_N: Tensor, n_valid: Tensor) -> Tensor:
         is_nan_tN = unit_tN.isnan()
         units_3N[0] += torch.where(is_nan_tN, 0.0, unit_tN).round().long().sum(0)
         units_3N[2] += is_nan_tN.sum(0)
-    units_3N[0].masked_fill_(torch.arange(max_N.shape[0], device=max_N.device) >= n_valid, 1 << SUM_BITS)
     return units_3N
 
 

@@ -159,7 +159,6 @@ def exact_units(sums: TileSums, max_N: torch.Tensor, n_valid: torch.Tensor) -> t
     """See `torch_backend.exact_units`."""
     number, tokens = sums.max_TN.shape
     units_3N = torch.zeros((3, tokens), dtype=torch.int64, device=max_N.device)
-    units_3N[0] = torch.where(torch.arange(tokens, device=max_N.device) < n_valid, 0, 1 << SUM_BITS)
     units_3N[1] = sums.target_N.view(torch.int32)
     if number and tokens:
         _exact_units_kernel[(triton.cdiv(tokens, _UNIT_TOKENS), triton.cdiv(number, _UNIT_TILES))](
