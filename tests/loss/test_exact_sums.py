@@ -28,7 +28,7 @@ from reference import (
     make_problem,
     relative_error,
 )
-from sharded import Layout, Runs, device_of, local_rows, make_shard
+from sharded import Layout, Runs, device_of, local_rows, make_shard, part_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -147,11 +147,11 @@ def test_bits_do_not_depend_on_the_gradient_that_is_wanted(backend: str, gradien
 
 
 Way = tuple[Layout, Runs | None, Sequence[int]]
-"""Layout, runs of rows, and where the tokens of each rank begin and end (with own tokens)."""
+"""Layout, runs of rows, and where the tokens of each part begin and end (but where all ranks bring the same)."""
 EVEN: dict[int, list[Way]] = {
     1: [("replicated", None, ()), ("sharded", None, (0, 26))],
     2: [("replicated", None, ()), ("sharded", None, (0, 9, 26))],
-    4: [("replicated", None, ()), ("sharded", None, (0, 11, 11, 12, 26))],
+    4: [("replicated", None, ()), ("sharded", None, (0, 11, 11, 12, 26)), ("grid", None, (0, 17, 26))],
 }
 UNEVEN: dict[int, list[Way]] = {
     2: [
@@ -160,7 +160,11 @@ UNEVEN: dict[int, list[Way]] = {
     ],
     4: [
         # Tile 1 is of three ranks, tile 2 of two runs of one rank, apart there, around a row of another.
-        ("sharded", [((0, 130), (256, 300), (301, 350)), (), ((130, 140), (300, 301)), ((140, 256), (350, VOCAB))], ()),
+        (
+            "sharded",
+            [((0, 130), (256, 300), (301, 350)), (), ((130, 140), (300, 301)), ((140, 256), (350, VOCAB))],
+            (0, 7, 9, 20, 26),
+        ),
     ],
 }
 
@@ -170,7 +174,7 @@ def on_rank(problem: Problem, heat_N: Tensor, ways: Sequence[Way], given: dict[s
     problem, heat_N = problem.to(device), heat_N.to(device)
     found = []
     for layout, runs, cuts in ways:
-        own = slice(*(cuts or range(0, 105, 7))[dist.get_rank() :][:2]) if layout == "sharded" else slice(None)
+        own = slice(*cuts[part_of(dist.get_rank(), layout) :][:2]) if cuts else slice(None)
         shard = make_shard(problem, layout, runs)
         found.append(Values(*(x.cpu() for x in values(problem, heat_N, shard, own, **given))))
     return found
@@ -183,13 +187,11 @@ def assert_same_on_ranks(
     wanted = values(problem.to(device), heat_N.to(device), **given)
     for world in ways:
         by_rank = ranks.run(world, on_rank, problem, heat_N, ways[world], given)
-        for index, (layout, _, _) in enumerate(ways[world]):
-            if layout == "sharded":
-                got = Values(*(torch.cat([found[index][i] for found in by_rank]) for i in range(2)))
-                assert_same(got, Values(*(x.cpu() for x in wanted)))
-            else:
-                for found in by_rank:
-                    assert_same(found[index], Values(*(x.cpu() for x in wanted)))
+        for index, (layout, _, cuts) in enumerate(ways[world]):
+            for rank, found in enumerate(by_rank):
+                part = part_of(rank, layout)
+                own = slice(cuts[part], cuts[part + 1]) if cuts else slice(None)
+                assert_same(found[index], Values(*(x[own].cpu() for x in wanted)))
 
 
 def for_ranks(tokens: int = 26, **options: Any) -> tuple[Problem, Tensor]:
@@ -208,9 +210,7 @@ def test_any_number_of_ranks_gives_the_same_bits(ranks: RankPool, backend: str, 
 @pytest.mark.parametrize(("backend", "dtype"), RANK_DTYPES, ids=["torch", "triton"])
 def test_uneven_and_empty_shards_give_the_same_bits(ranks: RankPool, backend: str, dtype: torch.dtype) -> None:
     problem, heat_N = for_ranks(dtype=dtype, bias=True)
-    assert_same_on_ranks(ranks, {2: UNEVEN[2]}, problem, heat_N, backend=backend)
-    problem, heat_N = for_ranks(28, dtype=dtype, bias=True)
-    assert_same_on_ranks(ranks, {4: UNEVEN[4]}, problem, heat_N, backend=backend)
+    assert_same_on_ranks(ranks, UNEVEN, problem, heat_N, backend=backend)
 
 
 @pytest.mark.full
@@ -225,7 +225,7 @@ def test_so_do_ranks_in_other_dtypes(
 ) -> None:
     problem, heat_N = for_ranks(dtype=dtype, **options)
     assert_same_on_ranks(ranks, EVEN, problem, heat_N, backend=backend)
-    assert_same_on_ranks(ranks, {2: UNEVEN[2]}, problem, heat_N, backend=backend)
+    assert_same_on_ranks(ranks, UNEVEN, problem, heat_N, backend=backend)
 
 
 def _on_other_shards(problem: Problem, heat_N: Tensor) -> list[bool]:
