@@ -5,7 +5,8 @@
 Per method: milliseconds and multiples of one cuBLAS bf16 product of the log-probabilities without a gradient, and of a
 forward and backward of a policy's loss, Σ u·logprob + v·entropy with random u and v; peak bytes beyond the gradients;
 the largest and the relative errors of both, and the relative errors of dE and dC, against fp64 logits. ``--eps`` adds
-the default mode at those values of filter_eps, from which its own is chosen. The result is a JSON file.
+the default mode at those values of filter_eps, from which its own is chosen. Of ``exact_sums``, which gives no entropy:
+the time without a gradient, and the largest error. The result is a JSON file.
 
 Shapes: N tokens, D hidden, V vocabulary; n tokens of a chunk.
 """
@@ -189,10 +190,13 @@ def benchmark(shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
         both[name] = lambda method=method: torch.autograd.grad(
             objective(method(hidden_ND, weight_VD, labels_N), labels_N, "policy"), (hidden_ND, weight_VD)
         )
+    exact_sums = _ours(None, inputs, False, exact_sums=True)
+    exact_error = (_without_gradient(exact_sums, inputs)[0] - true.logprob_N).abs().max().item()
     fp32_error = (fp32_logprobs(inputs.hidden_ND, inputs.weight_VD, labels_N) - true.logprob_N).abs().max().item()
     del true
     phases.done("errors and memory")
     runs = product | {f"{name} without": run for name, run in without.items()} | both
+    runs["exact_sums"] = lambda: _without_gradient(exact_sums, inputs)
     times = interleaved_ms(runs, arguments.rounds, device)
     launches = interleaved_launch_ms(both, arguments.rounds, device)
     for name in both:
@@ -205,6 +209,10 @@ def benchmark(shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
         "model_loss": inputs.loss,
         "gemm_ms": times["gemm"],
         "fp32_logits_largest_error": fp32_error,
+        "exact_sums": {
+            "without_gradient_x": times["exact_sums"] / times["gemm"],
+            "logprob_largest_error": exact_error,
+        },
         "methods": results,
     }
 
@@ -216,7 +224,12 @@ def _without_gradient(method: Method, inputs: Inputs) -> Outputs:
 
 def print_table(name: str, result: dict[str, Any]) -> None:
     print(f"\n{name}: 1.00x = {result['gemm_ms']:.2f} ms; ", end="")
-    print(f"largest error of fp32 logits {result['fp32_logits_largest_error']:.1e}")
+    print(
+        f"largest error of fp32 logits {result['fp32_logits_largest_error']:.1e}; exact_sums without a gradient ",
+        end="",
+    )
+    exact_sums = result["exact_sums"]
+    print(f"{exact_sums['without_gradient_x']:.2f}x, largest error {exact_sums['logprob_largest_error']:.1e}")
     print(f"{'method':22s}{'no grad':>9s}{'both':>8s}{'launch':>9s}{'MB':>7s}", end="")
     columns = ("logprob_largest", "logprob", "entropy", *(f"{x}_{y}" for x in OBJECTIVES for y in ("hidden", "weight")))
     print("".join(f"{column:>16s}" for column in columns))

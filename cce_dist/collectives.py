@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cce_dist.device_check import device_check
-from cce_dist.kernels.problem import FAR, Normaliser, Summary
+from cce_dist.kernels.problem import FAR, SUM_BITS, Normaliser, Summary
 
 # torch 2.13 renamed both and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -49,15 +49,7 @@ def merge_softmax(summary: Summary, group: ProcessGroup | None, equal: Mapping[s
     """
     max_N, sumexp_N, target_N, unit, _, weighted_N = summary
     if group is not None:
-        own_max_N, max_N = max_N, max_N.clone()
-        numbers = [sign * number for number in (equal or {}).values() for sign in (1, -1)]
-        if numbers:
-            max_N = torch.cat((max_N, torch.stack(numbers).to(max_N.dtype)))
-        dist.all_reduce(max_N, dist.ReduceOp.MAX, group=group)
-        if numbers:
-            max_N, pairs = max_N.split((own_max_N.shape[0], len(numbers)))
-            for name, pair in zip(equal or {}, pairs.split(2), strict=True):
-                _check_equal(pair, name)
+        own_max_N, max_N = max_N, _largest(max_N, group, equal or {})
         decay_N = torch.exp((own_max_N - max_N) * unit)
         sums = [sumexp_N * decay_N, target_N]
         if weighted_N is not None:
@@ -69,6 +61,60 @@ def merge_softmax(summary: Summary, group: ProcessGroup | None, equal: Mapping[s
     log_sum_N = sumexp_N.log() / unit
     entropy_N = None if weighted_N is None else (log_sum_N - weighted_N / sumexp_N) * unit
     return Merged(Normaliser(max_N, log_sum_N, unit), target_N, entropy_N)
+
+
+class ExactlyMerged(NamedTuple):
+    """The same of sums that do not depend on the order: −log p of the target, and the log-sum-exp, rounded once."""
+
+    normaliser: Normaliser
+    nll_N: Tensor
+    lse_N: Tensor
+
+
+def merge_exactly(
+    max_N: Tensor,
+    units_of: Callable[[Tensor], Tensor],
+    unit: float,
+    group: ProcessGroup | None,
+    equal: Mapping[str, Tensor] | None = None,
+) -> ExactlyMerged:
+    """Combines tiles of all shards so that no bit depends on who holds them: a MAX, then one SUM of whole numbers.
+
+    −log p is by way of the max, which the target's logit, of the same bits, is not above: it is never below 0.
+
+    Args:
+        max_N: of this rank's tiles, in the backend's unit.
+        units_of: `exact_units` of this rank's tiles, relative to a max.
+        equal: as in `merge_softmax`.
+
+    Raises:
+        ValueError: as `merge_softmax`.
+    """
+    if group is not None:
+        max_N = _largest(max_N, group, equal or {})
+    units_3N = units_of(max_N)
+    if group is not None:
+        dist.all_reduce(units_3N, group=group)
+    sum_N, bits_N, faults_N = units_3N
+    target_N = bits_N.to(torch.int64 if max_N.dtype == torch.float64 else torch.int32).view(max_N.dtype)
+    # The largest logit alone is 1 of the sum, whatever exp makes of 0; the sum is 0 where all logits are −inf.
+    log_sum_N = (sum_N.double() * 2.0**-SUM_BITS).log().clamp_(min=0).masked_fill_(faults_N > 0, torch.nan)
+    lse_N = max_N.double() * unit + log_sum_N
+    nll_N = (max_N.double() - target_N.double()) * unit + log_sum_N
+    normaliser = Normaliser(max_N, (log_sum_N / unit).to(max_N.dtype), unit)
+    return ExactlyMerged(normaliser, nll_N.to(max_N.dtype), lse_N.to(max_N.dtype))
+
+
+def _largest(max_N: Tensor, group: ProcessGroup, equal: Mapping[str, Tensor]) -> Tensor:
+    """The MAX over ranks, and with it the comparison of what must be equal."""
+    numbers = [sign * number for number in equal.values() for sign in (1, -1)]
+    largest = torch.cat((max_N, torch.stack(numbers).to(max_N.dtype))) if numbers else max_N.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    if numbers:
+        largest, pairs = largest.split((max_N.shape[0], len(numbers)))
+        for name, pair in zip(equal, pairs.split(2), strict=True):
+            _check_equal(pair, name)
+    return largest
 
 
 def token_fingerprint(labels_N: Tensor) -> Tensor:
@@ -157,6 +203,23 @@ def start_sum_of_one(part: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
         return part
 
     return finish_sum
+
+
+def start_exchange_of_rows(rows_v: Tensor, row_K: Tensor, group: ProcessGroup | None) -> Callable[[], Tensor]:
+    """Starts bringing K rows together, each of which one rank holds; all of them, when called.
+
+    Args:
+        rows_v: of this rank, [v, ...], of one dtype on all.
+        row_K: which of them each is; −1: another rank's.
+    """
+    if group is None:
+        return lambda: rows_v.index_select(0, row_K)
+    own_K = (row_K >= 0).view(-1, *(1,) * (rows_v.ndim - 1))
+    if rows_v.shape[0]:
+        part_K = torch.where(own_K, rows_v[row_K.clamp(min=0)], 0)
+    else:
+        part_K = rows_v.new_zeros((row_K.shape[0], *rows_v.shape[1:]))
+    return start_sum_of_one(part_K, group)
 
 
 def _bytes(x: Tensor) -> Tensor:

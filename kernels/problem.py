@@ -14,6 +14,10 @@ TILE = 128
 """Consecutive classifier rows whose softmax mass is kept or dropped together."""
 MOST_DRAWN = 256
 """`Filter.most_drawn` for the whole vocabulary; a shard has its share of it."""
+SUM_BITS = 40
+"""Sums of tiles are added as whole numbers of 2^-SUM_BITS of the exponential of the largest logit."""
+MOST_SUMMED = 1 << (63 - SUM_BITS)
+"""Fewer rows than these have a sum that an int64 holds: none is above exp(0)."""
 FAR = -1e5
 """Where a logarithm of something that does not count is cut off, since 0 · −∞ is no number."""
 
@@ -98,6 +102,37 @@ class Summary(NamedTuple):
     unit: float
     tiles: Tiles | None = None
     weighted_N: Tensor | None = None
+
+
+class GlobalTiles(NamedTuple):
+    """Tiles that begin at multiples of ``Logits.tile`` in the GLOBAL vocabulary, as a matrix of rows holds them.
+
+    Attributes:
+        spans: of each the first of its rows there, and their number: ``Logits.tile``, or fewer at the vocabulary's end.
+        row_T, rows_T: the same, int32, on the device.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    row_T: Tensor
+    rows_T: Tensor
+
+
+class TileSums(NamedTuple):
+    """Of `GlobalTiles`, what does not depend on other tiles or tokens, bit for bit; in the accumulator's dtype.
+
+    Attributes:
+        max_TN, sumexp_TN: max m and Σ exp(z − m) of each (tile, token); m in the backend's unit. Of tokens that are not
+            valid they may be anything.
+        max_N: the largest max; 0 for tokens that are not valid.
+        target_N: the target's logit in the backend's unit, as its tile has it; 0 where it is in none.
+        unit: see `Summary`.
+    """
+
+    max_TN: Tensor
+    sumexp_TN: Tensor
+    max_N: Tensor
+    target_N: Tensor
+    unit: float
 
 
 class Share(NamedTuple):

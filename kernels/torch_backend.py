@@ -15,7 +15,9 @@ from torch.nn.functional import pad
 
 from .problem import (
     FAR,
+    SUM_BITS,
     Filter,
+    GlobalTiles,
     Gradients,
     Logits,
     Normaliser,
@@ -25,6 +27,7 @@ from .problem import (
     Share,
     Summary,
     Tiles,
+    TileSums,
     Upstream,
     Wanted,
     largest_scale,
@@ -32,6 +35,8 @@ from .problem import (
 
 SAMPLED_ROWS = 128
 SMALLEST_DRAW = 2.0**-32
+_TILES_AT_ONCE, _TOKENS_AT_ONCE = 64, 256
+"""Of exact sums; chunks of so many tokens stay in a CPU's cache."""
 
 
 def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int, want_entropy: bool = False) -> Summary:
@@ -59,6 +64,54 @@ def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int, want_entro
             tile_lse_TN[t, n] = torch.logsumexp(_by_tile(_cold(logits, z_nv, v), logits.tile, -torch.inf), dim=2).T
     tiles = None if tile_lse_TN is None else Tiles(tile_lse_TN)
     return Summary(max_N, sumexp_N, target_N, 1.0, tiles, weighted_N)
+
+
+def sum_tiles(logits: Logits, tiles: GlobalTiles, workspace_bytes: int) -> TileSums:
+    """Max, Σ exp and target logit of each (tile, token), the same bits whatever other tokens and tiles there are.
+
+    Not by a library's product or sum, whose order depends on the number of tokens: products of elements, added by
+    halves. So it takes about ten times as long as `summarise`; `triton/exact_sums.py` is the fast one.
+    """
+    logits = _compacted(logits)
+    tokens, hidden_size = logits.hidden_ND.shape
+    dtype, hidden_ND = logits.accumulator, logits.hidden_ND
+    max_TN = torch.full((len(tiles.spans), tokens), -torch.inf, dtype=dtype, device=hidden_ND.device)
+    sumexp_TN, target_N = torch.zeros_like(max_TN), max_TN.new_zeros(tokens)
+    chunks = hidden_size.bit_length() + 4  # of that size are alive at a time
+    step = max(min(workspace_bytes // (chunks * dtype.itemsize * logits.tile), _TOKENS_AT_ONCE), 1)
+    for t, (row, rows) in enumerate(tiles.spans):
+        v = slice(row, row + rows)
+        weight_Dv = logits.weight_VD[v].to(dtype).T.contiguous()
+        for first in range(0, tokens, step):
+            n = slice(first, min(first + step, tokens))
+            x_nv = _product_by_halves(hidden_ND[n].to(dtype).T.contiguous(), weight_Dv)
+            z_nv = _of_products(logits, x_nv, n, v)[0]
+            max_n = z_nv.amax(1)
+            safe_max_n = torch.where(max_n == -torch.inf, 0.0, max_n)
+            # exp, not exp2: on a CPU torch's exp2 has other bits at the end of a vector.
+            e_nv = _by_tile((z_nv - safe_max_n[:, None]).exp(), logits.tile, 0.0)[:, 0]
+            max_TN[t, n], sumexp_TN[t, n] = max_n, _sum_by_halves(e_nv)
+            target_N[n] += torch.where(_is_target(logits, n, v), z_nv, 0.0).sum(1)  # of one number: exact
+    none_N = max_TN.new_full((1, tokens), -torch.inf)
+    return TileSums(max_TN, sumexp_TN, torch.cat((none_N, max_TN)).amax(0), target_N, 1.0)
+
+
+def exact_units(sums: TileSums, max_N: Tensor, n_valid: Tensor) -> Tensor:
+    """[3, N] int64, to be added over parts of the vocabulary in any order: Σ exp(z − max) in units of 2^-SUM_BITS, each
+    tile's rounded; the bits of the target's logit; the number of tiles that are no numbers.
+
+    ``max_N``: of all parts. Of tokens that are not valid the triton backend has no sum.
+    """
+    bits = torch.int64 if sums.target_N.dtype == torch.float64 else torch.int32
+    units_3N = torch.zeros((3, max_N.shape[0]), dtype=torch.int64, device=max_N.device)
+    units_3N[1] = sums.target_N.view(bits)
+    safe_max_N = torch.where(max_N == -torch.inf, 0.0, max_N)
+    for max_tN, sumexp_tN in zip(sums.max_TN.split(_TILES_AT_ONCE), sums.sumexp_TN.split(_TILES_AT_ONCE), strict=True):
+        unit_tN = (sumexp_tN * torch.exp((max_tN - safe_max_N) * sums.unit)) * 2.0**SUM_BITS
+        is_nan_tN = unit_tN.isnan()
+        units_3N[0] += torch.where(is_nan_tN, 0.0, unit_tN).round().long().sum(0)
+        units_3N[2] += is_nan_tN.sum(0)
+    return units_3N
 
 
 def join(others: Summary, part: Summary, share: Share | None) -> Summary:
@@ -361,7 +414,12 @@ def _chunks(logits: Logits, workspace_bytes: int) -> Iterator[tuple[slice, slice
 def _logits(logits: Logits, n: slice | Tensor, v: slice) -> tuple[Tensor, Tensor]:
     """z and f' of a chunk, accumulated in fp32 (fp64); the temperature is in z, not in f'."""
     dtype = logits.accumulator
-    x_nv = logits.hidden_ND[n].to(dtype) @ logits.weight_VD[v].to(dtype).T
+    return _of_products(logits, logits.hidden_ND[n].to(dtype) @ logits.weight_VD[v].to(dtype).T, n, v)
+
+
+def _of_products(logits: Logits, x_nv: Tensor, n: slice | Tensor, v: slice) -> tuple[Tensor, Tensor]:
+    """The same of products e·c, which are overwritten."""
+    dtype = x_nv.dtype
     if logits.bias_V is not None:
         x_nv += logits.bias_V[v].to(dtype)
     x_nv *= logits.logit_scale
@@ -372,6 +430,23 @@ def _logits(logits: Logits, n: slice | Tensor, v: slice) -> tuple[Tensor, Tensor
     if logits.inverse_temperature_N is not None:
         x_nv = x_nv * logits.inverse_temperature_N[n, None]
     return x_nv, slope_nv
+
+
+def _product_by_halves(hidden_Dn: Tensor, weight_Dv: Tensor) -> Tensor:
+    """[n, v] products e·c, each the sum of those of both halves of D: in an order that D alone decides."""
+    if hidden_Dn.shape[0] == 1:
+        return hidden_Dn[0, :, None] * weight_Dv[0]
+    half = hidden_Dn.shape[0] // 2
+    first_nv = _product_by_halves(hidden_Dn[:half], weight_Dv[:half])
+    return first_nv.add_(_product_by_halves(hidden_Dn[half:], weight_Dv[half:]))
+
+
+def _sum_by_halves(x_nv: Tensor) -> Tensor:
+    """Σ over the last axis, a power of two, in an order that it alone decides."""
+    while x_nv.shape[1] > 1:
+        half = x_nv.shape[1] // 2
+        x_nv = x_nv[:, :half] + x_nv[:, half:]
+    return x_nv[:, 0]
 
 
 def _cold(logits: Logits, z_nv: Tensor, v: slice) -> Tensor:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from cce_dist import CCEConfig, VocabShard, linear_cross_entropy
+from cce_dist import CCEConfig, VocabShard, linear_cross_entropy, linear_logprobs
 from cce_dist.cli import main
 from cce_dist.loss.settings import CallSettings, LossSettings
 
@@ -88,6 +88,7 @@ def test_every_python_example_is_tested() -> None:
     assert README.count("```python") == len(EXAMPLES)
     assert set(OF_LOGPROBS) == {
         "logprobs",
+        "exact_sums",
         "ppo",
         "reference",
         "sequences",
@@ -246,7 +247,10 @@ def _logprobs() -> None:
     assert torch.equal(after["found"].top1, log_p.argmax(-1))
     assert ours.grad is not None
     assert (ours.grad - reference.grad).norm() < 1e-5 * reference.grad.norm()
-    sampled = _run_example("next_token", hidden=hidden, rows=after["rows"], shard=after["shard"], step=3)
+    given = {"hidden": hidden, "rows": after["rows"], "shard": after["shard"]}
+    exact = _run_example("exact_sums", labels=labels, linear_logprobs=linear_logprobs, **given)["found"]
+    torch.testing.assert_close(exact.logprob, (hidden @ weight.T).log_softmax(-1).gather(-1, labels[..., None])[..., 0])
+    sampled = _run_example("next_token", step=3, **given)
     assert sampled["next_id"].shape == (3,) and sampled["next_id"].max() < VOCAB
 
 

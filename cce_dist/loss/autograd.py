@@ -38,6 +38,7 @@ from cce_dist.kernels.problem import (
 )
 from cce_dist.loss import frequent as frequent_rows
 from cce_dist.loss import smoothing
+from cce_dist.loss.exact_sums import exactly
 from cce_dist.loss.frequent import Frequent, LabelCounts
 from cce_dist.loss.settings import (
     FREQUENT_WORKSPACE,
@@ -61,6 +62,7 @@ class Call(NamedTuple):
         counts: of the labels, where there are to be frequent rows.
         entropy: whether it is wanted; "value": without a gradient.
         temperature_n: one for each token, in fp32 (fp64 for fp64), or None.
+        exact_sums: whether outputs must have the same bits whatever the other tokens and the ranks.
     """
 
     labels_n: Tensor
@@ -72,6 +74,7 @@ class Call(NamedTuple):
     counts: LabelCounts | None = None
     entropy: bool | Literal["value"] = False
     temperature_n: Tensor | None = None
+    exact_sums: bool = False
 
     @property
     def padded_to(self) -> int:
@@ -172,13 +175,20 @@ class LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden_nD.device.type, enabled=False):
             frequent: Frequent | None = None
             others = logits
+            sparse = needs_grad and method.gradient != "exact"
             if call.counts is not None:
                 frequent, target_N, equal["frequent rows"] = frequent_rows.find(
                     target_N, labels_N, settings.ignore_index, order, call.counts, method.frequent_rows, shard
                 )
                 exchange = frequent_rows.start_exchange(frequent, logits.weight_VD, logits.bias_V, shard)
                 others = logits._replace(target_N=target_N, frequent_V=frequent.slot_v)
-            if method.first_pass == "fp8":
+            if call.exact_sums:
+                exact = exactly(logits, labels_N, order, shard, call.backend, workspace, equal)
+                normaliser, entropy_N = exact.normaliser, None
+                values = order.restore(exact.nll_N), order.restore(exact.lse_N)
+                # Backward filters by tiles of local rows, which are others.
+                tiles = call.backend.summarise(logits, True, workspace).tiles if sparse else None
+            elif method.first_pass == "fp8":
                 estimate = call.backend.estimate(others)
                 estimated_summary, part = estimate.summary, None
                 if frequent is not None:
@@ -192,15 +202,16 @@ class LinearCrossEntropy(torch.autograd.Function):
                     summary = call.backend.join(summary, part, frequent.share(shard))
             else:  # its sums and targets are of all rows, so that they have the same bits without a gradient
                 whole = logits if frequent is None else logits._replace(frequent_V=frequent.slot_v)
-                sparse = needs_grad and method.gradient != "exact"
                 summary = call.backend.summarise(whole, sparse, workspace, bool(call.entropy))
                 if frequent is not None and shard.vocab_group is not None:
                     frequent = exchange()
-            normaliser, target_logit_N, entropy_N = merge_softmax(summary, shard.vocab_group, equal)
+            if not call.exact_sums:
+                normaliser, target_logit_N, entropy_N = merge_softmax(summary, shard.vocab_group, equal)
+                values, tiles = call.backend.losses(normaliser, target_logit_N, order), summary.tiles
 
         if needs_grad:
             seed = _draw_seed(settings.seed, hidden_nD.device) if method.gradient == "unbiased" else None
-            tile_lse_TN, reference_SN, tiles_per_split = summary.tiles or (None, None, 0)
+            tile_lse_TN, reference_SN, tiles_per_split = tiles or (None, None, 0)
             ctx.call, ctx.workspace = call, workspace
             ctx.unit, ctx.tiles_per_split = normaliser.unit, tiles_per_split
             ctx.set_materialize_grads(False)
@@ -227,7 +238,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         def in_own(values_N: Tensor) -> Tensor:
             return own(values_N, num_tokens, most, shard)
 
-        nll_n, lse_n = (in_own(x_N) for x_N in call.backend.losses(normaliser, target_logit_N, order))
+        nll_n, lse_n = (in_own(x_N) for x_N in values)
         entropy_n = None if entropy_N is None else in_own(order.restore(entropy_N))
         if entropy_n is not None and call.entropy == "value":
             ctx.mark_non_differentiable(entropy_n)

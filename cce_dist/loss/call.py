@@ -115,8 +115,9 @@ def begin(
     if labels_n is None:
         labels_n = _flat_labels(labels, settings, shard)
     counts = counts_of(counted, shard, hidden.device) if method.frequent_rows else None
-    entropy = settings.entropy if isinstance(settings, LogprobSettings) else False
-    call = Call(labels_n, shard, settings, method, most, torch.is_grad_enabled(), counts, entropy, temperature_n)
+    call = Call(labels_n, shard, settings, method, most, torch.is_grad_enabled(), counts, temperature_n=temperature_n)
+    if isinstance(settings, LogprobSettings):
+        call = call._replace(entropy=settings.entropy, exact_sums=settings.exact_sums)
     return Inputs(hidden.reshape(-1, hidden.shape[-1]), weight_VD, bias_V, call), labels
 
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from cce_dist.collectives import start_sum_of_one, token_fingerprint
+from cce_dist.collectives import start_exchange_of_rows, token_fingerprint
 from cce_dist.kernels.problem import Logits, Normaliser, Order, Share, Upstream
 from cce_dist.shard import VocabShard
 
@@ -225,26 +225,16 @@ def start_exchange(
     frequent: Frequent, weight_vD: Tensor, bias_v: Tensor | None, shard: VocabShard
 ) -> Callable[[], Frequent]:
     """Starts bringing the rows of all ranks together; when called, ``frequent`` with them."""
-    rows, bias = _start_exchange(weight_vD, frequent.row_K, shard), None
+    group, row_K = shard.vocab_group, frequent.row_K
+    rows, bias = start_exchange_of_rows(weight_vD, row_K, group), None
     if bias_v is not None:  # of one dtype on all ranks, as the weight is by now
         dtype = torch.promote_types(weight_vD.dtype, torch.float32)
-        bias = _start_exchange(bias_v.to(dtype), frequent.row_K, shard)
+        bias = start_exchange_of_rows(bias_v.to(dtype), row_K, group)
 
     def finish_all() -> Frequent:
         return frequent._replace(rows_KD=rows(), bias_K=None if bias is None else bias())
 
     return finish_all
-
-
-def _start_exchange(rows_v: Tensor, row_K: Tensor, shard: VocabShard) -> Callable[[], Tensor]:
-    if shard.vocab_group is None:
-        return lambda: rows_v.index_select(0, row_K)
-    own_K = (row_K >= 0).view(-1, *(1,) * (rows_v.ndim - 1))
-    if rows_v.shape[0]:
-        part_K = torch.where(own_K, rows_v[row_K.clamp(min=0)], 0)
-    else:
-        part_K = rows_v.new_zeros((row_K.shape[0], *rows_v.shape[1:]))
-    return start_sum_of_one(part_K, shard.vocab_group)
 
 
 def only(logits: Logits, frequent: Frequent) -> Logits:

@@ -8,7 +8,8 @@ Collectives are those of the loss (see `api`), the packed SUM with one number a 
 all-gather of upstream gradients in backward, where the entropy has one; and with one
 temperature for each token an all-gather of those, or, where ranks bring the same tokens, two numbers more in the MAX.
 Statistics gather the hidden states again, and make a MAX, a SUM and a MIN of a few numbers a token; "rank" two SUMs
-more.
+more. With ``exact_sums`` the SUM is of int64, [3, N]; where shards cut tiles an all-reduce of their rows comes first
+(see `cce_dist.loss.exact_sums`).
 
 Shapes: L tokens of a sequence, D hidden, V local rows of the classifier, n tokens of this rank.
 """
@@ -85,6 +86,12 @@ def linear_logprobs(
             broadcasts to labels, one for each position of hidden. It gets no gradient. A float is part of what ranks
             agree on: one that changes with each step is better a tensor.
         entropy: True: the entropy of each token's distribution is wanted. "value": without a gradient, as for a log.
+        exact_sums: the same bits of ``logprob`` and ``lse`` for a token whatever the other tokens of the call, its
+            place among them, and the number of ranks and their layout, on one kind of device and of software: tiles of
+            128 rows of the whole vocabulary are summed apart, and added in whole numbers. ``logprob`` is never above 0.
+            This summation adds at most 1e-5 to what logits in fp32 are off. Of a (token, tile) 8 bytes are kept in
+            forward; where the gradient is not "exact" the filter's pass comes on top; there are no frequent rows. The
+            gradient's own bits depend on the batch as before. Not with ``entropy`` or ``statistics``.
         statistics: what else, out of "top1", "rank", "sum_sq_probs" and "mean_logit": a pass over chunks of logits, for
             "rank" two, without a gradient. Its products are the library's, whose last bits may differ from those of the
             log-probabilities.

@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from cce_dist.device_check import check_token_ids, device_check
-from cce_dist.kernels.problem import TILE
+from cce_dist.kernels.problem import MOST_SUMMED, TILE
 from cce_dist.shard import VocabShard
 
 Gradient = Literal["unbiased", "exact", "filtered"]
@@ -148,6 +148,7 @@ class LogprobSettings(TokenSettings):
         Annotated[float, Field(gt=0, allow_inf_nan=False)] | Annotated[InstanceOf[Tensor], AfterValidator(_of_floats)]
     ) = Field(default=1.0, description="a positive float, or a tensor of them that requires no gradient")
     entropy: bool | Literal["value"] = Field(default=False, description='True, "value" or False')
+    exact_sums: bool = Field(default=False, description="True or False")
 
 
 class FunctionSettings(BaseModel):
@@ -266,6 +267,8 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
         rows = torch.Size([shard.num_rows])
         _check_weights("class_weights", settings.class_weights, rows, "one for each row of weight", hidden.device)
         _check_accumulator(settings.grad_accumulator, torch.Size([shard.num_rows, hidden.shape[-1]]), hidden)
+    if isinstance(settings, LogprobSettings) and settings.exact_sums:
+        _check_exact_sums(settings, shard.vocab_size)
     check_seed(settings.seed, hidden.device)
     tokens = labels.numel()
     _require(
@@ -282,6 +285,8 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
     backend = choose_backend(settings.backend, hidden)
     gradient = settings.gradient or choose_gradient(backend, settings.filter_eps)
     frequent = _frequent_rows(settings, backend, hidden, shard.vocab_size, needs_grad)
+    if isinstance(settings, LogprobSettings) and settings.exact_sums:
+        frequent = 0  # they depend on what labels there are
     eps = _eps(gradient, shard.vocab_size, frequent) if settings.filter_eps is None else settings.filter_eps
     if settings.filter_eps is None and isinstance(settings, LogprobSettings) and settings.entropy is True:
         eps *= _OF_ENTROPY
@@ -317,6 +322,21 @@ def _check_accumulator(given: Tensor | None, shape: torch.Size, hidden: Tensor) 
             f"{'a DTensor, ' if isinstance(given, DTensor) else ''}{given.dtype} of shape {list(given.shape)} and "
             f"strides {list(given.stride())} on {given.device}, requires_grad={given.requires_grad}",
         )
+
+
+def _check_exact_sums(settings: LogprobSettings, vocab_size: int) -> None:
+    for name in ("entropy", "statistics"):
+        _require(
+            not getattr(settings, name),
+            f"exact_sums=True gives logprob and lse, and goes without {name}: call linear_logprobs once more, without "
+            "exact_sums, for that",
+            f"{name}={getattr(settings, name)!r}",
+        )
+    _require(
+        vocab_size < MOST_SUMMED,
+        f"exact_sums=True adds at most {MOST_SUMMED - 1} rows in 64 bits; leave it out for a larger vocabulary",
+        f"{vocab_size} rows",
+    )
 
 
 def contract(

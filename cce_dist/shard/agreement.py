@@ -37,6 +37,7 @@ class State:
     """What a shard has learnt from the other ranks; its only mutable part."""
 
     compared: bool = False
+    runs_of_ranks: tuple[tuple[tuple[int, int], ...], ...] = ()
     agreed: set[tuple[str, int]] = field(default_factory=set)
     tile_keys: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict)
 
@@ -107,6 +108,7 @@ def agree(
     _raise_if(faults, fault)
     if is_new:
         _ = shard.replica_group  # made now, not in backward
+        shard._state.runs_of_ranks = tuple(runs for _, runs, _ in said)
     shard._state.compared = True
     shard._state.agreed.add((what, fingerprint))
     return most

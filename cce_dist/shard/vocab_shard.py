@@ -220,6 +220,11 @@ class VocabShard:
         return keys[device, tile]
 
     @property
+    def runs_of_ranks(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """``runs`` of each rank of ``vocab_group``, once they have agreed on a call."""
+        return (self.runs,) if self.vocab_group is None else self._state.runs_of_ranks
+
+    @property
     def host_group(self) -> ProcessGroup | None:
         """A group over the ranks of ``vocab_group`` that moves CPU tensors."""
         return None if self.vocab_group is None else host_group(self.vocab_group)

@@ -2,6 +2,7 @@
 
 summarise, or estimate -> (the ranks combine) -> refine; -> (the ranks combine) -> select -> tail -> differentiate; or,
 in exact mode and under torch.use_deterministic_algorithms, the chunked exact gradient, which is bitwise repeatable.
+For log-probabilities that do not depend on the batch: sum_tiles -> (the ranks combine the max) -> exact_units.
 
 Shapes: N tokens, D hidden, V local rows, T tiles.
 """
@@ -13,6 +14,7 @@ import torch
 from ..problem import (
     Estimate,
     Filter,
+    GlobalTiles,
     Gradients,
     Logits,
     Normaliser,
@@ -22,12 +24,14 @@ from ..problem import (
     Share,
     Summary,
     Tiles,
+    TileSums,
     Upstream,
     Wanted,
 )
 from ..products import add_product, product
 from . import compact, tokens
 from . import estimate as estimate_stage
+from . import exact_sums as exact_sums_stage
 from . import refine as refine_stage
 from . import summarise as summarise_stage
 from .blocks import LN_2
@@ -64,6 +68,19 @@ def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: floa
         return estimate.summary
     with torch.cuda.device_of(logits.hidden_ND):
         return refine_stage.refine(logits, estimate, normaliser, eps)
+
+
+def sum_tiles(logits: Logits, tiles: GlobalTiles, workspace_bytes: int) -> TileSums:
+    """Max, Σ exp and target logit of each (tile, token), the same bits whatever other tokens and tiles there are; no
+    workspace is needed."""
+    with torch.cuda.device_of(logits.hidden_ND):
+        return exact_sums_stage.sum_tiles(logits, tiles)
+
+
+def exact_units(sums: TileSums, max_N: torch.Tensor, n_valid: torch.Tensor) -> torch.Tensor:
+    """See `torch_backend.exact_units`."""
+    with torch.cuda.device_of(max_N):
+        return exact_sums_stage.exact_units(sums, max_N, n_valid)
 
 
 def valid_first(labels_N: torch.Tensor, column_N: torch.Tensor, ignore_index: int, vocab_size: int) -> Ordered:

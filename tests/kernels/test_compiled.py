@@ -54,11 +54,12 @@ def compile_only(self, *arguments, grid, warmup, **options):
 
 jit.JITFunction.run = compile_only
 from cce_dist.kernels.triton import (
-    chosen_pairs, compact, differentiate, exact, quantise, refine, select, summarise, tail, tokens, tuning, two_heads
+    chosen_pairs, compact, differentiate, exact, exact_sums, quantise, refine, select, summarise, tail, tokens, tuning,
+    two_heads,
 )
 from cce_dist.kernels.triton.operands import Tail
 from cce_dist.kernels.problem import (
-    TILE, Estimate, Filter, Gradients, Logits, Normaliser, OutputGradients, Share, Upstream
+    TILE, Estimate, Filter, GlobalTiles, Gradients, Logits, Normaliser, OutputGradients, Share, Upstream
 )
 
 V = 16 * TILE
@@ -122,6 +123,11 @@ with tuning.forced(table):
         out = Gradients(floats(N, D), weight.clone(), floats(V) if BIAS else None)
         differentiate.differentiate(warm, pairs, normaliser, of_entropy, out, whole_tail, 1.0, 1 << 20)
         exact.differentiate_exactly(warm, normaliser, of_entropy, None, None, floats(V), 1.0, 1 << 20)
+    for rows, tokens_now in ((V, N), (V - 5, 1)):  # one binary serves every shard and every number of tokens
+        some = logits._replace(weight_VD=weight[:rows], frequent_V=None, inverse_temperature_N=floats(tokens_now))
+        some = some._replace(**{name: ints(tokens_now) for name in ("target_N", "token_N", "place_N")})
+        sums = exact_sums.sum_tiles(some, GlobalTiles(((0, TILE),) * tokens_now, ints(tokens_now), ints(tokens_now)))
+        exact_sums.exact_units(sums, sums.max_N, ints(1))
     labels = torch.zeros(N, dtype=torch.int64)
     order = tokens.valid_first(labels, labels, -100, V).order
     tokens.losses(normaliser, floats(N), order)
@@ -216,6 +222,7 @@ def test_the_kernels_compile_for_every_gpu_within_its_limits(
     files = {file.stem: file.read_text() for file in KERNELS.glob("*.py") if in_8_bits or file.stem != "quantise"}
     assert set(used) == {name for text in files.values() for name in re.findall(r"\ndef (\w+_kernel)\(", text)}
     programs = 2 if arch == 90 else 1  # a multiprocessor's, of the sparse backward
+    assert len(used["_sum_tiles_kernel"]) == len(used["_exact_units_kernel"]) == 1
     for name, kernels in used.items():
         most = SHARED[arch] << 10
         if name == "_differentiate_kernel":

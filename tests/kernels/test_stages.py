@@ -13,7 +13,7 @@ from reference import DEVICE, relative_error
 from torch import Tensor
 
 from cce_dist.kernels import torch_backend
-from cce_dist.kernels.problem import TILE, Filter, Logits, Tiles
+from cce_dist.kernels.problem import TILE, Filter, GlobalTiles, Logits, Tiles
 from cce_dist.kernels.triton import backend as triton_backend
 from cce_dist.kernels.triton.blocks import LN_2
 from cce_dist.kernels.triton.select import kept_tokens, select
@@ -63,6 +63,26 @@ def test_summaries(case: dict[str, Any], backend: ModuleType) -> None:
     reach_TN = (tile_lse_TN.amax(0) - tile_lse_TN.amin(0)) + tile_lse_TN.abs() * 2.0**-10
     assert ((got_TN - tile_lse_TN).abs() <= rounding * reach_TN + 1e-5).all()
     assert backend.summarise(logits, False, 1 << 20).tiles is None
+
+
+@every_backend
+@every_case
+def test_sums_of_tiles_that_begin_anywhere(case: dict[str, Any], backend: ModuleType) -> None:
+    logits = make_logits(**case)
+    z_NV, n = dense(logits).z_NV, slice(int(logits.n_valid))
+    vocab = z_NV.shape[1]
+    spans = [(first, min(TILE, vocab - first)) for first in range(5, vocab, TILE)]
+    row_T, rows_T = torch.tensor(spans, dtype=torch.int32, device=DEVICE).T.contiguous()
+    sums = backend.sum_tiles(logits, GlobalTiles(tuple(spans), row_T, rows_T), 1 << 12)
+    target_n = logits.target_N[n].long()
+    wanted_n = z_NV.gather(1, target_n.clamp(min=0)[:, None])[:, 0].where(target_n >= 5, 0)
+    assert relative_error(sums.target_N[n] * sums.unit, wanted_n) < 1e-6
+    assert (sums.max_N[n] == sums.max_TN[:, n].amax(0)).all()
+    for (first, count), max_N, sumexp_N in zip(spans, sums.max_TN, sums.sumexp_TN, strict=True):
+        z_nv = z_NV[:, first : first + count]
+        assert relative_error(max_N[n] * sums.unit, z_nv.amax(1)) < 1e-6
+        lse_n = max_N[n].double() * sums.unit + sumexp_N[n].double().log()
+        assert relative_error(lse_n, z_nv.logsumexp(1)) < 1e-6
 
 
 @every_backend
