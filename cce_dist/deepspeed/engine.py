@@ -5,7 +5,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import deepspeed
@@ -219,7 +219,7 @@ def _attach(engine: Any, cut: CutClassifierOwner | None, settings: CCEConfig) ->
     owner: ShardOwner | None = None
     if engine.zero_optimization_stage() == 3:
         # Of too few rows for the ranks: an engine that trains nothing stays DeepSpeed's.
-        with nullcontext() if trains else suppress(ValueError):
+        if trains or head.weight.ds_shape[0] >= head.weight.ds_process_group.size():
             owner = _zero3_owner(engine, head, settings, rows)
     else:
         owner = ModuleOwner(head) if rows is None else rows

@@ -126,6 +126,7 @@ class Saved(NamedTuple):
     inverse_temperature_N: Tensor | None
     mean_row_D: Tensor | None
     mean_class_weight: Tensor | None
+    class_weights_V: Tensor | None
 
     @property
     def order(self) -> Order:
@@ -159,7 +160,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         mean_logit_n: Tensor | None = None
         if call.is_smoothed:
             with torch.autocast(hidden_nD.device.type, enabled=False):
-                mean = smoothing.mean_row(weight_VD, bias_V, call.class_weights_V, shard, settings.scale)
+                dtype = torch.promote_types(hidden_nD.dtype, torch.float32)
+                mean = smoothing.mean_row(weight_VD, bias_V, call.class_weights_V, shard, settings.scale, dtype)
                 mean_logit_n = smoothing.mean_logit(hidden_nD, call.labels_n != settings.ignore_index, mean)
 
         needs_grad = call.grad_enabled and any(ctx.needs_input_grad[:3])
@@ -228,7 +230,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 reference_SN,
                 entropy_N if call.entropy is True else None,
                 inverse_temperature_N,
-                *((None, None) if mean is None else (mean.row_D, mean.weight)),
+                *((None, None, None) if mean is None else (mean.row_D, mean.weight, call.class_weights_V)),
             )
             if frequent is not None and shard.vocab_group is None:
                 frequent = frequent._replace(rows_KD=None, bias_K=None)  # they are here anyway
@@ -257,7 +259,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(saved.hidden_ND.device.type, enabled=False):
             of_mean_n = None
             if grads_n[3] is not None and saved.mean_class_weight is not None:
-                of_mean_n = -grads_n[3].masked_fill(call.labels_n == call.settings.ignore_index, 0.0)
+                # Not by the labels, which may be others by now.
+                valid_n = own(saved.place_N < saved.n_valid, call.labels_n.shape[0], call.padded_to, shard)
+                of_mean_n = -grads_n[3].masked_fill(~valid_n, 0.0)
                 of_lse_n = -of_mean_n * saved.mean_class_weight
                 grads_n = (grads_n[0], of_lse_n if grads_n[1] is None else grads_n[1] + of_lse_n, grads_n[2], of_mean_n)
             *of_all_N, of_mean_N = _of_all_tokens(grads_n, saved, call)
@@ -313,7 +317,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     of_mean_N.masked_fill(~valid_N, 0.0),
                     saved.hidden_ND,
                     valid_N,
-                    call.class_weights_V,
+                    saved.class_weights_V,
                     share,
                 )
             if gradients.hidden_ND is not None and finish is None:

@@ -83,7 +83,8 @@ def begin(
         hidden = autocast(hidden)
         needs_grad = any(x is not None and x.requires_grad for x in (hidden, weight_VD, bias_V))
         method = resolve(settings, hidden, labels, shard, needs_grad and torch.is_grad_enabled())
-        if getattr(settings, "grad_accumulator", None) is not None and not weight_VD.requires_grad:
+        is_frozen = needs_grad and torch.is_grad_enabled() and not weight.requires_grad
+        if getattr(settings, "grad_accumulator", None) is not None and is_frozen:
             raise ValueError("grad_accumulator goes with a weight that requires a gradient; got one that does not.")
         equal = {
             **contract(hidden, weight_VD, bias_V, shard, settings, method),

@@ -46,6 +46,22 @@ class _Call(NamedTuple):
     settings: tuple[tuple[str, Any], ...]
 
 
+class _Known(NamedTuple):
+    """Where a tensor lies: its memory, its first element and the one after its last."""
+
+    where: int
+    dtype: torch.dtype
+    first: int
+    end: int
+    stride: tuple[int, ...]
+
+
+def _known(x: Tensor) -> _Known:
+    first, steps = int(x.storage_offset()), zip(x.shape, x.stride(), strict=True)
+    where = x.untyped_storage().data_ptr() if x.numel() else 0
+    return _Known(where, x.dtype, first, first + sum((size - 1) * step for size, step in steps) + 1, x.stride())
+
+
 class _Given:
     """Tensors of a call, and where a graph would read them: it holds none of their memory.
 
@@ -54,25 +70,25 @@ class _Given:
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self.tensors: Sequence[Tensor | None] = ()
-        self._known = [
-            None if x is None else (x.untyped_storage().data_ptr(), x.dtype, x.stride(), int(x.storage_offset()))
-            for x in tensors
-        ]
+        self._known = [None if x is None else _known(x) for x in tensors]
 
     def pack(self, saved: Tensor) -> "Tensor | _Place":
-        where = saved.untyped_storage().data_ptr() if saved.numel() else 0
+        """One that lies within a tensor that was given, its place there; of several the one with which it begins."""
+        own, found = _known(saved), None
         for number, known in enumerate(self._known):
-            if where and known is not None and known[:2] == (where, saved.dtype):
-                return _Place(number, saved.shape, saved.stride(), int(saved.storage_offset()) - known[3])
-        return saved
+            is_there = own.where and known is not None and (known.where, known.dtype) == (own.where, own.dtype)
+            if is_there and known is not None and known.first <= own.first and own.end <= known.end:
+                place = _Place(number, saved.shape, saved.stride(), own.first - known.first)
+                found = place if found is None or not place.offset else found
+        return saved if found is None else found
 
     def unpack(self, packed: "Tensor | _Place") -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         x, known = self.tensors[packed.number], self._known[packed.number]
         assert x is not None and known is not None
-        if x.stride() != known[2]:
-            x = torch.empty_strided(x.shape, known[2], dtype=x.dtype, device=x.device).copy_(x)
+        if x.stride() != known.stride:
+            x = torch.empty_strided(x.shape, known.stride, dtype=x.dtype, device=x.device).copy_(x)
         return x.as_strided(packed.size, packed.stride, x.storage_offset() + packed.offset)
 
 
@@ -112,7 +128,7 @@ class _Enter(torch.autograd.Function):
         return None, None
 
 
-_calls: list[_Call] = []
+_calls: dict[int, _Call] = {}
 _runs: dict[int, _Run] = {}
 
 
@@ -134,7 +150,8 @@ def linear_cross_entropy_in_graph(
         raise NotImplementedError("linear_cross_entropy cannot be exported: it is for training, by torch.compile.")
     tensors = {name: x for name, x in settings.items() if isinstance(x, Tensor)}
     of_dtensors = isinstance(hidden, DTensor) or isinstance(weight, DTensor) or isinstance(bias, DTensor)
-    if of_dtensors or settings.get("statistics") or not set(tensors) <= set(_OF_TENSORS):
+    others_train = any(x.requires_grad for x in tensors.values())
+    if of_dtensors or others_train or settings.get("statistics") or not set(tensors) <= set(_OF_TENSORS):
         return cross_entropy(hidden, weight, labels, bias, shard, return_lse, settings)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -166,12 +183,14 @@ def _number_of(
 ) -> int:
     """Of what a call is; equal calls have one number. The graph holds it, so that it is never given away."""
     call = _Call(None if shard is None else weakref.ref(shard), names, settings)
-    if call not in _calls:
-        _calls.append(call)
-    return _calls.index(call)
+    number = hash(call) % 2**62  # another one in another process, which then does not take one call for another
+    _calls[number] = call
+    return number
 
 
-_TAGS = tuple(getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe"))
+_TAGS = tuple(
+    getattr(torch.Tag, name) for name in ("nondeterministic_seeded", "cudagraph_unsafe") if hasattr(torch.Tag, name)
+)
 
 
 @torch.library.custom_op("cce_dist::linear_cross_entropy", mutates_args=(), tags=_TAGS)
@@ -196,6 +215,11 @@ def _forward(
         shift, of_tokens: of the settings, what outputs' shapes depend on.
         call: see `_number_of`.
     """
+    if call not in _calls or ((known := _calls[call].shard) is not None and known() is None):
+        raise RuntimeError(
+            "this graph was made by another process, or with a VocabShard that is no more: compile the model anew, and "
+            "keep the shard for as long as the model."
+        )
     shard, names, others = _calls[call]
     keeps = bool(needs & _GRAD and needs & (_HIDDEN | _WEIGHT | _BIAS))
     given = [[x.clone() for x in tensors] if keeps else tensors, floats, ints]
@@ -233,7 +257,7 @@ def _(hidden: Tensor, weight: Tensor, labels: Tensor, *rest: Any) -> tuple[Tenso
     return loss, lse, torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("cce_dist::linear_cross_entropy_backward", mutates_args=())
+@torch.library.custom_op("cce_dist::linear_cross_entropy_backward", mutates_args=(), tags=_TAGS)
 def _backward(
     grad_loss: Tensor | None,
     grad_lse: Tensor | None,

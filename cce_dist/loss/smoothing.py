@@ -38,12 +38,16 @@ class MeanRow(NamedTuple):
 
 
 def mean_row(
-    weight_VD: Tensor, bias_V: Tensor | None, class_weights_V: Tensor | None, shard: VocabShard, scale: float
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    class_weights_V: Tensor | None,
+    shard: VocabShard,
+    scale: float,
+    dtype: torch.dtype,
 ) -> MeanRow:
-    """Of all ranks' rows, padding left out."""
+    """Of all ranks' rows, padding left out; in ``dtype``, that of the sums."""
     rows, hidden_size = shard.num_real_rows, weight_VD.shape[1]
     weight_VD, bias_V = weight_VD[:rows], None if bias_V is None else bias_V[:rows]
-    dtype = torch.promote_types(weight_VD.dtype, torch.float32)
     each_V = class_weights_V[:rows].to(dtype) if class_weights_V is not None else weight_VD.new_ones(rows, dtype=dtype)
     sum_D2 = weight_VD.new_zeros(hidden_size + 2, dtype=dtype)
     if class_weights_V is None:

@@ -9,6 +9,7 @@ from ranks import RankPool, device
 from reference import DEVICE, TRITON_DTYPES, leaf, make_problem, relative_error
 from sharded import Layout, local_rows, make_rank_problem, make_shard, part_of
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from watched import LargestNewTensor
 
 from cce_dist import linear_cross_entropy
@@ -142,3 +143,21 @@ def test_a_frozen_weight_and_a_buffer_for_its_gradient_are_refused() -> None:
             problem.labels[0],
             grad_accumulator=torch.zeros_like(problem.weight),
         )
+
+
+def test_evaluation_and_a_reentrant_checkpoint_may_name_the_buffer() -> None:
+    problem = make_problem(((3, 17),), 300, 24)
+    hidden, weight, labels = leaf(problem.hidden[0]), leaf(problem.weight), problem.labels[0]
+    onto, wanted = torch.zeros_like(weight), torch.zeros_like(weight)
+
+    def loss(hidden: Tensor, buffer: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight * 1.0, labels, gradient="exact", grad_accumulator=buffer)
+
+    with torch.no_grad():
+        evaluated = loss(hidden, onto)
+    assert not onto.any()
+    recomputed = checkpoint(loss, hidden, onto, use_reentrant=True)
+    assert float(recomputed) == float(evaluated)
+    recomputed.backward()
+    loss(hidden, wanted).backward()
+    assert relative_error(onto, wanted) < 1e-6

@@ -224,6 +224,36 @@ def test_numbers_may_change_from_call_to_call_and_labels_be_fewer_than_the_shift
     assert float(compiled(*batch(3), shift=3).detach()) == 0.0
 
 
+def test_weights_that_require_a_gradient_are_refused_as_without_a_graph() -> None:
+    weights = torch.rand(2, 9, requires_grad=True)
+    with pytest.raises(ValueError, match="token_weights must be a tensor of floats that requires no gradient"):
+        torch.compile(Model(), backend="aot_eager")(*batch(9), token_weights=weights)
+
+
+def _side_by_side(buffer: Tensor) -> tuple[Tensor, ...]:
+    return buffer[:, :DIM], buffer[:30, DIM : 2 * DIM], buffer[:30, -1]
+
+
+def _one_after_the_other(buffer: Tensor) -> tuple[Tensor, ...]:
+    flat = buffer.view(-1)
+    return flat[: 40 * DIM].view(40, DIM), flat[40 * DIM : 70 * DIM].view(30, DIM), flat[70 * DIM : 70 * DIM + 30]
+
+
+@pytest.mark.parametrize("parts", [_side_by_side, _one_after_the_other])
+def test_tensors_of_one_buffer_may_be_kept_elsewhere_until_backward(parts: Any) -> None:
+    buffer, labels = torch.randn(40, 2 * DIM + 1, requires_grad=True), torch.arange(40) % 30
+
+    def loss() -> Tensor:
+        hidden, weight, bias = parts(buffer)
+        return linear_cross_entropy(hidden, weight, labels, bias=bias)
+
+    (expected,) = torch.autograd.grad(loss(), buffer)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().clone() if x.ndim else x, lambda x: x):
+        (got,) = torch.autograd.grad(compiled(), buffer)
+    assert_same([got], [expected])
+
+
 def test_an_export_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="cannot be exported"):
         torch.export.export(Model(), batch(9), strict=False)

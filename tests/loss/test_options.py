@@ -320,3 +320,23 @@ def test_any_options_on_ranks_match_full_logits(ranks: RankPool, data: st.DataOb
         seed=data.draw(st.integers(0, 1000), "seed"),
     )
     assert_ranks_no_worse(ranks, world, in_fp64(problem), layout, backend="torch", **mode)
+
+
+def test_labels_and_weights_that_are_others_in_backward_change_no_gradient() -> None:
+    """A buffer that each micro-step's labels are copied into."""
+    problem = make_problem(((20,),), 300, 24, bias=True)
+    hidden, weight, bias = leaf(problem.hidden[0]), leaf(problem.weight), leaf(problem.bias)
+    buffer, class_weights = problem.labels[0].clone(), torch.rand(300, device=DEVICE)
+
+    def loss(labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(hidden, weight, labels, bias=bias, label_smoothing=0.2, class_weights=weights)
+
+    wanted = torch.autograd.grad(loss(problem.labels[0], class_weights), (hidden, weight, bias))
+    later = loss(buffer, class_weights)
+    buffer.fill_(-100)
+    for got, expected in zip(torch.autograd.grad(later, (hidden, weight, bias)), wanted, strict=True):
+        assert relative_error(got, expected) < 1e-6
+    later, changed = loss(buffer, class_weights), class_weights
+    changed.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        later.backward()
