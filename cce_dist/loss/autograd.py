@@ -258,9 +258,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         with torch.autocast(saved.hidden_ND.device.type, enabled=False):
             of_mean_n = None
-            if grads_n[3] is not None and saved.mean_class_weight is not None:
-                # Not by the labels, which may be others by now.
-                valid_n = own(saved.place_N < saved.n_valid, call.labels_n.shape[0], call.padded_to, shard)
+            # Not by the labels, which may be others by now.
+            valid_N = saved.place_N < saved.n_valid if call.is_smoothed else None
+            if grads_n[3] is not None and valid_N is not None and saved.mean_class_weight is not None:
+                valid_n = own(valid_N, call.labels_n.shape[0], call.padded_to, shard)
                 of_mean_n = -grads_n[3].masked_fill(~valid_n, 0.0)
                 of_lse_n = -of_mean_n * saved.mean_class_weight
                 grads_n = (grads_n[0], of_lse_n if grads_n[1] is None else grads_n[1] + of_lse_n, grads_n[2], of_mean_n)
@@ -309,8 +310,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if call.counts is not None and not ctx.counted:
                     call.counts.count(frequent.label_N)
                     ctx.counted = True
-            if of_mean_N is not None and (wants_weight or wants_bias):
-                valid_N, share = saved.place_N < saved.n_valid, call.settings.scale / shard.vocab_size
+            if of_mean_N is not None and valid_N is not None and (wants_weight or wants_bias):
                 smoothing.add_to_rows(
                     gradients.weight_VD,
                     gradients.bias_V,
@@ -318,7 +318,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     saved.hidden_ND,
                     valid_N,
                     saved.class_weights_V,
-                    share,
+                    call.settings.scale / shard.vocab_size,
                 )
             if gradients.hidden_ND is not None and finish is None:
                 reduce_hidden(gradients.hidden_ND)

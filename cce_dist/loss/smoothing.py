@@ -28,13 +28,11 @@ class MeanRow(NamedTuple):
     Attributes:
         row_D, bias: s·c̄ and s·b̄.
         weight: the mean of the classes' weights.
-        share: s/V.
     """
 
     row_D: Tensor
     bias: Tensor
     weight: Tensor
-    share: float
 
 
 def mean_row(
@@ -61,7 +59,7 @@ def mean_row(
     if shard.vocab_group is not None:
         dist.all_reduce(sum_D2, group=shard.vocab_group)
     share = scale / shard.vocab_size
-    return MeanRow(sum_D2[:-2] * share, sum_D2[-2] * share, sum_D2[-1] / shard.vocab_size, share)
+    return MeanRow(sum_D2[:-2] * share, sum_D2[-2] * share, sum_D2[-1] / shard.vocab_size)
 
 
 def mean_logit(hidden_nD: Tensor, valid_n: Tensor, mean: MeanRow) -> Tensor:
