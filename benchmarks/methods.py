@@ -33,11 +33,7 @@ def available_methods(old_tree: Path | None = None) -> tuple[dict[str, Method], 
     }
     methods |= {"torch eager": eager, "torch.compile": torch.compile(eager)}
     missing: dict[str, str] = {}
-    for name, find in (
-        ("F.linear_cross_entropy", _torch_fused),
-        ("Apple cut-cross-entropy", _apple),
-        ("Liger", _liger),
-    ):
+    for name, find in RIVALS.items():
         try:
             methods[name] = find()
         except Exception as error:  # whatever keeps a peer from being imported is its entry in the table
@@ -64,3 +60,11 @@ def _liger() -> Method:
         return result[0] if isinstance(result, tuple) else result
 
     return loss
+
+
+RIVALS: dict[str, Callable[[], Method]] = {
+    "F.linear_cross_entropy": _torch_fused,
+    "Apple cut-cross-entropy": _apple,
+    "Liger": _liger,
+}
+"""What finds each peer; it raises where the peer cannot be used."""

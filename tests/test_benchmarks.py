@@ -19,6 +19,7 @@ from cce_dist.kernels.triton.tuning import Row, Tuning
 
 ROOT = Path(__file__).parent.parent
 MODULES = (
+    "convergence",
     "distillation",
     "first_pass",
     "inputs",
@@ -42,6 +43,13 @@ def benchmarks() -> Iterator[Any]:
         yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
         for name in MODULES:
             sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    pytest.importorskip("matplotlib").use("agg")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return sys.modules.pop(__import__("report").__name__)
 
 
 @pytest.fixture
@@ -304,3 +312,82 @@ def test_what_collectives_take_is_exposed_where_nothing_computes(benchmarks: Any
         "exposed_ms": 8 + 2,
         "span_ms": 33,
     }
+
+
+@pytest.mark.full
+def test_methods_train_from_the_same_start_and_a_second_call_goes_on(
+    benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).zipf(1.3, 6000) % 300)
+    monkeypatch.setitem(benchmarks.methods.RIVALS, "Apple cut-cross-entropy", lambda: 1 / 0)
+    shape = "--vocab 300 --hidden 16 --layers 1 --length 20 --batch 4 --steps 10 --looks 2 --device cpu"
+    command = f"convergence --tokens {tmp_path / 'ids.npy'} {shape} --out {tmp_path} --cache {tmp_path}".split()
+
+    def call(*options: str) -> Any:
+        monkeypatch.setattr(sys, "argv", [*command, *options])
+        benchmarks.convergence.main()
+        (path,) = tmp_path.glob("convergence-*.json")
+        return json.loads(path.read_text())
+
+    first = call("--seeds", "1", "--settings", "scratch", "--methods", "exact", "Apple")
+    assert set(first["runs"]) == {"scratch/exact/0", "scratch/Apple/0"}
+    assert "ZeroDivisionError" in first["runs"]["scratch/Apple/0"]["failed"]
+    assert call("--seeds", "2", "--seconds", "1") == first, "no time for another run"
+    runs = call("--seeds", "2")["runs"]
+    assert runs["scratch/exact/0"] == first["runs"]["scratch/exact/0"], "it was not run again"
+    for setting in ("scratch", "finetune"):
+        exact = runs[f"{setting}/exact/0"]
+        for name in ("exact", "unbiased", "cce_dist exact", "filtered", "filtered, tail=False"):
+            row = runs[f"{setting}/{name}/0"]
+            assert (f"{setting}/{name}/1" in runs) == (name in ("exact", "unbiased"))
+            assert row["held_out_curve"][0] == exact["held_out_curve"][0], "the same weights"
+            assert row["held_out_curve"][-1] == [10 if setting == "scratch" else 4, row["held_out"]]
+            assert row["held_out"] < row["held_out_curve"][0][1], "it learns"
+            assert row["train_curve"][0][1] == pytest.approx(exact["train_curve"][0][1], rel=1e-5), "the same batch"
+            assert np.mean(row["held_out_tenths"]) == pytest.approx(row["held_out"], abs=0.02)
+        for look in runs[f"{setting}/cce_dist exact/0"]["gradients"]:
+            assert [value for key, value in look.items() if key != "step"] == [pytest.approx(1, abs=1e-5)] * 4
+    assert runs["scratch/exact/0"]["held_out_curve"][0] != runs["scratch/exact/1"]["held_out_curve"][0]
+    assert runs["finetune/exact/0"]["held_out_curve"][0] == runs["finetune/exact/1"]["held_out_curve"][0]
+
+
+def test_ignored_labels_are_the_first_of_a_sequence_and_the_rarest_tenth_is_first(benchmarks: Any) -> None:
+    convergence = benchmarks.convergence
+    data = convergence.split(torch.arange(4001) % 7, 10, 7)
+    assert [len(x) for x in (data["scratch"].train_SL, data["scratch"].held_out_SL)] == [263, 37]
+    assert data["scratch"].counts_V.sum() == 2630 and data["finetune"].counts_V is data["scratch"].counts_V
+    assert all(torch.equal(x[:, 1:], (x[:, :-1] + 1) % 7) for part in data.values() for x in part[:2]), "neighbours"
+    labels_SL = convergence.labels_of(data["finetune"].train_SL, 0.7).view(-1, 10)
+    assert bool((labels_SL[:, :7] == -100).all()) and bool((labels_SL[:, 7:] != -100).all())
+    losses_N = torch.arange(20.0)
+    assert convergence.by_tenths(losses_N, 100 - losses_N) == [18.5 - 2 * i for i in range(10)]
+
+
+def test_a_difference_is_judged_by_its_interval(report: Any) -> None:
+    assert report.interval([0.01, 0.02, 0.03]) == pytest.approx((0.02, 0.02 - 0.02484, 0.02 + 0.02484), abs=1e-5)
+    assert report.verdict(*report.interval([0.01])[1:]) == "open: more seeds"
+    words = {(-0.01, 0.012): "equal within ±0.015", (-0.001, 0.02): "within ±0.03", (0.01, 0.04): "worse"}
+    words |= {(-0.02, 0.04): "open: more seeds", (-0.2, -0.1): "better"}
+    assert {bounds: report.verdict(*bounds) for bounds in words} == words
+
+
+def test_runs_of_training_are_compared_by_seed(report: Any, tmp_path: Path) -> None:
+    def run(held_out: float) -> dict[str, Any]:
+        look = {"step": 5, "hidden_cosine": 0.999, "hidden_ratio": 1.01, "weight_cosine": 0.99, "weight_ratio": 0.98}
+        row = {"held_out": held_out, "held_out_tenths": [held_out] * 10, "gradients": [look]}
+        row |= {"held_out_curve": [[0, 12.0], [10, held_out]], "train_curve": [[1, 5.0], [2, 4.0]]}
+        return {**row, "head_ms": 3.0, "head_peak_mb": 10.0}
+
+    runs: dict[str, Any] = {f"scratch/exact/{seed}": run(2.0 + seed) for seed in range(3)}
+    runs |= {f"scratch/unbiased/{seed}": run(2.0 + seed + 0.001 * seed) for seed in range(3)}
+    runs["scratch/Apple/0"] = {"failed": "ModuleNotFoundError: none"}
+    lines = report.convergence_table({"runs": runs}).splitlines()
+    found = "| scratch | unbiased | 3 | 3.0010 | +0.0000, +0.0010, +0.0020 | +0.0010 [-0.0015, +0.0035] | equal within"
+    assert lines[3].startswith(found) and "ModuleNotFoundError" in lines[4]
+    assert {line.count("|") for line in lines} == {13}
+    report.plot_convergence({"runs": runs}, tmp_path / "convergence.png")
+    assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
+    runs["scratch/unbiased/1"]["held_out_curve"][0][1] = 12.1
+    with pytest.raises(ValueError, match="start at held-out losses"):
+        report.convergence_table({"runs": runs})
