@@ -105,6 +105,27 @@ def train_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+ENGINES = {"fsdp2": "FSDP2", "zero3": "ZeRO-3"}
+LOSSES = {
+    "stock": "stock head",
+    "liger": "Liger's fused loss",
+    "cce_dist": "**cce_dist**",
+    "exact": "cce_dist, exact gradient",
+}
+
+
+def train_summary(result: dict[str, Any]) -> str:
+    """The same in README's words, with the number of sequences that all methods have."""
+    lines = ["| | tokens/s | peak memory | loss |", "|---|---|---|---|"]
+    common = set.intersection(*(set(method["sequences"]) for method in result["methods"].values()))
+    for name, method in result["methods"].items():
+        engine, loss = name.split("-")
+        row = method["sequences"][min(common, key=int)]
+        cells = [f"{row['tokens_per_s']:,.0f}", f"{row['peak_gb']:.1f} GB", f"{row['last_loss']:.2f}"]
+        lines.append(f"| {ENGINES[engine]}, {LOSSES[loss]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 CONVERGENCE_HEADER = """\
 | setting | method | seeds | held-out loss | difference to exact, by seed | mean, 95 % interval | verdict \
 | rarest tenth | dE cosine, ratio | dC cosine, ratio | head | head's peak MB |
@@ -303,7 +324,7 @@ def main() -> None:
     if all("ranks" in content for content in contents):
         print("\n\n".join(ranks_table(content) for content in contents))
     elif all(content["command"].startswith("benchmarks/train.py") for content in contents):
-        print("\n\n".join(train_table(content) for content in contents))
+        print("\n\n".join(f"{train_table(content)}\n\n{train_summary(content)}" for content in contents))
     elif all("runs" in content for content in contents):
         print("\n\n".join(convergence_table(content) for content in contents))
         if arguments.plot:
