@@ -6,6 +6,7 @@ python benchmarks/report.py benchmarks/results/ranks-*.json
 python benchmarks/report.py benchmarks/results/train-*.json
 python benchmarks/report.py benchmarks/results/shards-*-262144x2304.json
 python benchmarks/report.py benchmarks/results/stages-*.json
+python benchmarks/report.py benchmarks/results/hostile-*.json
 python benchmarks/report.py benchmarks/results/convergence-*.json --plot benchmarks/results/convergence.png
 """
 
@@ -123,6 +124,23 @@ def train_summary(result: dict[str, Any]) -> str:
         row = method["sequences"][min(common, key=int)]
         cells = [f"{row['tokens_per_s']:,.0f}", f"{row['peak_gb']:.1f} GB", f"{row['last_loss']:.2f}"]
         lines.append(f"| {ENGINES[engine]}, {LOSSES[loss]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def hostile_table(result: dict[str, Any]) -> str:
+    """What `hostile.py` found: of each input the errors of dE and dC by mode; first the largest of each, with losses'
+    and log-sum-exps'."""
+    cases = result["hostile"]
+    modes = list(dict.fromkeys(mode for of in cases.values() for mode in of["modes"]))
+    lines = ["| mode | largest error of the loss | of a log-sum-exp, rms | of dE | of dC |", "|---|---|---|---|---|"]
+    for mode in modes:
+        rows = [of["modes"][mode] for of in cases.values()]
+        largest = (max(row[key] for row in rows) for key in ("loss_error", "lse_rms", "hidden_error", "weight_error"))
+        lines.append(f"| {mode} | {' | '.join(f'{x:.1e}' for x in largest)} |")
+    lines += ["", f"| input | loss | {' | '.join(modes)} |", "|---" * (2 + len(modes)) + "|"]
+    for name, of in cases.items():
+        cells = (f"{row['hidden_error']:.1e}, {row['weight_error']:.1e}" for row in of["modes"].values())
+        lines.append(f"| {name} | {of['loss']:.2f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -325,6 +343,8 @@ def main() -> None:
         print("\n\n".join(ranks_table(content) for content in contents))
     elif all(content["command"].startswith("benchmarks/train.py") for content in contents):
         print("\n\n".join(f"{train_table(content)}\n\n{train_summary(content)}" for content in contents))
+    elif all("hostile" in content for content in contents):
+        print("\n\n".join(hostile_table(content) for content in contents))
     elif all("runs" in content for content in contents):
         print("\n\n".join(convergence_table(content) for content in contents))
         if arguments.plot:

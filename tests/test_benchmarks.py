@@ -22,6 +22,7 @@ MODULES = (
     "convergence",
     "distillation",
     "first_pass",
+    "hostile",
     "inputs",
     "logprobs",
     "loss",
@@ -236,16 +237,22 @@ def test_the_commands_run_and_write_their_results(
         "logprobs": "--shapes 512x300x16 --eps -3",
         "stages": "--shapes 512x300x16 --modes unbiased",
         "distillation": "--shapes 512x300x16",
+        "hostile": "--shape 512x300x16",
         "first_pass": "--shapes 512x200x16 --noise 512x200x16 --only 0.05",
     }.items():
-        monkeypatch.setattr(sys, "argv", [name, *common, *options.split(), "--out", "results"])
+        given = [x for x in common if name != "hostile" or x not in ("--rounds", "1")]
+        monkeypatch.setattr(sys, "argv", [name, *given, *options.split(), "--out", "results"])
         getattr(benchmarks, name).main()
     assert len(list(Path("cache").iterdir())) == 3, "stages takes the inputs that loss has trained"
-    distillation, first_pass, logprobs, loss, scaling, stages = (
+    distillation, first_pass, hostile, logprobs, loss, scaling, stages = (
         json.loads(path.read_text()) for path in sorted(Path("results").iterdir())
     )
     assert {len(case["errors"]) for case in first_pass["cases"].values()} == {3}
     assert first_pass["times"]["512x200x16"]["forward, fp8"] > 0
+    assert len(hostile["hostile"]) == 10 + 7 + 11
+    for case, found in hostile["hostile"].items():
+        row = found["modes"]["exact"]
+        assert max(row["loss_error"], row["hidden_error"], row["weight_error"]) < 1e-4, case
     rows = distillation["shapes"]["512x300x16"]["methods"]
     assert all(row["both_x"] > 0 for row in rows.values()) and len(rows) == 11
     errors = [x for name, row in rows.items() for key, x in row.items() if "error" in key and name.startswith("cce")]
@@ -269,6 +276,7 @@ def test_the_commands_run_and_write_their_results(
     lines = report.scaling_table(scaling).splitlines()
     assert sum(line.startswith(("| 512 |", "| 1024 |")) for line in lines) == 4
     assert [line[:5] for line in lines[-2:]] == ["| 1 |", "| 2 |"]
+    assert len(report.hostile_table(hostile).splitlines()) == 2 + 4 + 1 + 2 + 28
     assert report.stages_table(stages).splitlines()[2].startswith("| 512x300x16 | unbiased | ")
     report.plot_scaling(scaling, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
