@@ -35,10 +35,14 @@ def table(shapes: dict[str, dict[str, Any]]) -> str:
     lines = [HEADER]
     for shape, result in shapes.items():
         for name, row in result["methods"].items():
-            if "failed" not in row and not name.startswith("old tree's"):
-                times = f"{row['forward_x']:.2f}x | {row['both_x']:.2f}x | {row['peak_mb']:.0f}"
-                errors = " | ".join(f"{row[f'{x}_error']:.1e}" for x in ("hidden", "weight", "unlabelled_weight"))
-                lines.append(f"| {shape} | {name} | {times} | {errors} |")
+            if name.startswith("old tree's"):
+                continue
+            if "failed" in row:
+                lines.append(f"| {shape} | {name} | {row['failed'].replace('|', '/')} | | | | | |")
+                continue
+            times = f"{row['forward_x']:.2f}x | {row['both_x']:.2f}x | {row['peak_mb']:.0f}"
+            errors = " | ".join(f"{row[f'{x}_error']:.1e}" for x in ("hidden", "weight", "unlabelled_weight"))
+            lines.append(f"| {shape} | {name} | {times} | {errors} |")
     return "\n".join(lines)
 
 

@@ -172,9 +172,61 @@ def test_the_tuned_rows_are_written_to_the_table(
 def test_a_shape_is_a_name_or_three_numbers(benchmarks: Any) -> None:
     assert benchmarks.loss.shape_of("gemma") == (8192, 262144, 2304)
     assert benchmarks.loss.shape_of("512x1000x64") == (512, 1000, 64)
+    assert len(benchmarks.loss.GROUPS["liger"]) == 7
     for wrong in ("512x1000", "500x1000x64", "gema", "512x0x64"):
         with pytest.raises(ValueError, match="shape must be one of gemma, llama3"):
             benchmarks.loss.shape_of(wrong)
+
+
+def test_a_loss_that_is_wrong_is_not_timed(benchmarks: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = benchmarks.loss
+    good = {"hidden_error": 2e-3, "weight_error": 2e-3, "loss_error": 1e-6}
+    loss.check("cce_dist exact", good)
+    for name, wrong in (
+        ("cce_dist exact", {"hidden_error": 6e-3}),
+        ("cce_dist unbiased", {"weight_error": 2e-2}),
+        ("cce_dist filtered", {"weight_error": float("nan")}),
+        ("Liger", {"hidden_error": 1.0}),
+        ("Liger", {"loss_error": 1e-2}),
+    ):
+        with pytest.raises(ArithmeticError, match=f"{name}: {next(iter(wrong))} is"):
+            loss.check(name, good | wrong)
+
+    def wrong_loss(hidden_ND: Any, weight_VD: Any, labels_N: Any) -> Any:
+        return 2 * benchmarks.methods.eager(hidden_ND, weight_VD, labels_N)
+
+    monkeypatch.setattr(loss, "trained_inputs", lambda *_, **__: inputs)
+    monkeypatch.setattr(loss, "tokens_for", lambda *_: None)
+
+    def measure(name: str) -> Any:
+        monkeypatch.setattr(loss, "available_methods", lambda _: ({name: wrong_loss}, {"QuACK": "ImportError: none"}))
+        return loss.benchmark(loss.Shape(48, 640, 16), ROOT, 0, 1, None, "cpu")["methods"]
+
+    with pytest.raises(ArithmeticError, match="cce_dist exact: hidden_error is 1.0e"):
+        measure("cce_dist exact")
+    rows = measure("Liger")
+    assert rows["QuACK"] == {"failed": "ImportError: none"} and "hidden_error" in rows["Liger"]["failed"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "F.linear_cross_entropy, chunks",
+        *(pytest.param(x, marks=pytest.mark.full) for x in ("TRL, chunks", "DeepSpeed")),
+    ],
+)
+def test_a_peer_that_is_installed_gives_the_loss_and_gradients_of_logits(
+    benchmarks: Any, inputs: Any, name: str
+) -> None:
+    try:
+        peer = benchmarks.methods.RIVALS[name]()
+    except (ImportError, AttributeError) as error:
+        pytest.skip(str(error))
+    expected, got = (
+        benchmarks.loss.measure_accuracy(method, inputs, benchmarks.loss.reference(inputs))
+        for method in (benchmarks.methods.eager, peer)
+    )
+    assert max(error for key, error in got.items() if "error" in key) < 1e-5 + expected["hidden_error"]
 
 
 def test_every_kernel_has_a_stage(benchmarks: Any) -> None:

@@ -383,16 +383,26 @@ def test_every_page_is_linked_from_readme() -> None:
     assert {page for page in PAGES if page.startswith("docs/")} == set(re.findall(r"\]\((docs/[\w-]+\.md)\)", README))
 
 
+TABLES = (
+    ("ranks", ["ranks_table"]),
+    ("train", ["train_table", "train_summary"]),
+    ("convergence", ["convergence_table"]),
+    ("hostile", ["hostile_table"]),
+)
+"""Of the result files' names and of report.py's functions."""
+
+
 def test_the_measured_figures_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
     report = pytest.importorskip("matplotlib") and _benchmark_report(monkeypatch)
     results = ROOT / "benchmarks/results"
     stored = report.table(report.load(sorted(results.glob("loss-*.json")))).splitlines()
-    for kind, tables in (("ranks", ["ranks_table"]), ("train", ["train_table", "train_summary"])):
+    for kind, tables in TABLES:
         for path in results.glob(f"{kind}-*.json"):
             for table in tables:
                 stored += getattr(report, table)(json.loads(path.read_text())).splitlines()
     for page, part, least in (
         ("docs/measured.md", PAGES["docs/measured.md"], 10),
+        ("docs/accuracy.md", PAGES["docs/accuracy.md"].split("## A training run")[1], -1),  # none before they are made
         ("README.md", README.split("## What it gives")[1].split("## ")[0], 6),
     ):
         quoted = [line for line in part.splitlines() if line.startswith("|")]
