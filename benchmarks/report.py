@@ -6,8 +6,9 @@ python benchmarks/report.py benchmarks/results/ranks-*.json
 python benchmarks/report.py benchmarks/results/train-*.json
 python benchmarks/report.py benchmarks/results/shards-*-262144x2304.json
 python benchmarks/report.py benchmarks/results/stages-*.json
-python benchmarks/report.py benchmarks/results/hostile-*.json
-python benchmarks/report.py benchmarks/results/convergence-*.json --plot benchmarks/results/convergence.png
+python benchmarks/report.py benchmarks/results/hostile-*.json --page docs/accuracy.md
+python benchmarks/report.py benchmarks/results/convergence-*.json --plot benchmarks/results/convergence.png \
+    --page docs/accuracy.md
 """
 
 import argparse
@@ -337,10 +338,24 @@ def _size(row: dict[str, Any]) -> str:
     return f"{row['num_tokens']}, {row['vocab_size']}"
 
 
+def write_into(page: Path, kind: str, text: str) -> None:
+    """Puts the text between the page's marks of this kind of report, in place of what is there.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    start, end = f"<!-- report: {kind} -->\n", "<!-- end of report -->"
+    before, found, rest = page.read_text().partition(start)
+    if not found or end not in rest:
+        raise ValueError(f"{page} has no lines {start.strip()} and {end}.")
+    page.write_text(f"{before}{start}\n{text}\n\n{end}{rest.partition(end)[2]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="JSON files of one of the benchmarks")
     parser.add_argument("--plot", type=Path, help="PNG to write")
+    parser.add_argument("--page", type=Path, help="page to write the tables into: of convergence.py and hostile.py")
     arguments = parser.parse_args()
     contents = [json.loads(path.read_text()) for path in arguments.results]
     if all("ranks" in content for content in contents):
@@ -348,11 +363,18 @@ def main() -> None:
     elif all(content["command"].startswith("benchmarks/train.py") for content in contents):
         print("\n\n".join(f"{train_table(content)}\n\n{train_summary(content)}" for content in contents))
     elif all("hostile" in content for content in contents):
-        print("\n\n".join(hostile_table(content) for content in contents))
+        text = "\n\n".join(hostile_table(content) for content in contents)
+        print(text)
+        if arguments.page:
+            write_into(arguments.page, "hostile", text)
     elif all("runs" in content for content in contents):
-        print("\n\n".join(convergence_table(content) for content in contents))
+        text = "\n\n".join(convergence_table(content) for content in contents)
+        print(text)
         if arguments.plot:
             plot_convergence(contents[0], arguments.plot)
+            text += f"\n\n![training, seed by seed](../benchmarks/results/{arguments.plot.name})"
+        if arguments.page:
+            write_into(arguments.page, "convergence", text)
     elif all("shapes" in content for content in contents):
         shapes = load(arguments.results)
         print(table(shapes))

@@ -432,7 +432,7 @@ def test_a_difference_is_judged_by_its_interval(report: Any) -> None:
     assert {bounds: report.verdict(*bounds) for bounds in words} == words
 
 
-def test_runs_of_training_are_compared_by_seed(report: Any, tmp_path: Path) -> None:
+def test_runs_of_training_are_compared_by_seed(report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(held_out: float) -> dict[str, Any]:
         look = {"step": 5, "hidden_cosine": 0.999, "hidden_ratio": 1.01, "weight_cosine": 0.99, "weight_ratio": 0.98}
         row = {"held_out": held_out, "held_out_tenths": [held_out] * 10, "gradients": [look]}
@@ -448,6 +448,16 @@ def test_runs_of_training_are_compared_by_seed(report: Any, tmp_path: Path) -> N
     assert {line.count("|") for line in lines} == {13}
     report.plot_convergence({"runs": runs}, tmp_path / "convergence.png")
     assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
+    page, result = tmp_path / "page.md", tmp_path / "convergence-cpu.json"
+    page.write_text("# Head\n<!-- report: convergence -->\nold\n<!-- end of report -->\ntail\n")
+    result.write_text(json.dumps({"command": "benchmarks/convergence.py", "runs": runs}))
+    monkeypatch.setattr(sys, "argv", ["report", str(result), "--plot", str(tmp_path / "p.png"), "--page", str(page)])
+    report.main()
+    written = page.read_text()
+    assert written.startswith("# Head\n<!-- report: convergence -->\n\n| setting |") and written.endswith("-->\ntail\n")
+    assert "old" not in written and "results/p.png)" in written and lines[3] in written
+    with pytest.raises(ValueError, match="has no lines <!-- report: hostile -->"):
+        report.write_into(page, "hostile", "")
     runs["scratch/unbiased/1"]["held_out_curve"][0][1] = 12.1
     with pytest.raises(ValueError, match="start at held-out losses"):
         report.convergence_table({"runs": runs})

@@ -379,6 +379,15 @@ def test_the_links_of_a_document_lead_somewhere(document: str) -> None:
     assert wrong == []
 
 
+def test_the_benchmark_commands_of_the_documents_have_options_that_exist() -> None:
+    texts = [(ROOT / document).read_text().replace("\\\n", " ") for document in DOCUMENTS]
+    commands = [found for text in texts for found in re.findall(r"benchmarks/(\w+)\.py (--[^#`\n]*)", text)]
+    assert len(commands) > 10
+    for script, words in commands:
+        source = (ROOT / f"benchmarks/{script}.py").read_text()
+        assert [option for option in re.findall(r"--[\w-]+", words) if f'"{option}"' not in source] == [], script
+
+
 def test_every_page_is_linked_from_readme() -> None:
     assert {page for page in PAGES if page.startswith("docs/")} == set(re.findall(r"\]\((docs/[\w-]+\.md)\)", README))
 
