@@ -3,8 +3,8 @@
 `LossSettings` are those that a config file can fix, and the base of `CCEConfig`; `TokenSettings` adds what logits and
 labels mean, `CallSettings` what the loss of a call is, `LogprobSettings` what is wanted beside log-probabilities.
 `linear_cross_entropy` and `linear_logprobs` take the fields as keywords, the ranks agree on them (`contract`), and
-README and the docstrings are tested against them. `resolve` turns what is left open into a `Method`, once the tensors
-are known.
+docs/reference.md and the docstrings are tested against them. `resolve` turns what is left open into a `Method`, once
+the tensors are known.
 
 Shapes: D hidden, V local rows of the classifier.
 """
