@@ -59,11 +59,11 @@ wheel=$(echo "$work"/dist/*.whl)
 with-torch/bin/pip install -qq torch==2.13.0
 export PATH="$work/env/bin:$PATH" # DeepSpeed looks for ninja there
 
-# lacks PACKAGE COMMAND...: the command ends with 2 and says what to install.
-lacks() {
+# asks_for_train COMMAND...: without the extra it ends with 2 and says what to install.
+asks_for_train() {
     local code=0
-    "${@:2}" >said 2>&1 || code=$?
-    if [[ $code != 2 ]] || ! grep "needs the package $1: pip install 'cce_dist\[train\]'" said; then
+    "$@" >said 2>&1 || code=$?
+    if [[ $code != 2 ]] || ! grep "needs the package .*: pip install 'cce_dist\[train\]'" said; then
         cat said >&2
         exit 1
     fi
@@ -78,9 +78,9 @@ for extras in "$@"; do
     env/bin/python -m pip check
     env/bin/python -W ignore -c "$imports" "$extras"
     cce-dist --version
-    cce-dist doctor >doctor.log 2>&1 || { cat doctor.log >&2 && exit 1; }
     if [[ ,$extras, == *,train,* ]]; then
-        "${plan[@]}" >plan.log
+        cce-dist doctor
+        "${plan[@]}" >/dev/null
         words=(engine=fsdp2 deepspeed=null)
         if [[ ,$extras, == *,deepspeed,* ]]; then words=(); fi
         for head in plain cce; do
@@ -93,8 +93,9 @@ for extras in "$@"; do
         cce-dist report cce
         rm -r plain cce
     else
-        lacks rich "${plan[@]}"
-        lacks yaml cce-dist train --config configs/train/tiny-cpu.yaml
+        asks_for_train cce-dist doctor
+        asks_for_train "${plan[@]}"
+        asks_for_train cce-dist train --config configs/train/tiny-cpu.yaml
     fi
     if [[ ,$extras, == *,test,* ]]; then
         echo "$consumer" >consumer.py

@@ -366,7 +366,11 @@ def test_ligers_other_kernels_and_a_callback_that_is_switched_off_are_not_refuse
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize(
     ("place", "remedy"),
-    [("liger_kernel.transformers.model.llama", "leave Liger out"), ("unsloth.models.llama", "not imported unsloth")],
+    [
+        ("liger_kernel.transformers.model.llama", "leave Liger out"),
+        ("unsloth.models.llama", "not imported unsloth"),
+        ("unsloth_zoo.cpu.ops", "not imported unsloth"),
+    ],
 )
 def test_a_model_whose_forward_another_loss_has_replaced_is_refused(
     tmp_path: Path, wrapped: bool, place: str, remedy: str
