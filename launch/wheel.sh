@@ -73,7 +73,7 @@ plan=(cce-dist plan --vocab 262144 --hidden 2304 --tokens 8192 --gpus 64)
 for extras in "$@"; do
     echo "== ${wheel##*/} with $extras"
     cp -al with-torch env
-    if [[ $extras == none ]]; then what=$wheel; else what="$wheel[$extras]"; fi
+    if [[ $extras == none ]]; then what=$wheel; else what="${wheel}[$extras]"; fi
     env/bin/python -m pip install -qq "$what"
     env/bin/python -m pip check
     env/bin/python -W ignore -c "$imports" "$extras"
