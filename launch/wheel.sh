@@ -69,6 +69,8 @@ asks_for_train() {
     fi
 }
 
+has() { env/bin/python -c "import $1" 2>/dev/null; }
+
 plan=(cce-dist plan --vocab 262144 --hidden 2304 --tokens 8192 --gpus 64)
 for extras in "$@"; do
     echo "== ${wheel##*/} with $extras"
@@ -92,6 +94,9 @@ for extras in "$@"; do
         cce-dist compare plain cce
         cce-dist report cce
         rm -r plain cce
+    elif has rich; then # some other package has brought it
+        cce-dist doctor
+        "${plan[@]}" >/dev/null
     else
         asks_for_train cce-dist doctor
         asks_for_train "${plan[@]}"
