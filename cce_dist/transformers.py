@@ -74,7 +74,7 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
 
 
 def unpatch(model: Model) -> Model:
-    """Undoes `patch`.
+    """Undoes `patch`; where a trainer of TRL's has trained the model, its forward is TRL's again.
 
     Raises:
         ValueError: the model is not patched, or its output layer is a shard on FSDP2's mesh.
@@ -86,6 +86,10 @@ def unpatch(model: Model) -> Model:
     for module in heads or [head]:
         make_eager(module)
     _Watch.end(model)
+    base = _base(model)
+    before = getattr(vars(base).get("forward"), "_cce_before", None)  # of cce_dist.trl
+    if before is not None:
+        base.forward = before
     return model
 
 

@@ -1,9 +1,10 @@
 """TRL 1.15 and later: its trainers ask the model itself for log-probabilities, and get them from the fused loss.
 
-``trl.trainer.utils.add_fused_lm_head`` replaces the forward of a trainer's model. The replacement multiplies the
-hidden states by ``lm_head.weight``, past the output layer's own call: a patched layer is not used, and one that is a
+``trl.trainer.utils.add_fused_lm_head`` replaces the forward of a trainer's model. The replacement multiplies the hidden
+states by ``lm_head.weight``, past the output layer's own call: a patched layer is not used, and one that is a
 vocabulary shard would be gathered, with a wrong gradient. `fuse_forward` puts a forward around it that gives the same
-outputs by way of the output layer. Earlier versions of TRL need nothing: they read the logits that the model returns.
+outputs by way of the output layer, until the model is unpatched. Earlier versions of TRL need nothing: they read the
+logits that the model returns.
 """
 
 import functools
@@ -82,6 +83,7 @@ def fuse_forward(model: nn.Module, trl_forward: Any, head: nn.Module, entropy_bo
             fused.loss, fused.aux_loss = fused.loss + coefficient * aux_loss, aux_loss
         return fused
 
+    forward._cce_before = forward_before  # type: ignore[attr-defined]  # for unpatch
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
 
 

@@ -534,6 +534,40 @@ def test_two_ranks_under_zero3_log_what_they_log_for_stock_and_gather_no_head(ra
         ranks.close()  # accelerate and DeepSpeed keep state in the process
 
 
+def _without_the_callback(folder: str) -> dict[int, str]:
+    """What is said, by ZeRO stage, where DeepSpeed's section alone asks for cce_dist."""
+    from deepspeed_runs import fresh_deepspeed
+
+    import cce_dist.deepspeed
+
+    said = {}
+    cce_dist.deepspeed.install()
+    for stage in (2, 3):
+        accelerate_state.forget()
+        fresh_deepspeed()
+        unset_hf_deepspeed_config()
+        config = {**copy.deepcopy(ZERO3), "zero_optimization": {"stage": stage}}
+        config["cce_dist"] = {"materialize": "raise", "vocab_parallel_size": 2}
+        trainer = _sft(folder, ours=False, deepspeed=config)
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            trainer.train()
+        said[stage] = str(caught.value)
+    return said
+
+
+@pytest.mark.full
+def test_a_trainer_whose_engine_has_the_section_is_told_to_take_the_callback(ranks: RankPool, tmp_path: Path) -> None:
+    """TRL's own forward would compute the loss from a part of the rows, or past the output layer."""
+    pytest.importorskip("deepspeed")
+    try:
+        by_rank = ranks.run(2, _without_the_callback, str(tmp_path), timeout=120)
+    finally:
+        ranks.close()  # accelerate and DeepSpeed keep state in the process
+    for rank, said in enumerate(by_rank):
+        assert f"holds {166 - rank} of 331 rows. Give it callbacks=[CCECallback()]" in said[2]
+        assert "cce_dist does nothing for it. Give it callbacks=[CCECallback()]" in said[3]
+
+
 def _zero3_rewards(folder: str, data: str) -> dict[str, list[list[dict[str, float]]]]:
     """[stock, ours] of a policy that stays what its reference is, in bf16."""
     every = {}

@@ -28,7 +28,7 @@ from cce_dist.deepspeed.zero3 import ZeRO3Owner, ZeRO3Rows, vocab_group_size
 from cce_dist.heads.announce import announce_active
 from cce_dist.heads.find import declared_layer, output_layer
 from cce_dist.heads.lazy import make_eager, make_lazy
-from cce_dist.heads.liger import refuse_liger_forward
+from cce_dist.heads.liger import refuse_liger_forward, watch_trl_forward
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
 
 SECTION = "cce_dist"
@@ -225,6 +225,7 @@ def _attach(engine: Any, cut: CutClassifierOwner | None, settings: CCEConfig) ->
         owner = ModuleOwner(head) if rows is None else rows
     if owner is not None:
         make_lazy(head, owner, settings, tensor_parallel.linear_class(head))
+        watch_trl_forward(model, head, settings.materialize)
     if trains and owner is not None:
         engine.compile = _refuse_compile
         announce_active(_describe(engine, owner, settings))
