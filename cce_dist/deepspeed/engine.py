@@ -212,6 +212,8 @@ def _attach(engine: Any, cut: CutClassifierOwner | None, settings: CCEConfig) ->
         rows = cut or tensor_parallel.rows_of(head, engine.mpu)
     elif cut is not None and trains:
         experts.finish(engine, cut)
+    if settings.fp32_head:
+        take_off_fp32_forward(head)
     if isinstance(getattr(vars(head).get("forward"), "__self__", None), GatheringOwner):
         del head.forward  # of an engine that the same model had before, as is its being lazy
     with suppress(ValueError):
