@@ -26,7 +26,7 @@ from cce_dist.deepspeed.guard import (
 from cce_dist.deepspeed.sharded import CutClassifierOwner, GatheringOwner, cut_before
 from cce_dist.deepspeed.zero3 import ZeRO3Owner, ZeRO3Rows, vocab_group_size
 from cce_dist.heads.announce import announce_active
-from cce_dist.heads.find import declared_layer, output_layer
+from cce_dist.heads.find import declared_layer, output_layer, take_off_fp32_forward
 from cce_dist.heads.lazy import make_eager, make_lazy
 from cce_dist.heads.liger import refuse_liger_forward
 from cce_dist.heads.owner import ModuleOwner, ShardOwner

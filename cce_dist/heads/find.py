@@ -47,8 +47,8 @@ def output_layer(
 
 def take_off_fp32_forward(head: nn.Module) -> None:
     """TRL's ``cast_lm_head_to_fp32`` gives the output layer a forward in fp32: what the setting ``fp32_head`` means."""
-    forward = vars(head).get("forward")
-    if (getattr(forward, "__module__", None) or "").startswith("trl.") and "cast_forward_to_fp32" in forward.__name__:
+    forward: Any = vars(head).get("forward")
+    if getattr(forward, "__name__", "") == "cast_forward_to_fp32" and forward.__module__.startswith("trl."):
         del head.forward
 
 

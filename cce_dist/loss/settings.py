@@ -284,8 +284,8 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
     )
     _require(
         not settings.fp32_head or hidden.dtype != torch.float16,
-        "fp32_head=True needs hidden states in bf16 (or fp32, fp64), whose products with the parts of fp32 rows have the "
-        "range of fp32; cast them to bf16 or fp32, or leave it out",
+        "fp32_head=True needs hidden states in bf16, fp32 or fp64: fp16 has no range for the parts of fp32 rows; cast "
+        "them, or leave it out",
         str(hidden.dtype),
     )
     _require(

@@ -42,8 +42,8 @@ def load_rows(source, rows, use, column, columns, stride, COLUMNS: tl.constexpr)
 def dot_rows(e, c, products, PRECISION: tl.constexpr):
     """products + e·cᵀ, of hidden states and rows of the classifier.
 
-    Rows in fp32 beside hidden states in bf16 are taken as the sum of three parts in bf16, which holds their 24 bits: each
-    product is exact, so that the sum is that of fp32 products. The smallest parts come first.
+    Rows in fp32 beside hidden states in bf16 are taken as the sum of three parts in bf16, which holds their 24 bits:
+    each part's product is exact, so that the sum is that of fp32 products. The smallest parts come first.
     """
     if c.dtype == e.dtype:
         products = tl.dot(e, c.T, products, input_precision=PRECISION)

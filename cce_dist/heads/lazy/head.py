@@ -20,10 +20,9 @@ from cce_dist.heads.find import registered
 from cce_dist.heads.lazy.generation import Loop, loop_around
 from cce_dist.heads.lazy.logits import LazyLogits
 from cce_dist.heads.lazy.materialize import report
-from cce_dist.heads.lazy.source import Binding, Source
+from cce_dist.heads.lazy.source import Binding, Source, wide
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
 from cce_dist.loss import TokenLogprobs
-from cce_dist.loss.settings import rows_dtype
 from cce_dist.shard import VocabShard
 
 
@@ -183,9 +182,8 @@ class _LazyHead(nn.Module):
         if not self._cce.config.fp32_head:
             return super().__call__(*args, **kwargs)
         hidden: Tensor = args[0] if args else kwargs["input"]
-        dtype: torch.dtype = self.weight.dtype  # type: ignore[assignment, union-attr]
         with torch.autocast(hidden.device.type, enabled=False):
-            return super().__call__(hidden.to(rows_dtype(hidden.dtype, dtype, True)))
+            return super().__call__(wide(self, hidden))
 
     def _lazy(self, input: Tensor, in_generation: bool = False) -> LazyLogits:
         if not torch.compiler.is_compiling():

@@ -251,9 +251,7 @@ class Source:
     def _wide(self, form: LogitForm) -> Tensor:
         """The form's hidden states for what computes in their dtype, whatever that of the rows: with ``fp32_head`` in
         fp32."""
-        return form.hidden_XD.to(
-            rows_dtype(form.hidden_XD.dtype, self.head.weight.dtype, self.binding.config.fp32_head)  # type: ignore[arg-type, union-attr]
-        )
+        return wide(self.head, form.hidden_XD) if self.binding.config.fp32_head else form.hidden_XD
 
     def forget_logits(self) -> None:
         self._real = None
@@ -278,6 +276,13 @@ class Source:
                 real = self.rows.linear(self._wide(self.form())).to(self.dtype)
             self._real = (real, with_graph)
         return self._real[0]
+
+
+def wide(head: nn.Module, hidden_XD: Tensor) -> Tensor:
+    """Hidden states as ``fp32_head`` multiplies them with the head's rows in a library's product, of one dtype."""
+    weight = registered(head, "weight")  # not as an attribute, for which ZeRO-3 would gather it
+    dtype = torch.float32 if weight is None else weight.dtype
+    return hidden_XD.to(rows_dtype(hidden_XD.dtype, dtype, True))
 
 
 class _RowsOfCall:
