@@ -118,7 +118,7 @@ def test_a_launch_parameter_is_taken_where_it_is_faster_and_right(benchmarks: An
     tried = torch.zeros(4, 16)
 
     def run() -> tuple[torch.Tensor, ...]:
-        splits = tuning.tuning_for(tried).splits
+        splits = tuning.tuning_for(tried, tried).splits
         if splits == 32:
             raise RuntimeError("out of resource: shared memory")
         benchmarks.timing.time.sleep(0.002 if splits == 8 else 0.008)
@@ -157,7 +157,7 @@ def test_the_tuned_rows_are_written_to_the_table(
     benchmarks.tune.main()
     rows = tuning.load(table)
     assert [row.gpu for row in rows] == ["H", "interpreter"]
-    assert rows[1] == Row("interpreter", 4, None, 1024, tuning.tuning_for(torch.empty(1, 16)))
+    assert rows[1] == Row("interpreter", 4, None, 1024, tuning.tuning_for(torch.empty(1, 16), torch.empty(1, 16)))
 
 
 def test_a_shape_is_a_name_or_three_numbers(benchmarks: Any) -> None:

@@ -510,7 +510,7 @@ def test_a_head_that_is_cast_to_fp32_trains_as_stock_on_two_ranks_under_fsdp2(ra
     stock, ours = by_rank[0]
     assert len(stock) == 3
     for x, y in zip(ours, stock, strict=True):
-        assert x == pytest.approx(y, rel=1e-3, abs=1e-6)
+        assert x == pytest.approx(y, rel=5e-3, abs=1e-5)
 
 
 class _Gathered(TorchDispatchMode):
