@@ -246,6 +246,9 @@ def test_the_commands_run_and_write_their_results(
     assert list(rows) == ["cce_dist", "cce_dist exact", "chunks of logits", "cce_dist eps 2^-3.0"]
     assert all(row["policy_hidden_error"] < 1e-5 and row["logprob_largest_error"] < 1e-5 for row in rows.values())
     assert logprobs["shapes"]["512x300x16"]["exact_sums"]["logprob_largest_error"] < 1e-5
+    in_fp32 = logprobs["shapes"]["512x300x16"]["fp32_head"]
+    assert all(ratio > 0 for ratio in in_fp32["of_bf16"].values()) and len(in_fp32["methods"]) == 4
+    assert in_fp32["methods"]["fp32_head exact"]["logprob_largest_error"] < 1e-5
     row = loss["shapes"]["512x300x16"]["methods"]["cce_dist unbiased"]
     assert row["launch_ms"] > 0 and {"forward_x", "both_x", "peak_mb", "least_workspace_peak_mb"} <= set(row)
     assert [row["num_tokens"] for row in scaling["tokens"]] == [512, 1024]
