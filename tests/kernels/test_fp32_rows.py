@@ -30,9 +30,9 @@ every_backend = pytest.mark.parametrize("backend", [torch_backend, triton_backen
 
 
 def rows_in_fp32(make: Any = make_logits, *arguments: Any, **options: Any) -> Logits:
-    logits: Logits = make(*arguments, **options)
-    wide_VD = logits.weight_VD + 2.0**-12 * torch.randn(logits.weight_VD.shape, device=DEVICE)
-    logits = logits._replace(hidden_ND=logits.hidden_ND.to(DTYPE), weight_VD=wide_VD)
+    logits: Logits = make(*arguments, dtype=DTYPE, **options)
+    wide_VD = logits.weight_VD.float() + 2.0**-12 * torch.randn(logits.weight_VD.shape, device=DEVICE)
+    logits = logits._replace(weight_VD=wide_VD)
     assert relative_error(wide_VD.to(DTYPE), wide_VD) > 1e-4  # of what rounding them would cost
     return logits
 

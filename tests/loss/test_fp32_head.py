@@ -242,6 +242,20 @@ def test_a_lazy_head_in_fp32_takes_hidden_states_in_bf16(autocast: bool) -> None
     assert torch.equal(of_lazy[valid], -loss.detach()[valid])
 
 
+def test_what_has_no_such_setting_computes_with_hidden_states_in_fp32() -> None:
+    case, ids = make_case(), torch.arange(23)[:, None] + torch.arange(5)
+    head = _head(case.weight)
+    make_lazy(head, ModuleOwner(head), CCEConfig(fp32_head=True, materialize="raise"))
+    logits: Any = head(leaf(case.hidden[0]))
+    wanted = F.linear(case.hidden[0].double(), case.weight.double())
+    assert relative_error(logits.selected(ids), wanted.gather(-1, ids)) < 1e-6
+    with torch.no_grad(), fused_evaluation(head):
+        teacher: Any = head(case.hidden[0].flip(0))
+    log_p, log_q = wanted.log_softmax(-1), wanted.flip(0).log_softmax(-1)
+    divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
+    assert relative_error(logits.kl_div(teacher, reduction="none", kind="forward"), divergence) < 1e-5
+
+
 def _sharded_head(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     head = ShardedCCEHead.from_linear(_head(case.weight), mesh, config=CCEConfig(fp32_head=True, gradient="exact"))
