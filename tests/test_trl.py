@@ -482,7 +482,8 @@ def _cast_head_logs(folder: str, saved: str, make: Any, **settings: Any) -> list
     return logs
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("llama_tied", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
 def test_a_head_that_is_cast_to_fp32_trains_as_stock(tmp_path: Path, name: str) -> None:
     architectures.build(name).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     stock, ours = _cast_head_logs(str(tmp_path), str(tmp_path / "model"), _grpo, name=name)
@@ -496,8 +497,8 @@ def _sharded_cast_head(folder: str, saved: str) -> list[list[dict[str, float]]]:
         accelerate_state.forget()
         return _grpo(*args, fsdp2=True, **settings)
 
-    # Of a model in bf16 FSDP2 does not take the reference, whose parameters are of two dtypes then. One step: TRL's head
-    # is rounded to bf16 by the policy of mixed precision, and training makes more of that.
+    # Of a model in bf16 FSDP2 does not take the reference, whose parameters are of two dtypes then. One step: TRL's
+    # head is rounded to bf16 by the policy of mixed precision, and training makes more of that.
     return _cast_head_logs(folder, saved, make, bf16=True, dtype=torch.float32, max_steps=1)
 
 
@@ -591,7 +592,7 @@ def test_two_ranks_under_zero3_log_what_they_log_for_stock_and_gather_no_head(ra
     pytest.importorskip("deepspeed")
     architectures.build("llama").save_pretrained(tmp_path / "model")
     try:
-        ranks.run(2, _zero3_logs, str(tmp_path), str(tmp_path / "model"), timeout=240)
+        ranks.run(2, _zero3_logs, str(tmp_path), str(tmp_path / "model"), timeout=360)
     finally:
         ranks.close()  # accelerate and DeepSpeed keep state in the process
 
