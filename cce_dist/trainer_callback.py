@@ -58,6 +58,8 @@ class CCECallback(TrainerCallback):
             )
         # No defaults: backend="auto" would be among them, which accelerate takes for a blank of its own.
         config.setdefault(SECTION, self._settings(args).model_dump(exclude_defaults=True))
+        if getattr(args, "cast_lm_head_to_fp32", False):
+            config[SECTION].setdefault("fp32_head", True)
         install()
 
     def on_train_begin(
@@ -168,11 +170,15 @@ class CCECallback(TrainerCallback):
         return None
 
     def _settings(self, args: TrainingArguments) -> CCEConfig:
-        """With a reference the full first pass: that of evaluation, to which the 8-bit one of training is no equal."""
+        """With a reference the full first pass: that of evaluation, to which the 8-bit one of training is no equal.
+        TRL's ``cast_lm_head_to_fp32`` is ``fp32_head``."""
         has_reference = hasattr(args, "sync_ref_model") or hasattr(args, "precompute_ref_log_probs")
+        changes: dict[str, Any] = {}
         if has_reference and self._config.first_pass == "auto":
-            return self._config.model_copy(update={"first_pass": "full"})
-        return self._config
+            changes["first_pass"] = "full"
+        if getattr(args, "cast_lm_head_to_fp32", False):
+            changes["fp32_head"] = True
+        return self._config.model_copy(update=changes)
 
     def _deepspeed_config(self, args: TrainingArguments) -> dict[str, Any] | None:
         """The one that the engine is built with, from ``args`` or from accelerate's launcher or plugin."""

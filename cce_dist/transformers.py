@@ -18,7 +18,7 @@ from cce_dist.config import CCEConfig
 from cce_dist.fsdp import adopt
 from cce_dist.heads import find, hooks, lazy
 from cce_dist.heads.announce import announce_active
-from cce_dist.heads.find import output_layer
+from cce_dist.heads.find import output_layer, take_off_fp32_forward
 from cce_dist.heads.lazy import is_lazy, lazy_calls, make_eager, make_lazy, report
 from cce_dist.heads.liger import refuse_liger_forward
 from cce_dist.heads.owner import ModuleOwner
@@ -51,6 +51,8 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
     if config.enabled:
         refuse_liger_forward(model)
         head = output_layer(model)
+        if config.fp32_head:
+            take_off_fp32_forward(head)
         weight = getattr(head, "weight", None)
         if isinstance(weight, DTensor):
             adopt(find.unwrapped(model), head=head, config=config)

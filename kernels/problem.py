@@ -28,7 +28,7 @@ class Logits(NamedTuple):
     Attributes:
         hidden_ND: fp32, fp16 or bf16 (fp64 in the torch backend), contiguous rows, in the order before compaction; what
             stands in the rows of tokens that are not valid is never used.
-        weight_VD: in the dtype of hidden, contiguous rows.
+        weight_VD: in the dtype of hidden, or in fp32 where that is bf16; contiguous rows.
         bias_V: or None.
         target_N: int32, the local column of the row's label, −1 where it is on another shard or the row is not valid.
         token_N: int32, the row's place before compaction: its row of hidden_ND, and its name for random draws.

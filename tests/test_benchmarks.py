@@ -127,7 +127,7 @@ def test_a_launch_parameter_is_taken_where_it_is_faster_and_right(benchmarks: An
     tried = torch.zeros(4, 16)
 
     def run() -> tuple[torch.Tensor, ...]:
-        splits = tuning.tuning_for(tried).splits
+        splits = tuning.tuning_for(tried, tried).splits
         if splits == 32:
             raise RuntimeError("out of resource: shared memory")
         benchmarks.timing.time.sleep(0.002 if splits == 8 else 0.008)
@@ -166,7 +166,7 @@ def test_the_tuned_rows_are_written_to_the_table(
     benchmarks.tune.main()
     rows = tuning.load(table)
     assert [row.gpu for row in rows] == ["H", "interpreter"]
-    assert rows[1] == Row("interpreter", 4, None, 1024, tuning.tuning_for(torch.empty(1, 16)))
+    assert rows[1] == Row("interpreter", 4, None, 1024, tuning.tuning_for(torch.empty(1, 16), torch.empty(1, 16)))
 
 
 def test_a_shape_is_a_name_or_three_numbers(benchmarks: Any) -> None:
@@ -313,6 +313,9 @@ def test_the_commands_run_and_write_their_results(
     assert list(rows) == ["cce_dist", "cce_dist exact", "chunks of logits", "cce_dist eps 2^-3.0"]
     assert all(row["policy_hidden_error"] < 1e-5 and row["logprob_largest_error"] < 1e-5 for row in rows.values())
     assert logprobs["shapes"]["512x300x16"]["exact_sums"]["logprob_largest_error"] < 1e-5
+    in_fp32 = logprobs["shapes"]["512x300x16"]["fp32_head"]
+    assert all(ratio > 0 for ratio in in_fp32["of_bf16"].values()) and len(in_fp32["methods"]) == 4
+    assert in_fp32["methods"]["fp32_head exact"]["logprob_largest_error"] < 1e-5
     row = loss["shapes"]["512x300x16"]["methods"]["cce_dist unbiased"]
     assert row["launch_ms"] > 0 and {"forward_x", "both_x", "peak_mb", "least_workspace_peak_mb"} <= set(row)
     assert [row["num_tokens"] for row in scaling["tokens"]] == [512, 1024]

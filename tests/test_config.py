@@ -34,6 +34,7 @@ def test_the_defaults_are_those_of_the_loss() -> None:
         "filter_eps": None,
         "backend": "auto",
         "first_pass": "auto",
+        "fp32_head": False,
         "frequent_rows": None,
         "workspace_mb": None,
         "seed": None,

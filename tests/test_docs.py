@@ -90,7 +90,7 @@ def test_every_python_example_is_tested() -> None:
         "grpo",
     }  # that of GRPO in test_trl.py
     assert LOGPROBS.count("```python") == len(OF_LOGPROBS)
-    assert set(OF_OPTIONS) == {"accumulator", "class_weights", "token_weights", "several", "statistics"}
+    assert set(OF_OPTIONS) == {"accumulator", "class_weights", "token_weights", "several", "statistics", "fp32_head"}
     assert OPTIONS.count("```python") == len(OF_OPTIONS)
     assert set(OF_DISTILLATION) == {"online", "write", "read", "kept", "select", "gkd"}  # the last in test_trl.py
     assert DISTILLATION.count("```python") == len(OF_DISTILLATION)
@@ -153,6 +153,8 @@ def _options() -> None:
         for shift in (1, 2, 3)
     ]
     torch.testing.assert_close(_run_example("several", **given)["loss"], ahead[0] + 0.3 * (ahead[1] + ahead[2]))
+    in_fp32 = F.cross_entropy((hidden.bfloat16().float() @ weight.T).flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(_run_example("fp32_head", **given)["loss"], in_fp32)
     rows = given["rows"].detach().requires_grad_()
     steps = [(hidden, labels), (hidden[:1] / 2, labels[:1])]
     got = _run_example("accumulator", **{**given, "rows": rows}, micro_steps=steps)["main_grad"]

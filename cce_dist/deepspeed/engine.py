@@ -26,7 +26,7 @@ from cce_dist.deepspeed.guard import (
 from cce_dist.deepspeed.sharded import CutClassifierOwner, GatheringOwner, cut_before
 from cce_dist.deepspeed.zero3 import ZeRO3Owner, ZeRO3Rows, vocab_group_size
 from cce_dist.heads.announce import announce_active
-from cce_dist.heads.find import declared_layer, output_layer
+from cce_dist.heads.find import declared_layer, output_layer, take_off_fp32_forward
 from cce_dist.heads.lazy import make_eager, make_lazy
 from cce_dist.heads.liger import refuse_liger_forward, watch_trl_forward
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
@@ -212,6 +212,8 @@ def _attach(engine: Any, cut: CutClassifierOwner | None, settings: CCEConfig) ->
         rows = cut or tensor_parallel.rows_of(head, engine.mpu)
     elif cut is not None and trains:
         experts.finish(engine, cut)
+    if settings.fp32_head:
+        take_off_fp32_forward(head)
     if isinstance(getattr(vars(head).get("forward"), "__self__", None), GatheringOwner):
         del head.forward  # of an engine that the same model had before, as is its being lazy
     with suppress(ValueError):

@@ -145,6 +145,10 @@ def linear_cross_entropy(
         first_pass: "fp8": forward finds the parts of the softmax that matter from 8-bit copies of hidden and weight,
             then computes those in full: half the time, and an error of the loss below that of bf16 logits. "full": all
             in hidden's precision. "auto": fp8 where it was measured to pay (16-bit training on Hopper, with a filter).
+        fp32_head: True: rows of another dtype than hidden's, such as fp32 ones beside hidden states in bf16, are not
+            rounded to it, and autocast casts nothing: logits are those of fp32 products. Forward is a full pass then.
+            Gradients are as near as without it: of 16-bit probabilities, hidden states, and rows where dE is summed.
+            Hidden states in fp16 are refused.
         frequent_rows: so many rows of the classifier, those that most labels named so far, are computed densely, shared
             out over the ranks by tokens; the filter has the others. Each rank gets these rows, and no others; they
             are chosen by counts that are not in checkpoints. None: 4096 with Triton's kernels on CUDA and 32768 rows

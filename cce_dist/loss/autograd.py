@@ -46,6 +46,7 @@ from cce_dist.loss.settings import (
     TokenSettings,
     check_temperatures,
     legal_labels,
+    rows_dtype,
     workspace_bytes,
 )
 from cce_dist.loss.tokens import gather, gather_values, own, start_sum
@@ -369,11 +370,12 @@ def logits_of(
     call: Call,
     inverse_temperature_N: Tensor | None = None,
 ) -> Logits:
-    """The real rows of the shard, in hidden's dtype, and the tokens that meet them."""
+    """The real rows of the shard, in the dtype that `rows_dtype` says, and the tokens that meet them."""
     rows, settings = call.shard.num_real_rows, call.settings
+    dtype = rows_dtype(hidden_ND.dtype, weight_VD.dtype, settings.fp32_head)
     return Logits(
         hidden_ND,
-        weight_VD[:rows].to(hidden_ND.dtype).contiguous(),
+        weight_VD[:rows].to(dtype).contiguous(),
         None if bias_V is None else bias_V[:rows].contiguous(),
         target_N,
         order.token_N,

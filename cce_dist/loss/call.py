@@ -80,7 +80,7 @@ def begin(
         hidden, labels, in_parts = held(hidden, labels, shard)
         check_tensors(hidden, weight_VD, labels, bias_V, shard)
         tokens = labels.numel()
-        hidden = autocast(hidden)
+        hidden = hidden if settings.fp32_head else autocast(hidden)
         needs_grad = any(x is not None and x.requires_grad for x in (hidden, weight_VD, bias_V))
         method = resolve(settings, hidden, labels, shard, needs_grad and torch.is_grad_enabled())
         is_frozen = needs_grad and torch.is_grad_enabled() and not weight.requires_grad

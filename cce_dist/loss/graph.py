@@ -154,7 +154,8 @@ def linear_cross_entropy_in_graph(
     others_train = any(x.requires_grad for x in tensors.values())
     if of_dtensors or others_train or settings.get("statistics") or not set(tensors) <= set(_OF_TENSORS):
         return cross_entropy(hidden, weight, labels, bias, shard, return_lse, settings)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+    casts = torch.is_autocast_enabled(hidden.device.type) and not settings.get("fp32_head", False)
+    if casts and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     floats = {name: x for name, x in settings.items() if isinstance(x, float)}
     ints = {name: x for name, x in settings.items() if isinstance(x, int) and not isinstance(x, bool)}

@@ -76,6 +76,7 @@ class LossSettings(BaseModel):
     filter_eps: float | None = Field(default=None, ge=0.0, lt=1.0, description='"auto", None or in [0, 1)')
     backend: Backend = Field(default="auto", description='"auto", "triton" or "torch"')
     first_pass: FirstPass = Field(default="auto", description='"auto", "full" or "fp8"')
+    fp32_head: bool = Field(default=False, description="True or False")
     frequent_rows: int | None = Field(default=None, ge=0, description="an int, 0 or more (0: none), or None")
     workspace_mb: int | None = Field(default=None, ge=1, description="an int, 1 or more, or None")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | InstanceOf[Tensor] | None = Field(
@@ -174,6 +175,11 @@ class SamplingSettings(LogitSettings):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | InstanceOf[Tensor] | None = Field(
         default=None, description="a 64-bit int, a 0-d int64 tensor or None", json_schema_extra=MAY_DIFFER
     )
+
+
+def rows_dtype(hidden: torch.dtype, weight: torch.dtype, fp32_head: bool) -> torch.dtype:
+    """In which the rows meet hidden states: theirs; with ``fp32_head`` at least fp32, where they are not of one."""
+    return torch.promote_types(hidden, torch.float32) if fp32_head and weight != hidden else hidden
 
 
 def at_temperature(scale: float, softcap: float | None, temperature: float) -> tuple[float, float | None]:
@@ -277,6 +283,12 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
         settings.max_tokens,
     )
     _require(
+        not settings.fp32_head or hidden.dtype != torch.float16,
+        "fp32_head=True needs hidden states in bf16, fp32 or fp64: fp16 has no range for the parts of fp32 rows; cast "
+        "them, or leave it out",
+        str(hidden.dtype),
+    )
+    _require(
         settings.agreement == "every_call" or shard.token_group is None or settings.max_tokens is not None,
         'agreement="first_call" needs max_tokens where each rank brings its own tokens, since the ranks do not '
         "exchange their numbers then",
@@ -292,7 +304,12 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
         eps *= _OF_ENTROPY
     exact = gradient == "exact" or eps == 0
     asked_exact = exact and settings.gradient is not None
-    in_full = asked_exact or settings.in_full or not needs_grad
+    _require(
+        not settings.fp32_head or settings.first_pass != "fp8",
+        'fp32_head=True goes with first_pass="full" or "auto": estimates from 8-bit copies are no logits in fp32',
+        "first_pass='fp8'",
+    )
+    in_full = asked_exact or settings.in_full or settings.fp32_head or not needs_grad
     first_pass = "full" if in_full else _first_pass(settings.first_pass, hidden, backend)
     if exact:
         return Method("exact", eps, backend, "full", 0)
@@ -350,6 +367,8 @@ def contract(
         alike["reduction"] += " with class_weights"
     if isinstance(settings, CallSettings) and settings.grad_accumulator is not None:
         alike["reduction"] += " with grad_accumulator"
+    if settings.fp32_head:  # else rows are cast to hidden's
+        alike["weight's dtype"] = str(weight_VD.dtype)
     if isinstance(settings, LogprobSettings):
         each = isinstance(settings.temperature, Tensor)
         alike["temperature"] = "one for each token" if each else settings.temperature

@@ -39,6 +39,26 @@ def load_rows(source, rows, use, column, columns, stride, COLUMNS: tl.constexpr)
 
 
 @triton.jit
+def dot_rows(e, c, products, PRECISION: tl.constexpr):
+    """products + e·cᵀ, of hidden states and rows of the classifier.
+
+    Rows in fp32 beside hidden states in bf16 are taken as the sum of three parts in bf16, which holds their 24 bits:
+    each part's product is exact, so that the sum is that of fp32 products. The smallest parts come first.
+    """
+    if c.dtype == e.dtype:
+        products = tl.dot(e, c.T, products, input_precision=PRECISION)
+    else:
+        high = c.to(e.dtype)
+        rest = c - high.to(tl.float32)
+        middle = rest.to(e.dtype)
+        low = (rest - middle.to(tl.float32)).to(e.dtype)
+        products = tl.dot(e, low.T, products)
+        products = tl.dot(e, middle.T, products)
+        products = tl.dot(e, high.T, products)
+    return products
+
+
+@triton.jit
 def products_of_rows(
     operands,
     weight,
@@ -57,7 +77,7 @@ def products_of_rows(
     for d in tl.range(0, operands.D, BLOCK_D, num_stages=STAGES):
         e = load_rows(operands.hidden, rows, use, d, operands.D, operands.stride_hidden, BLOCK_D)
         c = load_block(weight, tile * TILE, d, operands.V, operands.D, operands.stride_weight, TILE, BLOCK_D, TMA)
-        products = tl.dot(e, c.T, products, input_precision=PRECISION)
+        products = dot_rows(e, c, products, PRECISION)
     return products
 
 

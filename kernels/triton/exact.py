@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..problem import Gradients, Logits, Normaliser, Upstream
 from ..products import add_product, product, write_product
-from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, probabilities
+from .blocks import can_use_tma, descriptor, dot_rows, load_block, logits_of, precision, probabilities
 from .compact import compacted, write_rows
 from .operands import LAUNCH, operands_of
 from .tuning import tuning_for
@@ -56,7 +56,7 @@ def _probability_kernel(
         for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
             c = load_block(weight, first_column + column, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
-            p = tl.dot(e, c.T, p, input_precision=PRECISION)
+            p = dot_rows(e, c, p, PRECISION)
         z, slope = logits_of(operands, p, columns, n, n < n_valid)
         p = probabilities(operands, upstream, normaliser, z, slope, n, n < n_valid, columns, headroom)
     pointers = p_Nv + n[:, None].to(tl.int64) * chunk_columns + chunk_range[None, :]
@@ -80,7 +80,7 @@ def _probabilities(
 ) -> None:
     """Fills p_Nv with P of the columns from ``first`` on; ``hidden_ND``: compacted."""
     (rows, columns), weight_VD = p_Nv.shape, logits.weight_VD
-    tuning = tuning_for(hidden_ND)
+    tuning = tuning_for(hidden_ND, weight_VD)
     tma = tuning.tma and can_use_tma(hidden_ND, weight_VD)
     _probability_kernel[(triton.cdiv(rows, tuning.block_n) * triton.cdiv(columns, tuning.block_v),)](
         p_Nv,
@@ -143,7 +143,7 @@ def differentiate_exactly(
         _probabilities(p_Nv, logits, hidden_ND, upstream, normaliser, first, headroom)
         v = slice(first, first + columns)
         if dhidden_ND is not None:
-            add_product(dhidden_ND, p_Nv, weight_VD[v])
+            add_product(dhidden_ND, p_Nv, weight_VD[v].to(p_Nv.dtype))
         if dweight_VD is not None and add_weight and scaled_ND is not None:
             add_product(dweight_VD[v], p_Nv.T, scaled_ND)
         elif dweight_VD is not None and add_weight:
@@ -201,7 +201,9 @@ def differentiate_rows(
         if out.bias_V is not None:
             write_rows(out.bias_V, p_Nk.sum(0, dtype=torch.float32).mul_(factor), row_k)
         if dhidden_ND is not None:
-            add_product(dhidden_ND, p_Nk, weight_kD.mul_(factor) if exact_factor else weight_kD)
+            scaled_kD = weight_kD.mul_(factor) if exact_factor else weight_kD
+            add_product(dhidden_ND, p_Nk, scaled_kD.to(dtype))
+            del scaled_kD
         del weight_kD, part  # before the next chunk's
     if dhidden_ND is not None and not exact_factor:
         dhidden_ND *= factor

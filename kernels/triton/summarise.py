@@ -26,6 +26,7 @@ from .blocks import (
     LN_2,
     can_use_tma,
     descriptor,
+    dot_rows,
     finite,
     load_block,
     load_rows,
@@ -180,7 +181,7 @@ def _summarise_kernel(
                 d = step % d_steps * BLOCK_D
                 e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
                 c = load_block(weight, block * BLOCK_V, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
-                products = tl.dot(e, c.T, products, input_precision=PRECISION)
+                products = dot_rows(e, c, products, PRECISION)
                 if d + BLOCK_D >= D:
                     z = _block_logits(
                         operands,
@@ -217,7 +218,7 @@ def _summarise_kernel(
                 for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
                     e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
                     c = load_block(weight, block * BLOCK_V, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
-                    products = tl.dot(e, c.T, products, input_precision=PRECISION)
+                    products = dot_rows(e, c, products, PRECISION)
                 z = _block_logits(
                     operands,
                     in_8_bits,
@@ -353,7 +354,7 @@ def join(others: Summary, part: Summary, share: Share | None) -> Summary:
 
 def summarise(logits: Logits, want_tiles: bool, want_entropy: bool = False) -> Summary:
     """See `Summary`. Rows that are not valid get max 0, Σ exp S and target logit 0."""
-    tuning = tuning_for(logits.hidden_ND)
+    tuning = tuning_for(logits.hidden_ND, logits.weight_VD)
     num_blocks = triton.cdiv(logits.weight_VD.shape[0], tuning.block_v)
     blocks_per_split = triton.cdiv(num_blocks, tuning.splits)
     partials, lse_TN = empty_partials(logits, triton.cdiv(num_blocks, blocks_per_split), want_tiles)

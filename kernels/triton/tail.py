@@ -84,10 +84,10 @@ def _tail_mean_kernel(
 def tail_means(logits: Logits, pairs: Pairs, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(π_V in fp32, factor·c̃_TD in the dtype of hidden); ``factor``: one fp32 number."""
     weight_VD, operands = logits.weight_VD, operands_of(logits)
-    tuning = tuning_for(logits.hidden_ND)
+    tuning = tuning_for(logits.hidden_ND, weight_VD)
     tma = tuning.tma and can_use_tma(weight_VD)
     pi_V = torch.empty(operands.V, dtype=torch.float32, device=weight_VD.device)
-    mean_TD = torch.empty((logits.num_tiles, operands.D), dtype=weight_VD.dtype, device=weight_VD.device)
+    mean_TD = torch.empty((logits.num_tiles, operands.D), dtype=logits.hidden_ND.dtype, device=weight_VD.device)
     _tail_mean_kernel[(logits.num_tiles,)](
         pi_V,
         mean_TD,

@@ -374,7 +374,7 @@ def mixture(student: Side, teacher: Side, lse_2N: Tensor, beta: float, workspace
 def _over_splits(student: Side, teacher: Side, fields: int, kind: Kind, lse_2N: Tensor | None, beta: float) -> Tensor:
     student, teacher = _laid_out(student), _laid_out(teacher)
     (tokens, _), vocab = student.hidden_ND.shape, student.weight_VD.shape[0]
-    tuning = tuning_for(student.hidden_ND)
+    tuning = _tuning(student, teacher)
     blocks = triton.cdiv(vocab, tuning.block_v)
     blocks_per_split = triton.cdiv(blocks, tuning.splits)
     splits = triton.cdiv(blocks, blocks_per_split)
@@ -413,7 +413,7 @@ def slope(
     student, teacher = _laid_out(student), _laid_out(teacher)
     (tokens, _), vocab = student.hidden_ND.shape, student.weight_VD.shape[0]
     out_NV = student.hidden_ND.new_empty((tokens, vocab))
-    tuning = tuning_for(student.hidden_ND)
+    tuning = _tuning(student, teacher)
     if out_NV.numel():
         splits = triton.cdiv(triton.cdiv(vocab, tuning.block_v), _BLOCKS_OF_A_UNIT)
         programs = min(num_programs(out_NV), triton.cdiv(tokens, tuning.block_n) * splits)
@@ -436,6 +436,12 @@ def slope(
                 **LAUNCH,
             )
     return out_NV
+
+
+def _tuning(student: Side, teacher: Side) -> Tuning:
+    """Of the wider rows, which have to fit the shared memory."""
+    wider = max((teacher, student), key=lambda side: side.weight_VD.element_size())
+    return tuning_for(student.hidden_ND, wider.weight_VD)
 
 
 def _scratch(programs: int, tuning: Tuning, device: torch.device) -> Tensor:

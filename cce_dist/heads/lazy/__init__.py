@@ -22,6 +22,7 @@ of lazy logits) ← head (the swapped class); generation (the loop that calls a 
 from cce_dist.heads.lazy.head import (
     fuse_evaluation_where,
     fused_evaluation,
+    is_in_fp32,
     is_lazy,
     lazy_calls,
     make_eager,
@@ -36,6 +37,7 @@ __all__ = [
     "MaterializedLogitsWarning",
     "fuse_evaluation_where",
     "fused_evaluation",
+    "is_in_fp32",
     "is_lazy",
     "lazy_calls",
     "make_eager",
