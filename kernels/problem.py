@@ -86,7 +86,7 @@ class Tiles(NamedTuple):
 
 
 class Keep(NamedTuple):
-    """What forward is to keep for an exact backward: `Exponentials` of the first ``columns``, times f' if ``sloped``."""
+    """What forward keeps for an exact backward: `Exponentials` of the first ``columns``, times f' if ``sloped``."""
 
     columns: int
     sloped: bool

@@ -4,19 +4,31 @@ Grid of the kernel: (rows / BLOCK_N) x (blocks of the chunk), columns fastest wi
 whole: 6·N·V·D (recomputed products, dE, dC). Bytes: P is written and read twice, 6·N·V, from a chunk that the
 workspace bounds.
 
-Shapes: N tokens, D hidden, V local rows, v the rows of a chunk.
+Of columns whose exponentials forward kept there is nothing to compute again: 4·N·K·D FLOPs, 4·N·K bytes. With a factor
+f_n for each token, P = f_n·exp(z − origin) but in the labels' columns, whose entries are replaced by P / f_n, formed in
+fp32. So dE = f ⊙ (exp C) and dC = expᵀ (f ⊙ E), one library product each. Where P is more than a factor a token (an
+entropy's gradient) or its columns' sums are wanted (a bias), P is read from the exponentials, a chunk at a time.
+
+Shapes: N tokens, D hidden, V local rows, K kept columns, v the rows of a chunk.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..problem import Gradients, Logits, Normaliser, Upstream
+from ..problem import Exponentials, Gradients, Logits, Normaliser, Upstream
 from ..products import add_product, product, write_product
-from .blocks import can_use_tma, descriptor, load_block, logits_of, precision, probabilities
+from .blocks import LN_2, can_use_tma, descriptor, load_block, logits_of, precision, probabilities
 from .compact import compacted, write_rows
 from .operands import LAUNCH, operands_of
-from .tuning import tuning_for
+from .tuning import num_programs, tuning_for
+
+_LN_2 = tl.constexpr(LN_2)
+_FACTOR_TOKENS = 128
+_READ_TOKENS, _READ_COLUMNS = 16, 512
+_SAME = tl.constexpr(1e-5)
+_LEAST_SHARE, _LEAST_OF_SOFTMAX = tl.constexpr(2.0**-100), tl.constexpr(2.0**-16)
+_LARGEST_SHARE = tl.constexpr(64.0)
 
 
 @triton.jit
@@ -64,6 +76,107 @@ def _probability_kernel(
     tl.store(pointers, p.to(p_Nv.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _slope_of(operands, z, temperature):
+    """f' of base-2 logits, which are divided by the temperature."""
+    t = z * temperature * (_LN_2 / operands.softcap)
+    return 1 - t * t
+
+
+@triton.jit
+def _temperature_of(operands, n, valid):
+    temperature = tl.full(n.shape, 1.0, tl.float32)
+    if operands.inverse_temperature_N is not None:
+        temperature /= tl.load(operands.inverse_temperature_N + n, mask=valid, other=1.0)
+    return temperature
+
+
+@triton.jit
+def _label_logit(target_logit_N, max2, n, valid):
+    """In base 2. It comes from another sum than the largest logit; a token that is almost certain lives from their
+    difference, so of two that are the same but for rounding it is that one."""
+    z = tl.load(target_logit_N + n, mask=valid, other=0.0) / _LN_2
+    return tl.where(tl.abs(z - max2) <= _SAME * tl.maximum(tl.abs(max2), 1.0), max2, z)
+
+
+@triton.jit
+def _factor_kernel(
+    factor_N,
+    exp_NK,
+    operands,
+    upstream,
+    normaliser,
+    origin_N,
+    target_logit_N,
+    kept_columns,
+    stride,
+    TOKENS: tl.constexpr,
+):
+    """f_n = a_n·exp(origin − lse), and P / f_n in place of the labels' entries. Grid: one program a block of TOKENS.
+
+    Where a label is among the kept columns, f_n is never so small that P / f_n were infinite: a then counts for next
+    to nothing beside b, or the softmax of all kept columns does.
+    """
+    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    valid = n < tl.load(operands.n_valid)
+    a = tl.load(upstream.softmax_N + n, mask=valid, other=0.0)
+    b = tl.load(upstream.target_N + n, mask=valid, other=0.0)
+    max2 = tl.load(normaliser.max_N + n, mask=valid, other=0.0)
+    log2_sum = tl.load(normaliser.log_sum_N + n, mask=valid, other=0.0)
+    target = tl.load(operands.target_N + n, mask=valid, other=-1)
+    here = (target >= 0) & (target < kept_columns)
+    log2_share = (tl.load(origin_N + n, mask=valid, other=0.0) - max2) - log2_sum
+    # It is large only where all kept logits are −inf, beside an origin of 0.
+    share = tl.exp2(tl.where(log2_share > _LARGEST_SHARE, _LARGEST_SHARE, log2_share))
+    share = tl.where(here & (share < _LEAST_SHARE), _LEAST_SHARE, share)
+    least = tl.abs(b) * _LEAST_OF_SOFTMAX
+    factor = tl.where(here & (tl.abs(a) < least), tl.where(a < 0, -least, least), a) * share
+    tl.store(factor_N + n, factor, mask=n < operands.N)
+    z = _label_logit(target_logit_N, max2, n, valid)
+    p = tl.exp2((z - max2) - log2_sum) * a - b
+    if operands.softcap is not None:
+        p *= _slope_of(operands, z, _temperature_of(operands, n, valid))
+    p = tl.where(factor == 0, 0.0, p / tl.where(factor == 0, 1.0, factor))
+    tl.store(exp_NK + n.to(tl.int64) * stride + target, p.to(exp_NK.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _read_kernel(
+    p_Nv,
+    exp_NK,
+    operands,
+    upstream,
+    normaliser,
+    origin_N,
+    target_logit_N,
+    first_column,
+    chunk_columns,
+    stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """P of a chunk from exponentials without f'. Grid: (blocks of BLOCK_N tokens, of BLOCK_V columns). Bytes: 4·N·v."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    chunk_range = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    valid = n < tl.load(operands.n_valid)
+    columns = first_column + chunk_range
+    inside = (n < operands.N)[:, None] & (chunk_range < chunk_columns)[None, :]
+    kept = tl.load(exp_NK + n.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    z = tl.log2(kept.to(tl.float32)) + tl.load(origin_N + n, mask=valid, other=0.0)[:, None]
+    target = tl.load(operands.target_N + n, mask=valid, other=-1)
+    max2 = tl.load(normaliser.max_N + n, mask=valid, other=0.0)
+    label_logit = _label_logit(target_logit_N, max2, n, valid)
+    z = tl.where(target[:, None] == columns[None, :], label_logit[:, None], z)
+    if operands.softcap is not None:
+        # Of −inf, whose P is 0, any slope will do.
+        temperature = _temperature_of(operands, n, valid)
+        slope = _slope_of(operands, tl.where(z == -float("inf"), 0.0, z), temperature[:, None])
+    else:
+        slope = 1.0
+    p = probabilities(operands, upstream, normaliser, z, slope, n, valid, columns, 1.0)
+    tl.store(p_Nv + n[:, None].to(tl.int64) * chunk_columns + chunk_range[None, :], p.to(p_Nv.dtype.element_ty), inside)
+
+
 def _not_zero(factor: torch.Tensor) -> torch.Tensor:
     """1 for 0, which a logit_scale of 0 makes: then nothing is added, and what was is 0 too."""
     return torch.where(factor == 0, 1.0, factor)
@@ -104,6 +217,70 @@ def _probabilities(
     )
 
 
+def _read_probabilities(
+    p_Nv: torch.Tensor,
+    exponentials: Exponentials,
+    logits: Logits,
+    upstream: Upstream,
+    normaliser: Normaliser,
+    first: int,
+) -> None:
+    """Fills p_Nv with P of kept columns from ``first`` on."""
+    rows, columns = p_Nv.shape
+    _read_kernel[(triton.cdiv(rows, _READ_TOKENS), triton.cdiv(columns, _READ_COLUMNS))](
+        p_Nv,
+        exponentials.exp_NK,
+        operands_of(logits),
+        upstream,
+        normaliser,
+        exponentials.origin_N,
+        exponentials.target_N,
+        first,
+        columns,
+        exponentials.exp_NK.stride(0),
+        BLOCK_N=_READ_TOKENS,
+        BLOCK_V=_READ_COLUMNS,
+        **LAUNCH,
+    )
+
+
+def _factors(exponentials: Exponentials, logits: Logits, upstream: Upstream, normaliser: Normaliser) -> torch.Tensor:
+    """f [N]; writes P / f in place of the labels' exponentials, the same whatever was there."""
+    exp_NK = exponentials.exp_NK
+    factor_N = torch.empty_like(exponentials.origin_N)
+    _factor_kernel[(triton.cdiv(logits.num_tokens, _FACTOR_TOKENS),)](
+        factor_N,
+        exp_NK,
+        operands_of(logits),
+        upstream,
+        normaliser,
+        exponentials.origin_N,
+        exponentials.target_N,
+        exp_NK.shape[1],
+        exp_NK.stride(0),
+        TOKENS=_FACTOR_TOKENS,
+        num_warps=4,
+        **LAUNCH,
+    )
+    return factor_N
+
+
+def _chunk_size(logits: Logits, columns: int, workspace_bytes: int) -> int:
+    """Columns of a chunk: P of it, and where dC is not bf16 its dC in fp32, fit the workspace."""
+    hidden_ND = logits.hidden_ND
+    row_bytes = max(logits.num_tokens * hidden_ND.element_size(), 4 * hidden_ND.shape[1])
+    most = max(workspace_bytes // row_bytes // logits.tile, 1)
+    # The product that makes dC has few blocks of 128 x 256 where D is short: fewer than fill the multiprocessors a
+    # second time take as long as two rounds.
+    blocks, programs = triton.cdiv(hidden_ND.shape[1], 256), num_programs(hidden_ND)
+    rounds = most * blocks // programs
+    if hidden_ND.is_cuda and rounds >= 1 and most * blocks < 0.85 * (rounds + 1) * programs:
+        most = max(rounds * programs // blocks, 1)
+    # Chunks of equal size: the last product would otherwise be a thin one.
+    tiles = triton.cdiv(columns, logits.tile)
+    return triton.cdiv(tiles, triton.cdiv(tiles, most)) * logits.tile
+
+
 def differentiate_exactly(
     logits: Logits,
     normaliser: Normaliser,
@@ -115,19 +292,28 @@ def differentiate_exactly(
     workspace_bytes: int,
     hidden_begun: bool = False,
     add_weight: bool = False,
+    exponentials: Exponentials | None = None,
 ) -> None:
     """Adds to ``dhidden_ND`` (fp32; zeros, unless ``hidden_begun``) and writes ``dweight_VD`` (or adds to it, in fp32)
-    and ``dbias_V``."""
+    and ``dbias_V``. ``exponentials``: what forward kept of the first columns, with ``dhidden_ND`` of zeros."""
     hidden_ND, weight_VD = compacted(logits), logits.weight_VD
-    (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
+    rows, vocab = hidden_ND.shape[0], weight_VD.shape[0]
     factor = upstream.scale * (logits.logit_scale / headroom)
-    # P of a chunk, and where dC is not bf16 the chunk of dC in fp32, fit the workspace.
-    row_bytes = max(rows * hidden_ND.element_size(), 4 * hidden_size)
-    chunk = max(workspace_bytes // row_bytes // logits.tile, 1) * logits.tile
-    # Chunks of equal size: the last product would otherwise be a thin one.
-    chunks = triton.cdiv(vocab, chunk)
-    chunk = triton.cdiv(triton.cdiv(vocab, chunks), logits.tile) * logits.tile
-    workspace = torch.empty(rows * min(chunk, vocab), dtype=hidden_ND.dtype, device=hidden_ND.device)
+    kept = 0 if exponentials is None else exponentials.exp_NK.shape[1]
+    begin = 0
+    if exponentials is not None and exponentials.sloped:
+        assert dbias_V is None and upstream.log_N is None and not hidden_begun
+        begin = kept
+        factor_N1 = _factors(exponentials, logits, upstream, normaliser)[:, None]
+        if dhidden_ND is not None:
+            add_product(dhidden_ND, exponentials.exp_NK, weight_VD[:kept])
+            dhidden_ND *= factor_N1 * factor if kept == vocab else factor_N1
+        if dweight_VD is not None:
+            scaled_ND = (hidden_ND * (factor_N1 * factor)).to(hidden_ND.dtype)
+            _write_kept(dweight_VD[:kept], exponentials.exp_NK, scaled_ND, workspace_bytes, add_weight)
+            del scaled_ND
+        if kept == vocab:
+            return
     # In bf16 a factor that is a power of two is exact in the hidden states, and spares a pass over dC (of fewer rows
     # than there are tokens that pass is the smaller one).
     scaled_ND = None
@@ -137,10 +323,16 @@ def differentiate_exactly(
         scaled_ND = hidden_ND * factor.to(torch.bfloat16)
     if dhidden_ND is not None and hidden_begun:
         dhidden_ND /= _not_zero(factor)
-    for first in range(0, vocab, chunk):
-        columns = min(chunk, vocab - first)
+    chunk = _chunk_size(logits, vocab - begin, workspace_bytes)
+    workspace = torch.empty(rows * min(chunk, vocab - begin), dtype=hidden_ND.dtype, device=hidden_ND.device)
+    parts = [(begin, kept), (kept, vocab)]
+    for first, stop in [(x, min(x + chunk, end)) for start, end in parts for x in range(start, end, chunk)]:
+        columns = stop - first
         p_Nv = workspace[: rows * columns].view(rows, columns)
-        _probabilities(p_Nv, logits, hidden_ND, upstream, normaliser, first, headroom)
+        if exponentials is not None and first < kept:
+            _read_probabilities(p_Nv, exponentials, logits, upstream, normaliser, first)
+        else:
+            _probabilities(p_Nv, logits, hidden_ND, upstream, normaliser, first, headroom)
         v = slice(first, first + columns)
         if dhidden_ND is not None:
             add_product(dhidden_ND, p_Nv, weight_VD[v])
@@ -162,6 +354,26 @@ def differentiate_exactly(
             dbias_V[v] = p_Nv.sum(0, dtype=torch.float32) * factor
     if dhidden_ND is not None:
         dhidden_ND *= factor
+
+
+def _write_kept(
+    dweight_KD: torch.Tensor,
+    exp_NK: torch.Tensor,
+    scaled_ND: torch.Tensor,
+    workspace_bytes: int,
+    add: bool,
+) -> None:
+    """dC of kept columns, or what is added to it, in fp32."""
+    if add:
+        add_product(dweight_KD, exp_NK.T, scaled_ND)
+    elif dweight_KD.dtype == exp_NK.dtype:
+        torch.mm(exp_NK.T, scaled_ND, out=dweight_KD)
+    elif dweight_KD.dtype == torch.float32:
+        write_product(dweight_KD, exp_NK.T, scaled_ND)
+    else:  # by way of fp32, a chunk at a time
+        step = max(workspace_bytes // (4 * scaled_ND.shape[1]), 1)
+        for dweight_kD, exp_Nk in zip(dweight_KD.split(step), exp_NK.split(step, 1), strict=True):
+            dweight_kD.copy_(product(exp_Nk.T, scaled_ND))
 
 
 def differentiate_rows(

@@ -119,6 +119,12 @@ def _absorb_block(
     shift_nt = finite(tile_max_nt)
     # NaN logits do not survive the max but do reach this sum, and so the loss.
     e = tl.exp2(z - shift_nt[:, :, None])
+    if stored is not None:
+        # By the tile's max itself: where that is −inf, e is 0, and the power must not be infinite.
+        kept = e * tl.exp2(tile_max_nt - origin_n[:, None])[:, :, None]
+        if SLOPED:
+            kept *= tl.reshape(slope, kept.shape)
+        kept = kept.to(stored.exp_NK.dtype.element_ty)
     tile_sum_nt = tl.sum(e, 2)
     if tile_lse_TN is not None:
         stored_nt = tile_sum_nt
@@ -133,16 +139,6 @@ def _absorb_block(
         tile = block * (BLOCK_V // TILE) + tl.arange(0, BLOCK_V // TILE)
         inside = (n < n_valid)[:, None] & (tile * TILE < operands.V)[None, :]
         tl.store(tile_lse_TN + tile.to(tl.int64)[None, :] * operands.N + n[:, None], relative_nt, mask=inside)
-    if stored is not None:
-        if block * BLOCK_V < stored.columns:
-            # By the tile's max, which is −inf where all of it is: 0 times that power is 0.
-            kept = e * tl.exp2(tile_max_nt - origin_n[:, None])[:, :, None]
-            if SLOPED:
-                kept *= tl.reshape(slope, kept.shape)
-            column = block * BLOCK_V + tl.arange(0, BLOCK_V // TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-            pointers = stored.exp_NK + n.to(tl.int64)[:, None, None] * stored.stride + column[None, :, :]
-            inside = (n < n_valid)[:, None, None] & (column < stored.columns)[None, :, :]
-            tl.store(pointers, kept.to(stored.exp_NK.dtype.element_ty), mask=inside)
     new_max_n = tl.maximum(max_n, tl.max(tile_max_nt, 1))
     shift_n = finite(new_max_n)
     if ENTROPY:
@@ -151,6 +147,11 @@ def _absorb_block(
         weighted_n = (weighted_n + sum_n * tl.maximum(max_n - shift_n, _FAR)) * tl.exp2(max_n - shift_n)
         weighted_n += tl.sum(below * tl.exp2(tile_max_nt - shift_n[:, None]), 1)
     sum_n = sum_n * tl.exp2(max_n - shift_n) + tl.sum(tile_sum_nt * tl.exp2(tile_max_nt - shift_n[:, None]), 1)
+    if stored is not None:
+        column = block * BLOCK_V + tl.arange(0, BLOCK_V // TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        pointers = stored.exp_NK + n.to(tl.int64)[:, None, None] * stored.stride + column[None, :, :]
+        inside = (n < n_valid)[:, None, None] & (column < stored.columns)[None, :, :]
+        tl.store(pointers, kept, mask=inside)
     return new_max_n, sum_n, weighted_n, reference_n
 
 
@@ -463,9 +464,9 @@ def summarise(logits: Logits, want_tiles: bool, want_entropy: bool = False, keep
     summary = finish(logits, partials, tiles, stored)
     if stored is None or keep is None or summary.exponentials is None:
         return summary
-    settled_N = summary.exponentials.origin_N
-    again = stored._replace(origin_N=settled_N)
-    launch(dense, None, partials, None, blocks_per_split, tuning, again, stored.origin_N, sloped)
+    once_more = stored._replace(origin_N=summary.exponentials.origin_N)
+    partials = partials._replace(weighted_SN=None)
+    launch(dense, None, partials, None, blocks_per_split, tuning, once_more, stored.origin_N, sloped)
     return summary._replace(exponentials=summary.exponentials._replace(sloped=keep.sloped))
 
 
