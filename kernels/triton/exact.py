@@ -309,9 +309,9 @@ def differentiate_exactly(
             add_product(dhidden_ND, exponentials.exp_NK, weight_VD[:kept])
             dhidden_ND *= factor_N1 * factor if kept == vocab else factor_N1
         if dweight_VD is not None:
-            scaled_ND = (hidden_ND * (factor_N1 * factor)).to(hidden_ND.dtype)
-            _write_kept(dweight_VD[:kept], exponentials.exp_NK, scaled_ND, workspace_bytes, add_weight)
-            del scaled_ND
+            own_ND = (hidden_ND * (factor_N1 * factor)).to(hidden_ND.dtype)
+            _add_rows_of_kept(dweight_VD[:kept], exponentials.exp_NK, own_ND, workspace_bytes, add_weight)
+            del own_ND
         if kept == vocab:
             return
     # In bf16 a factor that is a power of two is exact in the hidden states, and spares a pass over dC (of fewer rows
@@ -356,7 +356,7 @@ def differentiate_exactly(
         dhidden_ND *= factor
 
 
-def _write_kept(
+def _add_rows_of_kept(
     dweight_KD: torch.Tensor,
     exp_NK: torch.Tensor,
     scaled_ND: torch.Tensor,
