@@ -229,13 +229,17 @@ def test_the_commands_run_and_write_their_results(
         "stages": "--shapes 512x300x16 --modes unbiased",
         "distillation": "--shapes 512x300x16",
         "first_pass": "--shapes 512x200x16 --noise 512x200x16 --only 0.05",
+        "budget": "--shapes 512x300x16 --budgets 256 logits",
     }.items():
         monkeypatch.setattr(sys, "argv", [name, *common, *options.split(), "--out", "results"])
         getattr(benchmarks, name).main()
     assert len(list(Path("cache").iterdir())) == 3, "stages takes the inputs that loss has trained"
-    distillation, first_pass, logprobs, loss, scaling, stages = (
+    budget, distillation, first_pass, logprobs, loss, scaling, stages = (
         json.loads(path.read_text()) for path in sorted(Path("results").iterdir())
     )
+    rows = budget["shapes"]["512x300x16"]["budgets"]
+    assert list(rows) == ["256 MB", "logits"]
+    assert all(row["both_x"] > row["forward_x"] > 0 and row["weight_error"] < 1e-5 for row in rows.values())
     assert {len(case["errors"]) for case in first_pass["cases"].values()} == {3}
     assert first_pass["times"]["512x200x16"]["forward, fp8"] > 0
     rows = distillation["shapes"]["512x300x16"]["methods"]

@@ -4,10 +4,12 @@ Grid of the kernel: (rows / BLOCK_N) x (blocks of the chunk), columns fastest wi
 whole: 6·N·V·D (recomputed products, dE, dC). Bytes: P is written and read twice, 6·N·V, from a chunk that the
 workspace bounds.
 
-Of columns whose exponentials forward kept there is nothing to compute again: 4·N·K·D FLOPs, 4·N·K bytes. With a factor
-f_n for each token, P = f_n·exp(z − origin) but in the labels' columns, whose entries are replaced by P / f_n, formed in
-fp32. So dE = f ⊙ (exp C) and dC = expᵀ (f ⊙ E), one library product each. Where P is more than a factor a token (an
-entropy's gradient) or its columns' sums are wanted (a bias), P is read from the exponentials, a chunk at a time.
+Of columns whose exponentials forward kept nothing is computed again: 4·N·K·D FLOPs, 4·N·K bytes. There P is f_n·exp(z −
+origin) with a factor f_n for each token, but for the label's entry c_n, which is formed in fp32. So dE is f ⊙ (exp C)
+plus c_n C_label, and dC is expᵀ (f ⊙ E), one library product each, to whose rows c_n E_n is added, a label's tokens by
+one program. What rounding f ⊙ E costs is small, since the labels' part has none of it. Where P is more than a factor a
+token (an entropy's gradient) or its columns' sums are wanted (a bias), P is read from the exponentials, a chunk at a
+time.
 
 Shapes: N tokens, D hidden, V local rows, K kept columns, v the rows of a chunk.
 """
@@ -26,9 +28,8 @@ from .tuning import num_programs, tuning_for
 _LN_2 = tl.constexpr(LN_2)
 _FACTOR_TOKENS = 128
 _READ_TOKENS, _READ_COLUMNS = 16, 512
-_SAME = tl.constexpr(1e-5)
-_LEAST_SHARE, _LEAST_OF_SOFTMAX = tl.constexpr(2.0**-100), tl.constexpr(2.0**-16)
-_LARGEST_SHARE = tl.constexpr(64.0)
+_LABEL_TOKENS, _LABEL_BLOCK_D = 32, 256
+_SAME, _LARGEST_SHARE = tl.constexpr(1e-5), tl.constexpr(64.0)
 
 
 @triton.jit
@@ -102,6 +103,7 @@ def _label_logit(target_logit_N, max2, n, valid):
 @triton.jit
 def _factor_kernel(
     factor_N,
+    label_N,
     exp_NK,
     operands,
     upstream,
@@ -112,32 +114,81 @@ def _factor_kernel(
     stride,
     TOKENS: tl.constexpr,
 ):
-    """f_n = a_n·exp(origin − lse), and P / f_n in place of the labels' entries. Grid: one program a block of TOKENS.
-
-    Where a label is among the kept columns, f_n is never so small that P / f_n were infinite: a then counts for next
-    to nothing beside b, or the softmax of all kept columns does.
-    """
+    """f_n = a_n·exp(origin − lse), and P of the labels among the kept columns, where 0 takes the exponential's place.
+    Grid: one program a block of TOKENS."""
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     valid = n < tl.load(operands.n_valid)
     a = tl.load(upstream.softmax_N + n, mask=valid, other=0.0)
     b = tl.load(upstream.target_N + n, mask=valid, other=0.0)
     max2 = tl.load(normaliser.max_N + n, mask=valid, other=0.0)
     log2_sum = tl.load(normaliser.log_sum_N + n, mask=valid, other=0.0)
-    target = tl.load(operands.target_N + n, mask=valid, other=-1)
-    here = (target >= 0) & (target < kept_columns)
     log2_share = (tl.load(origin_N + n, mask=valid, other=0.0) - max2) - log2_sum
     # It is large only where all kept logits are −inf, beside an origin of 0.
     share = tl.exp2(tl.where(log2_share > _LARGEST_SHARE, _LARGEST_SHARE, log2_share))
-    share = tl.where(here & (share < _LEAST_SHARE), _LEAST_SHARE, share)
-    least = tl.abs(b) * _LEAST_OF_SOFTMAX
-    factor = tl.where(here & (tl.abs(a) < least), tl.where(a < 0, -least, least), a) * share
-    tl.store(factor_N + n, factor, mask=n < operands.N)
+    tl.store(factor_N + n, a * share, mask=n < operands.N)
+    target = tl.load(operands.target_N + n, mask=valid, other=-1)
+    here = (target >= 0) & (target < kept_columns)
     z = _label_logit(target_logit_N, max2, n, valid)
     p = tl.exp2((z - max2) - log2_sum) * a - b
     if operands.softcap is not None:
         p *= _slope_of(operands, z, _temperature_of(operands, n, valid))
-    p = tl.where(factor == 0, 0.0, p / tl.where(factor == 0, 1.0, factor))
-    tl.store(exp_NK + n.to(tl.int64) * stride + target, p.to(exp_NK.dtype.element_ty), mask=here)
+    tl.store(label_N + n, tl.where(here, p, 0.0), mask=n < operands.N)
+    zero = tl.zeros([TOKENS], exp_NK.dtype.element_ty)
+    tl.store(exp_NK + n.to(tl.int64) * stride + target, zero, mask=here)
+
+
+@triton.jit
+def _finish_hidden_kernel(
+    dhidden_ND, operands, weight, factor_N, label_N, kept_columns, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """dE = f ⊙ dE + c C_label. Grid: (blocks of TOKENS, of BLOCK_D). Bytes: 10·N·D."""
+    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    factor = tl.load(factor_N + n, mask=n < operands.N, other=0.0)
+    label = tl.load(label_N + n, mask=n < operands.N, other=0.0)
+    target = tl.load(operands.target_N + n, mask=n < tl.load(operands.n_valid), other=-1)
+    here = (target >= 0) & (target < kept_columns)
+    inside = (n < operands.N)[:, None] & (d < operands.D)[None, :]
+    pointers = dhidden_ND + n.to(tl.int64)[:, None] * operands.D + d[None, :]
+    row = weight + target.to(tl.int64)[:, None] * operands.stride_weight + d[None, :]
+    c = tl.load(row, mask=inside & here[:, None], other=0.0).to(tl.float32)
+    sums = tl.load(pointers, mask=inside, other=0.0) * factor[:, None] + label[:, None] * c
+    tl.store(pointers, sums, mask=inside)
+
+
+@triton.jit
+def _add_labels_kernel(
+    dweight_KD,
+    hidden_ND,
+    label_N,
+    target_N,
+    token_N,
+    end_N,
+    kept_columns,
+    D,
+    dweight_stride,
+    TOKENS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dC_label += c E of all tokens of a label, rounded once. Grid: (N, blocks of BLOCK_D); the program of a label's
+    first token in ascending order adds them all. Bytes: 2·N·D, and the labels' rows twice."""
+    first = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    target = tl.load(target_N + first)
+    before = tl.load(target_N + first - 1, mask=first > 0, other=-1)
+    if (target >= 0) & (target != before) & (target < kept_columns):
+        end = tl.load(end_N + first).to(tl.int32)
+        sums = tl.zeros([BLOCK_D], tl.float32)
+        for m in range(first, end, TOKENS):
+            place = m + tl.arange(0, TOKENS)
+            n = tl.load(token_N + place, mask=place < end, other=0)
+            label = tl.load(label_N + n, mask=place < end, other=0.0)
+            inside = (place < end)[:, None] & (d < D)[None, :]
+            e = tl.load(hidden_ND + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
+            sums += tl.sum(label[:, None] * e.to(tl.float32), 0)
+        pointers = dweight_KD + target.to(tl.int64) * dweight_stride + d
+        sums += tl.load(pointers, mask=d < D, other=0.0).to(tl.float32)
+        tl.store(pointers, sums.to(dweight_KD.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -244,25 +295,84 @@ def _read_probabilities(
     )
 
 
-def _factors(exponentials: Exponentials, logits: Logits, upstream: Upstream, normaliser: Normaliser) -> torch.Tensor:
-    """f [N]; writes P / f in place of the labels' exponentials, the same whatever was there."""
-    exp_NK = exponentials.exp_NK
-    factor_N = torch.empty_like(exponentials.origin_N)
-    _factor_kernel[(triton.cdiv(logits.num_tokens, _FACTOR_TOKENS),)](
+def _differentiate_kept(
+    exponentials: Exponentials,
+    logits: Logits,
+    hidden_ND: torch.Tensor,
+    upstream: Upstream,
+    normaliser: Normaliser,
+    dhidden_ND: torch.Tensor | None,
+    dweight_VD: torch.Tensor | None,
+    factor: torch.Tensor,
+    workspace_bytes: int,
+    add_weight: bool,
+) -> None:
+    """dE of kept columns in place of zeros, with ``factor`` if these are all columns; their dC, with it, or what is
+    added to that."""
+    exp_NK, operands = exponentials.exp_NK, operands_of(logits)
+    (rows, kept), hidden_size = exp_NK.shape, hidden_ND.shape[1]
+    factor_N, label_N = (torch.empty_like(exponentials.origin_N) for _ in range(2))
+    _factor_kernel[(triton.cdiv(rows, _FACTOR_TOKENS),)](
         factor_N,
+        label_N,
         exp_NK,
-        operands_of(logits),
+        operands,
         upstream,
         normaliser,
         exponentials.origin_N,
         exponentials.target_N,
-        exp_NK.shape[1],
+        kept,
         exp_NK.stride(0),
         TOKENS=_FACTOR_TOKENS,
         num_warps=4,
         **LAUNCH,
     )
-    return factor_N
+    whole_N, whole_label_N = factor_N * factor, label_N * factor
+    if dhidden_ND is not None:
+        add_product(dhidden_ND, exp_NK, logits.weight_VD[:kept])
+        now = (whole_N, whole_label_N) if kept == logits.weight_VD.shape[0] else (factor_N, label_N)
+        _finish_hidden_kernel[(triton.cdiv(rows, 4), triton.cdiv(hidden_size, 1024))](
+            dhidden_ND, operands, logits.weight_VD, *now, kept, TOKENS=4, BLOCK_D=1024, **LAUNCH
+        )
+    if dweight_VD is not None:
+        dweight_KD = dweight_VD[:kept]
+        scaled_ND = (hidden_ND * whole_N[:, None]).to(hidden_ND.dtype)
+        _write_kept(dweight_KD, exp_NK, scaled_ND, workspace_bytes, add_weight)
+        target_N, token_N = logits.target_N.sort(stable=True)
+        _add_labels_kernel[(rows, triton.cdiv(hidden_size, _LABEL_BLOCK_D))](
+            dweight_KD,
+            hidden_ND,
+            whole_label_N,
+            target_N,
+            token_N,
+            torch.searchsorted(target_N, target_N, right=True),
+            kept,
+            hidden_size,
+            dweight_KD.stride(0),
+            TOKENS=_LABEL_TOKENS,
+            BLOCK_D=_LABEL_BLOCK_D,
+            **LAUNCH,
+        )
+
+
+def _write_kept(
+    dweight_KD: torch.Tensor,
+    exp_NK: torch.Tensor,
+    scaled_ND: torch.Tensor,
+    workspace_bytes: int,
+    add: bool,
+) -> None:
+    """dC of kept columns but for the labels' part, or what is added to it, in fp32."""
+    if add:
+        add_product(dweight_KD, exp_NK.T, scaled_ND)
+    elif dweight_KD.dtype == exp_NK.dtype:
+        torch.mm(exp_NK.T, scaled_ND, out=dweight_KD)
+    elif dweight_KD.dtype == torch.float32:
+        write_product(dweight_KD, exp_NK.T, scaled_ND)
+    else:  # by way of fp32, a chunk at a time
+        step = max(workspace_bytes // (4 * scaled_ND.shape[1]), 1)
+        for dweight_kD, exp_Nk in zip(dweight_KD.split(step), exp_NK.split(step, 1), strict=True):
+            dweight_kD.copy_(product(exp_Nk.T, scaled_ND))
 
 
 def _chunk_size(logits: Logits, columns: int, workspace_bytes: int) -> int:
@@ -304,14 +414,8 @@ def differentiate_exactly(
     if exponentials is not None and exponentials.sloped:
         assert dbias_V is None and upstream.log_N is None and not hidden_begun
         begin = kept
-        factor_N1 = _factors(exponentials, logits, upstream, normaliser)[:, None]
-        if dhidden_ND is not None:
-            add_product(dhidden_ND, exponentials.exp_NK, weight_VD[:kept])
-            dhidden_ND *= factor_N1 * factor if kept == vocab else factor_N1
-        if dweight_VD is not None:
-            own_ND = (hidden_ND * (factor_N1 * factor)).to(hidden_ND.dtype)
-            _add_rows_of_kept(dweight_VD[:kept], exponentials.exp_NK, own_ND, workspace_bytes, add_weight)
-            del own_ND
+        of_all = exponentials, logits, hidden_ND, upstream, normaliser
+        _differentiate_kept(*of_all, dhidden_ND, dweight_VD, factor, workspace_bytes, add_weight)
         if kept == vocab:
             return
     # In bf16 a factor that is a power of two is exact in the hidden states, and spares a pass over dC (of fewer rows
@@ -354,26 +458,6 @@ def differentiate_exactly(
             dbias_V[v] = p_Nv.sum(0, dtype=torch.float32) * factor
     if dhidden_ND is not None:
         dhidden_ND *= factor
-
-
-def _add_rows_of_kept(
-    dweight_KD: torch.Tensor,
-    exp_NK: torch.Tensor,
-    scaled_ND: torch.Tensor,
-    workspace_bytes: int,
-    add: bool,
-) -> None:
-    """dC of kept columns, or what is added to it, in fp32."""
-    if add:
-        add_product(dweight_KD, exp_NK.T, scaled_ND)
-    elif dweight_KD.dtype == exp_NK.dtype:
-        torch.mm(exp_NK.T, scaled_ND, out=dweight_KD)
-    elif dweight_KD.dtype == torch.float32:
-        write_product(dweight_KD, exp_NK.T, scaled_ND)
-    else:  # by way of fp32, a chunk at a time
-        step = max(workspace_bytes // (4 * scaled_ND.shape[1]), 1)
-        for dweight_kD, exp_Nk in zip(dweight_KD.split(step), exp_NK.split(step, 1), strict=True):
-            dweight_kD.copy_(product(exp_Nk.T, scaled_ND))
 
 
 def differentiate_rows(
