@@ -120,7 +120,7 @@ def _trade(job: Job, calibration: Calibration, group: int) -> str:
     product = 1e3 * 2 * job.tokens * job.vocab * job.hidden * calibration.product
     product *= GPUS[calibration.gpu].flops / GPUS[job.gpu].flops
     steps = [
-        f"{'logits' if budget == 'logits' else budget} {setting.bytes.logits / 1e6:.0f} MB kept, "
+        f"{budget}: {setting.bytes.logits / 1e6:.0f} MB kept, "
         f"{setting.compute:.1f} ms ({setting.compute / product:.2f}x)"
         for budget, setting in by_budget(job, calibration, group)
     ]
