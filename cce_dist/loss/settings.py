@@ -317,7 +317,7 @@ def _check_kept(settings: TokenSettings, exact: bool, gradient: str, dtype: torc
         _require(
             exact,
             'workspace_mb="logits" goes with gradient="exact": other gradients compute a part of the logits again',
-            f"gradient={gradient!r}",
+            gradient,
         )
         _require(
             dtype != torch.float16,

@@ -48,7 +48,7 @@ def assert_follows(got: Any, logits: Logits, d: Dense, upstream: Upstream, bound
     assert got.bias_V is None or relative_error(got.bias_V, expected[2]) < bound
 
 
-@pytest.mark.parametrize("columns", [None, 2 * TILE], ids=["all", "two tiles"])
+@pytest.mark.parametrize("columns", [pytest.param(None, marks=pytest.mark.full), 2 * TILE], ids=["all", "two tiles"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["loss", "entropy"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_gradients_follow_the_formula(case: dict[str, Any], entropy: bool, columns: int | None) -> None:
@@ -152,7 +152,7 @@ HOSTILE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("columns", [None, 2 * TILE], ids=["all", "two tiles"])
+@pytest.mark.parametrize("columns", [None, pytest.param(2 * TILE, marks=pytest.mark.full)], ids=["all", "two tiles"])
 @pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_logits_follow_the_formula(make: Any, columns: int | None) -> None:
     logits = make(make_logits(bias=False, vocab=4 * TILE - 40))

@@ -65,7 +65,7 @@ MODES_AND_BACKENDS = [
     )
     for backend in BACKENDS
     for name, mode in MODES.items()
-] + [pytest.param(KEPT, "triton", id="logits kept-triton")]
+] + [pytest.param(KEPT, "triton", id="logits kept-triton", marks=pytest.mark.full)]
 every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 every_mode_and_backend = pytest.mark.parametrize(("mode", "backend"), MODES_AND_BACKENDS)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
