@@ -1,8 +1,9 @@
 """Exact gradient: the probabilities of a chunk of the vocabulary at a time in 16 bits, and two library products each.
 
-Grid of the kernel: (rows / BLOCK_N) x (blocks of the chunk), columns fastest within a group of row blocks. FLOPs of the
-whole: 6·N·V·D (recomputed products, dE, dC). Bytes: P is written and read twice, 6·N·V, from a chunk that the
-workspace bounds.
+Grid of the kernel: one program a multiprocessor, each walking over units (block of rows, block of the chunk), rows
+fastest within a group of row blocks; where D is short in one flat loop with the steps along D, so that the next unit's
+loads are under way while P is formed, as in summarise.py. FLOPs of the whole: 6·N·V·D (recomputed products, dE, dC).
+Bytes: P is written and read twice, 6·N·V, from a chunk that the workspace bounds.
 
 Of columns whose exponentials forward kept nothing is computed again: 4·N·K·D FLOPs, 4·N·K bytes. There P is f_n·exp(z −
 origin) with a factor f_n for each token, but for the label's entry c_n, which is formed in fp32. So dE is f ⊙ (exp C)
@@ -33,6 +34,43 @@ _SAME, _LARGEST_SHARE = tl.constexpr(1e-5), tl.constexpr(64.0)
 
 
 @triton.jit
+def _place_of(unit, row_blocks, blocks, ROW_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The first row and the first column of a unit's block."""
+    first_block = unit // (ROW_GROUP * blocks) * ROW_GROUP
+    blocks_in_group = min(row_blocks - first_block, ROW_GROUP)
+    within = unit - first_block * blocks
+    return (first_block + within % blocks_in_group) * BLOCK_N, within // blocks_in_group * BLOCK_V
+
+
+@triton.jit
+def _store_block(p_Nv, p, row, column, N, chunk_columns, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    n = row + tl.arange(0, BLOCK_N)
+    chunk_range = column + tl.arange(0, BLOCK_V)
+    pointers = p_Nv + n[:, None].to(tl.int64) * chunk_columns + chunk_range[None, :]
+    inside = (n < N)[:, None] & (chunk_range < chunk_columns)[None, :]
+    tl.store(pointers, p.to(p_Nv.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _block_probabilities(
+    operands,
+    upstream,
+    normaliser,
+    products,
+    row,
+    column,
+    headroom,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    n = row + tl.arange(0, BLOCK_N)
+    columns = column + tl.arange(0, BLOCK_V)
+    valid = n < tl.load(operands.n_valid)
+    z, slope = logits_of(operands, products, columns, n, valid)
+    return probabilities(operands, upstream, normaliser, z, slope, n, valid, columns, headroom)
+
+
+@triton.jit
 def _probability_kernel(
     p_Nv,
     operands,
@@ -50,31 +88,47 @@ def _probability_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     N, V, D = operands.N, operands.V, operands.D
+    program, programs = tl.program_id(0), tl.num_programs(0)
     blocks = tl.cdiv(chunk_columns, BLOCK_V)
-    row_blocks = tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    first_block = program // (ROW_GROUP * blocks) * ROW_GROUP
-    blocks_in_group = min(row_blocks - first_block, ROW_GROUP)
-    within = program - first_block * blocks
-    row = (first_block + within % blocks_in_group) * BLOCK_N
-    n_valid = tl.load(operands.n_valid)
-    column = within // blocks_in_group * BLOCK_V
-    n = row + tl.arange(0, BLOCK_N)
-    chunk_range = column + tl.arange(0, BLOCK_V)
-    columns = first_column + chunk_range
-    p = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    if row < n_valid:
-        for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+    row_blocks = tl.cdiv(tl.load(operands.n_valid), BLOCK_N)
+    units = row_blocks * blocks
+    if FLAT:
+        d_steps = tl.cdiv(D, BLOCK_D)
+        own_units = tl.cdiv(tl.maximum(units - program, 0), programs)
+        products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        for step in tl.range(0, own_units * d_steps, num_stages=STAGES):
+            unit = program + step // d_steps * programs
+            row, column = _place_of(unit, row_blocks, blocks, ROW_GROUP, BLOCK_N, BLOCK_V)
+            d = step % d_steps * BLOCK_D
             e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
             c = load_block(weight, first_column + column, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
-            p = tl.dot(e, c.T, p, input_precision=PRECISION)
-        z, slope = logits_of(operands, p, columns, n, n < n_valid)
-        p = probabilities(operands, upstream, normaliser, z, slope, n, n < n_valid, columns, headroom)
-    pointers = p_Nv + n[:, None].to(tl.int64) * chunk_columns + chunk_range[None, :]
-    inside = (n < N)[:, None] & (chunk_range < chunk_columns)[None, :]
-    tl.store(pointers, p.to(p_Nv.dtype.element_ty), mask=inside)
+            products = tl.dot(e, c.T, products, input_precision=PRECISION)
+            if d + BLOCK_D >= D:
+                of_all = first_column + column
+                p = _block_probabilities(
+                    operands, upstream, normaliser, products, row, of_all, headroom, BLOCK_N, BLOCK_V
+                )
+                _store_block(p_Nv, p, row, column, N, chunk_columns, BLOCK_N, BLOCK_V)
+                products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    else:
+        for unit in range(program, units, programs):
+            row, column = _place_of(unit, row_blocks, blocks, ROW_GROUP, BLOCK_N, BLOCK_V)
+            products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+            for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+                e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
+                c = load_block(weight, first_column + column, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
+                products = tl.dot(e, c.T, products, input_precision=PRECISION)
+            of_all = first_column + column
+            p = _block_probabilities(operands, upstream, normaliser, products, row, of_all, headroom, BLOCK_N, BLOCK_V)
+            _store_block(p_Nv, p, row, column, N, chunk_columns, BLOCK_N, BLOCK_V)
+    # Of tokens that are not valid.
+    for unit in range(units + program, tl.cdiv(N, BLOCK_N) * blocks, programs):
+        row, column = unit // blocks * BLOCK_N, unit % blocks * BLOCK_V
+        zeros = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        _store_block(p_Nv, zeros, row, column, N, chunk_columns, BLOCK_N, BLOCK_V)
 
 
 @triton.jit
@@ -243,10 +297,10 @@ def _probabilities(
     headroom: float,
 ) -> None:
     """Fills p_Nv with P of the columns from ``first`` on; ``hidden_ND``: compacted."""
-    (rows, columns), weight_VD = p_Nv.shape, logits.weight_VD
+    columns, weight_VD = p_Nv.shape[1], logits.weight_VD
     tuning = tuning_for(hidden_ND)
     tma = tuning.tma and can_use_tma(hidden_ND, weight_VD)
-    _probability_kernel[(triton.cdiv(rows, tuning.block_n) * triton.cdiv(columns, tuning.block_v),)](
+    _probability_kernel[(num_programs(hidden_ND),)](
         p_Nv,
         operands_of(logits._replace(hidden_ND=hidden_ND)),
         descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
@@ -263,6 +317,7 @@ def _probabilities(
         TMA=tma,
         PRECISION=precision(logits),
         STAGES=tuning.stages,
+        FLAT=tuning.flat_below >= hidden_ND.shape[1],
         num_warps=tuning.warps,
         **LAUNCH,
     )
