@@ -3,6 +3,7 @@
 python benchmarks/report.py benchmarks/results/loss-*.json --plot benchmarks/results/loss.png
 python benchmarks/report.py benchmarks/results/scaling-*.json --plot benchmarks/results/scaling.png
 python benchmarks/report.py benchmarks/results/ranks-*.json
+python benchmarks/report.py benchmarks/results/budget-*.json
 python benchmarks/report.py benchmarks/results/train-*.json
 python benchmarks/report.py benchmarks/results/shards-*-262144x2304.json
 python benchmarks/report.py benchmarks/results/stages-*.json
@@ -88,6 +89,24 @@ def ranks_table(result: dict[str, Any]) -> str:
                 cells = [shape, layout, name, f"{row['both_ms']:.1f} ms", f"{row['both_x']:.2f}x"]
                 cells += ["" if gained is None else f"{gained:.2f}", *seen, f"{row['peak_mb']:.0f}"]
                 lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+BUDGET_HEADER = """\
+| shape | `workspace_mb` | kept MB | forward | forward + backward | peak MB | dE error | dC error |
+|---|---|---|---|---|---|---|---|"""
+
+
+def budget_table(result: dict[str, Any]) -> str:
+    """What `budget.py` found: a line for each shape and budget."""
+    lines = [BUDGET_HEADER]
+    for shape, of in result["shapes"].items():
+        for name, row in of["budgets"].items():
+            cells = [shape, name, *["failed"] * 6]
+            if "failed" not in row:
+                cells[2:] = [f"{row['saved_mb']:.0f}", f"{row['forward_x']:.2f}x", f"{row['both_x']:.2f}x"]
+                cells += [f"{row['peak_mb']:.0f}", f"{row['hidden_error']:.1e}", f"{row['weight_error']:.1e}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -375,6 +394,8 @@ def main() -> None:
             text += f"\n\n![training, seed by seed](../benchmarks/results/{arguments.plot.name})"
         if arguments.page:
             write_into(arguments.page, "convergence", text)
+    elif all(content["command"].startswith("benchmarks/budget.py") for content in contents):
+        print("\n\n".join(budget_table(content) for content in contents))
     elif all("shapes" in content for content in contents):
         shapes = load(arguments.results)
         print(table(shapes))

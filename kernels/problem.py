@@ -85,6 +85,29 @@ class Tiles(NamedTuple):
     tiles_per_split: int = 0
 
 
+class Keep(NamedTuple):
+    """What forward keeps for an exact backward: `Exponentials` of the first ``columns``, times f' if ``sloped``."""
+
+    columns: int
+    sloped: bool
+
+
+class Exponentials(NamedTuple):
+    """exp(z − origin) of some columns [N, K], which a factor for each token turns into its softmax.
+
+    Attributes:
+        exp_NK: in hidden's dtype; 0 for tokens that are not valid. Rows may be apart.
+        origin_N: in the backend's unit, not far from the token's largest logit on this shard.
+        target_N: see `Summary`.
+        sloped: whether they are times f'.
+    """
+
+    exp_NK: Tensor
+    origin_N: Tensor
+    target_N: Tensor
+    sloped: bool = False
+
+
 class Summary(NamedTuple):
     """Forward's result on one shard.
 
@@ -94,6 +117,7 @@ class Summary(NamedTuple):
         unit: 1 in the torch backend, ln 2 in the triton backend, which computes in base 2.
         tiles: or None when backward will not filter.
         weighted_N: Σ exp(z − m)·(z − m), in the backend's unit, for the entropy; None where that is not wanted.
+        exponentials: what is kept for backward, if anything is.
     """
 
     max_N: Tensor
@@ -102,6 +126,7 @@ class Summary(NamedTuple):
     unit: float
     tiles: Tiles | None = None
     weighted_N: Tensor | None = None
+    exponentials: Exponentials | None = None
 
 
 class GlobalTiles(NamedTuple):

@@ -20,6 +20,7 @@ from cce_dist.kernels.triton.tuning import Row, Tuning
 ROOT = Path(__file__).parent.parent
 MODULES = (
     "convergence",
+    "budget",
     "distillation",
     "first_pass",
     "hostile",
@@ -101,10 +102,11 @@ def test_the_ranks_of_a_run_are_timed_beside_one(tmp_path: Path) -> None:
     assert (result["ranks"], list(shape["layouts"])) == (2, ["one", "same tokens", "own tokens"])
     for layout, methods in shape["layouts"].items():
         others = {"same tokens": {"logits kept"}, "own tokens": {"classifier gathered"}}.get(layout, set())
-        assert set(methods) == {"cce_dist", "cce_dist, no frequent rows"} | others
+        exact = {f"cce_dist {name}" for name in ("exact", "exact, 1024 MB", "exact, logits kept")} | others
+        assert set(methods) == {"cce_dist", "cce_dist, no frequent rows"} | exact
         for name, row in methods.items():
-            assert row["hidden_error"] < (1e-5 if name in others else 0.05)
-            assert row["weight_error"] < (1e-5 if name in others else 0.05)
+            assert row["hidden_error"] < (1e-5 if name in exact else 0.05)
+            assert row["weight_error"] < (1e-5 if name in exact else 0.05)
             assert (row["wire_mb"] > 0) == (layout != "one")
             assert min(row["forward_ms"], row["both_ms"]) > 0
     assert set(shape["efficiency"]) == {"same tokens", "own tokens"}
@@ -291,14 +293,18 @@ def test_the_commands_run_and_write_their_results(
         "distillation": "--shapes 512x300x16",
         "hostile": "--shape 512x300x16",
         "first_pass": "--shapes 512x200x16 --noise 512x200x16 --only 0.05",
+        "budget": "--shapes 512x300x16 --budgets 256 logits",
     }.items():
         given = [x for x in common if name != "hostile" or x not in ("--rounds", "1")]
         monkeypatch.setattr(sys, "argv", [name, *given, *options.split(), "--out", "results"])
         getattr(benchmarks, name).main()
     assert len(list(Path("cache").iterdir())) == 3, "stages takes the inputs that loss has trained"
-    distillation, first_pass, hostile, logprobs, loss, scaling, stages = (
+    budget, distillation, first_pass, hostile, logprobs, loss, scaling, stages = (
         json.loads(path.read_text()) for path in sorted(Path("results").iterdir())
     )
+    rows = budget["shapes"]["512x300x16"]["budgets"]
+    assert list(rows) == ["256 MB", "logits"]
+    assert all(min(row["both_x"], row["forward_x"]) > 0 and row["weight_error"] < 1e-5 for row in rows.values())
     assert {len(case["errors"]) for case in first_pass["cases"].values()} == {3}
     assert first_pass["times"]["512x200x16"]["forward, fp8"] > 0
     assert len(hostile["hostile"]) == 10 + 7 + 11
@@ -328,6 +334,7 @@ def test_the_commands_run_and_write_their_results(
     import report
 
     sys.modules.pop("report")
+    assert len(report.budget_table(budget).splitlines()) == 4
     lines = report.scaling_table(scaling).splitlines()
     assert sum(line.startswith(("| 512 |", "| 1024 |")) for line in lines) == 4
     assert [line[:5] for line in lines[-2:]] == ["| 1 |", "| 2 |"]

@@ -90,7 +90,15 @@ def test_every_python_example_is_tested() -> None:
         "grpo",
     }  # that of GRPO in test_trl.py
     assert LOGPROBS.count("```python") == len(OF_LOGPROBS)
-    assert set(OF_OPTIONS) == {"accumulator", "class_weights", "token_weights", "several", "statistics", "fp32_head"}
+    assert set(OF_OPTIONS) == {
+        "accumulator",
+        "budget",
+        "class_weights",
+        "token_weights",
+        "several",
+        "statistics",
+        "fp32_head",
+    }
     assert OPTIONS.count("```python") == len(OF_OPTIONS)
     assert set(OF_DISTILLATION) == {"online", "write", "read", "kept", "select", "gkd"}  # the last in test_trl.py
     assert DISTILLATION.count("```python") == len(OF_DISTILLATION)
@@ -142,6 +150,8 @@ def _options() -> None:
     given = {"hidden": hidden, "rows": rows, "labels": labels, "shard": shard}
     given["linear_cross_entropy"] = linear_cross_entropy
     weighted = _run_example("class_weights", class_weights=class_weights, **given)["loss"]
+    loss = _run_example("budget", **given)["loss"]
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels.flatten()))
     torch.testing.assert_close(weighted, F.cross_entropy(logits, labels.flatten(), weight=class_weights))
     nll = F.cross_entropy(logits, labels.flatten(), reduction="none")
     torch.testing.assert_close(_run_example("token_weights", **given)["loss"], (torch.exp(-nll) * nll).mean())

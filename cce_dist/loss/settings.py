@@ -66,6 +66,16 @@ def _of_floats(x: Tensor) -> Tensor:
     return x
 
 
+def _int_or_logits(x: Any) -> Any:
+    """Of a union's errors pydantic would show that of the int."""
+    if isinstance(x, str) and x != "logits" and not x.strip().isdecimal():
+        raise ValueError('must be an int, 1 or more, "logits" or None')
+    return x
+
+
+Megabytes = Annotated[int, Field(ge=1)] | Literal["logits"]
+
+
 class LossSettings(BaseModel):
     """How the loss is computed. A description completes "... must be"; None leaves the choice to the loss."""
 
@@ -78,7 +88,9 @@ class LossSettings(BaseModel):
     first_pass: FirstPass = Field(default="auto", description='"auto", "full" or "fp8"')
     fp32_head: bool = Field(default=False, description="True or False")
     frequent_rows: int | None = Field(default=None, ge=0, description="an int, 0 or more (0: none), or None")
-    workspace_mb: int | None = Field(default=None, ge=1, description="an int, 1 or more, or None")
+    workspace_mb: Annotated[Megabytes | None, BeforeValidator(_int_or_logits)] = Field(
+        default=None, description='an int, 1 or more, "logits" or None'
+    )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | InstanceOf[Tensor] | None = Field(
         default=None, description="a 64-bit int, a 0-d int64 tensor or None", json_schema_extra=MAY_DIFFER
     )
@@ -303,6 +315,7 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
     if settings.filter_eps is None and isinstance(settings, LogprobSettings) and settings.entropy is True:
         eps *= _OF_ENTROPY
     exact = gradient == "exact" or eps == 0
+    _check_kept(settings, exact, gradient, hidden.dtype)
     asked_exact = exact and settings.gradient is not None
     _require(
         not settings.fp32_head or settings.first_pass != "fp8",
@@ -314,6 +327,30 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
     if exact:
         return Method("exact", eps, backend, "full", 0)
     return Method(gradient, eps, backend, first_pass, frequent)
+
+
+def _check_kept(settings: TokenSettings, exact: bool, gradient: str, dtype: torch.dtype) -> None:
+    if settings.workspace_mb == "logits":
+        _require(
+            exact,
+            'workspace_mb="logits" goes with gradient="exact": other gradients compute a part of the logits again',
+            gradient,
+        )
+        _require(
+            dtype != torch.float16,
+            'workspace_mb="logits" goes with bf16 or fp32: fp16 has no range for exponentials of logits; give a number',
+            dtype,
+        )
+        _require(
+            not (isinstance(settings, LogprobSettings) and settings.exact_sums),
+            'workspace_mb="logits" goes without exact_sums, whose pass keeps no logits; give a number',
+            "exact_sums=True",
+        )
+        _require(
+            not settings.fp32_head,
+            'workspace_mb="logits" goes without fp32_head, which computes logits again; give a number',
+            "fp32_head=True",
+        )
 
 
 def _check_weights(name: str, given: Tensor | None, shape: torch.Size, what: str, device: torch.device) -> None:
@@ -498,15 +535,18 @@ def choose_gradient(backend: str, filter_eps: float | None) -> Gradient:
     return "unbiased" if backend == "triton" or filter_eps is not None else "exact"
 
 
-def workspace_bytes(workspace_mb: int | None, method: Method, num_tokens: int, element_size: int) -> int:
-    """The memory that backward may use, for all tokens that the loss works on: equal on all ranks.
+def workspace_bytes(
+    workspace_mb: int | Literal["logits"] | None, method: Method, num_tokens: int, element_size: int
+) -> int:
+    """The memory that backward may use, for all tokens that the loss works on: equal on all ranks. With "logits" it is
+    that beside them.
 
     Raises:
         ValueError: where ``workspace_mb`` is less than one tile of probabilities of all tokens.
     """
     least_mb = least_workspace_mb(num_tokens, element_size)
     chosen = workspace_mb
-    if chosen is None:
+    if chosen is None or chosen == "logits":
         chosen = default_workspace_mb(num_tokens, element_size, method.gradient == "exact")
     _require(
         chosen >= least_mb,
@@ -514,6 +554,41 @@ def workspace_bytes(workspace_mb: int | None, method: Method, num_tokens: int, e
         chosen,
     )
     return chosen << 20
+
+
+class Split(NamedTuple):
+    """A budget: columns of this rank whose exponentials forward keeps, and the bytes that backward may use beside."""
+
+    columns: int
+    workspace: int
+
+
+def split_budget(
+    workspace_mb: int | Literal["logits"] | None,
+    workspace: int,
+    method: Method,
+    num_tokens: int,
+    rows: int,
+    dtype: torch.dtype,
+    read: bool,
+) -> Split:
+    """What forward keeps of ``rows`` of the classifier, out of ``workspace`` bytes, or beside them with "logits".
+
+    Backward works on all of it without more memory, unless it must be ``read``; else the default workspace is left for
+    that and for what was not kept.
+    """
+    keeps = method.gradient == "exact" and method.backend == "triton" and dtype != torch.float16
+    if not keeps or workspace_mb is None or not num_tokens or not rows:
+        return Split(0, workspace)
+    if workspace_mb == "logits":
+        return Split(rows, workspace)
+    tile_bytes = num_tokens * TILE * dtype.itemsize
+    all_tiles = -(-rows // TILE)
+    if not read and all_tiles * tile_bytes <= workspace:
+        return Split(rows, workspace - all_tiles * tile_bytes)
+    beside = default_workspace_mb(num_tokens, dtype.itemsize, exact=True) << 20
+    tiles = min(max(workspace - beside, 0) // tile_bytes, all_tiles)
+    return Split(min(tiles * TILE, rows), workspace - tiles * tile_bytes)
 
 
 def least_workspace_mb(num_tokens: int, element_size: int) -> int:

@@ -59,7 +59,7 @@ from cce_dist.kernels.triton import (
 )
 from cce_dist.kernels.triton.operands import Tail
 from cce_dist.kernels.problem import (
-    TILE, Estimate, Filter, GlobalTiles, Gradients, Logits, Normaliser, OutputGradients, Share, Upstream
+    TILE, Estimate, Filter, GlobalTiles, Gradients, Keep, Logits, Normaliser, OutputGradients, Share, Upstream
 )
 
 V = 16 * TILE
@@ -114,6 +114,11 @@ with tuning.forced(table):
         for of_tail in (whole_tail, Tail()) if dhidden is not None and dweight is not None else (whole_tail,):
             differentiate.differentiate(logits, pairs, normaliser, upstream, out, of_tail, 1.0, 1 << 20)
     exact.differentiate_exactly(logits, normaliser, upstream, None, None, floats(V), 1.0, 1 << 20)
+    plain = logits._replace(bias_V=None, frequent_V=None)
+    for sloped in (True, False):
+        kept = summarise.summarise(plain, False, False, Keep(V, sloped)).exponentials
+        out = floats(N, D), weight.clone(), None
+        exact.differentiate_exactly(plain, normaliser, upstream, *out, 1.0, 1 << 20, exponentials=kept)
     if arch in (80, 90, 100) and D > 1000:
         # With an entropy and temperatures, as `linear_logprobs` has them; of others the same kernels stand for these.
         warm, of_entropy = logits._replace(inverse_temperature_N=floats(N)), upstream._replace(log_N=floats(N))
