@@ -21,6 +21,9 @@ MOST_SUMMED = 1 << (63 - SUM_BITS)
 FAR = -1e5
 """Where a logarithm of something that does not count is cut off, since 0 · −∞ is no number."""
 
+KEPT_SUMS_BYTES = 1 << 26
+"""Of dC of kept logits that is summed in fp32 at a time: 512 blocks of 128 x 256, which fill the multiprocessors."""
+
 
 class Logits(NamedTuple):
     """z_ij = τ_i·f(s·(e_i·c_j + bias_j)) with f(x) = softcap·tanh(x / softcap), or the identity.

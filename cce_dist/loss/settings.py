@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from cce_dist.device_check import check_token_ids, device_check
-from cce_dist.kernels.problem import MOST_SUMMED, TILE
+from cce_dist.kernels.problem import KEPT_SUMS_BYTES, MOST_SUMMED, TILE
 from cce_dist.shard import VocabShard
 
 Gradient = Literal["unbiased", "exact", "filtered"]
@@ -574,8 +574,8 @@ def split_budget(
 ) -> Split:
     """What forward keeps of ``rows`` of the classifier, out of ``workspace`` bytes, or beside them with "logits".
 
-    Backward works on all of it without more memory, unless it must be ``read``; else the default workspace is left for
-    that and for what was not kept.
+    Backward works on all of it with no more memory than dC's sums take, unless it must be ``read``; else the default
+    workspace is left for that and for what was not kept.
     """
     keeps = method.gradient == "exact" and method.backend == "triton" and dtype != torch.float16
     if not keeps or workspace_mb is None or not num_tokens or not rows:
@@ -584,7 +584,8 @@ def split_budget(
         return Split(rows, workspace)
     tile_bytes = num_tokens * TILE * dtype.itemsize
     all_tiles = -(-rows // TILE)
-    if not read and all_tiles * tile_bytes <= workspace:
+    sums = 0 if dtype == torch.float32 else KEPT_SUMS_BYTES
+    if not read and all_tiles * tile_bytes + sums <= workspace:
         return Split(rows, workspace - all_tiles * tile_bytes)
     beside = default_workspace_mb(num_tokens, dtype.itemsize, exact=True) << 20
     tiles = min(max(workspace - beside, 0) // tile_bytes, all_tiles)

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..problem import Exponentials, Gradients, Logits, Normaliser, Upstream
+from ..problem import KEPT_SUMS_BYTES, Exponentials, Gradients, Logits, Normaliser, Upstream
 from ..products import add_product, product, write_product
 from .blocks import LN_2, can_use_tma, descriptor, dot_rows, load_block, logits_of, precision, probabilities
 from .compact import compacted, write_rows
@@ -212,25 +212,26 @@ def _finish_hidden_kernel(
 
 @triton.jit
 def _add_labels_kernel(
-    dweight_KD,
+    dweight_kD,
     hidden_ND,
     label_N,
     target_N,
     token_N,
     end_N,
-    kept_columns,
+    first_column,
+    end_column,
     D,
     dweight_stride,
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dC_label += c E of all tokens of a label, rounded once. Grid: (N, blocks of BLOCK_D); the program of a label's
-    first token in ascending order adds them all. Bytes: 2·N·D, and the labels' rows twice."""
+    """dC_label += c E of all tokens of a label within the given columns. Grid: (N, blocks of BLOCK_D); the program of a
+    label's first token in ascending order adds them all. Bytes: 2·N·D, and the labels' rows twice."""
     first = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     target = tl.load(target_N + first)
     before = tl.load(target_N + first - 1, mask=first > 0, other=-1)
-    if (target >= 0) & (target != before) & (target < kept_columns):
+    if (target != before) & (target >= first_column) & (target < end_column):
         end = tl.load(end_N + first).to(tl.int32)
         sums = tl.zeros([BLOCK_D], tl.float32)
         for m in range(first, end, TOKENS):
@@ -240,9 +241,9 @@ def _add_labels_kernel(
             inside = (place < end)[:, None] & (d < D)[None, :]
             e = tl.load(hidden_ND + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
             sums += tl.sum(label[:, None] * e.to(tl.float32), 0)
-        pointers = dweight_KD + target.to(tl.int64) * dweight_stride + d
-        sums += tl.load(pointers, mask=d < D, other=0.0).to(tl.float32)
-        tl.store(pointers, sums.to(dweight_KD.dtype.element_ty), mask=d < D)
+        pointers = dweight_kD + (target - first_column).to(tl.int64) * dweight_stride + d
+        sums += tl.load(pointers, mask=d < D, other=0.0)
+        tl.store(pointers, sums, mask=d < D)
 
 
 @triton.jit
@@ -390,44 +391,51 @@ def _differentiate_kept(
             dhidden_ND, operands, logits.weight_VD, *now, kept, TOKENS=4, BLOCK_D=1024, **LAUNCH
         )
     if dweight_VD is not None:
-        dweight_KD = dweight_VD[:kept]
         scaled_ND = (hidden_ND * whole_N[:, None]).to(hidden_ND.dtype)
-        _write_kept(dweight_KD, exp_NK, scaled_ND, workspace_bytes, add_weight)
-        target_N, token_N = logits.target_N.sort(stable=True)
-        _add_labels_kernel[(rows, triton.cdiv(hidden_size, _LABEL_BLOCK_D))](
-            dweight_KD,
-            hidden_ND,
-            whole_label_N,
-            target_N,
-            token_N,
-            torch.searchsorted(target_N, target_N, right=True),
-            kept,
-            hidden_size,
-            dweight_KD.stride(0),
-            TOKENS=_LABEL_TOKENS,
-            BLOCK_D=_LABEL_BLOCK_D,
-            **LAUNCH,
-        )
+        _write_kept(dweight_VD[:kept], exp_NK, scaled_ND, logits.target_N, whole_label_N, hidden_ND, add_weight)
 
 
 def _write_kept(
     dweight_KD: torch.Tensor,
     exp_NK: torch.Tensor,
     scaled_ND: torch.Tensor,
-    workspace_bytes: int,
+    target_N: torch.Tensor,
+    label_N: torch.Tensor,
+    hidden_ND: torch.Tensor,
     add: bool,
 ) -> None:
-    """dC of kept columns but for the labels' part, or what is added to it, in fp32."""
-    if add:
-        add_product(dweight_KD, exp_NK.T, scaled_ND)
-    elif dweight_KD.dtype == exp_NK.dtype:
-        torch.mm(exp_NK.T, scaled_ND, out=dweight_KD)
-    elif dweight_KD.dtype == torch.float32:
-        write_product(dweight_KD, exp_NK.T, scaled_ND)
-    else:  # by way of fp32, a chunk at a time
-        step = max(workspace_bytes // (4 * scaled_ND.shape[1]), 1)
-        for dweight_kD, exp_Nk in zip(dweight_KD.split(step), exp_NK.split(step, 1), strict=True):
-            dweight_kD.copy_(product(exp_Nk.T, scaled_ND))
+    """dC of kept columns, or what is added to it, in fp32. What a row has of all tokens and of those whose label it is
+    nearly cancel: both are summed before they are rounded, some rows at a time."""
+    in_fp32 = dweight_KD.dtype == torch.float32
+    kept, hidden_size = dweight_KD.shape
+    step = kept if in_fp32 else min(max(KEPT_SUMS_BYTES // (4 * hidden_size) // 128, 1) * 128, kept)
+    sums_kD = dweight_KD if in_fp32 else dweight_KD.new_empty((step, hidden_size), dtype=torch.float32)
+    labels_N, token_N = target_N.sort(stable=True)
+    end_N = torch.searchsorted(labels_N, labels_N, right=True)
+    grid = target_N.shape[0], triton.cdiv(hidden_size, _LABEL_BLOCK_D)
+    for first, exp_Nk in zip(range(0, kept, step), exp_NK.split(step, 1), strict=True):
+        part_kD = sums_kD[: exp_Nk.shape[1]]
+        if add:
+            add_product(part_kD, exp_Nk.T, scaled_ND)
+        else:
+            write_product(part_kD, exp_Nk.T, scaled_ND)
+        _add_labels_kernel[grid](
+            part_kD,
+            hidden_ND,
+            label_N,
+            labels_N,
+            token_N,
+            end_N,
+            first,
+            first + part_kD.shape[0],
+            hidden_size,
+            part_kD.stride(0),
+            TOKENS=_LABEL_TOKENS,
+            BLOCK_D=_LABEL_BLOCK_D,
+            **LAUNCH,
+        )
+        if not in_fp32:
+            dweight_KD[first : first + part_kD.shape[0]] = part_kD
 
 
 def _chunk_size(logits: Logits, columns: int, workspace_bytes: int) -> int:

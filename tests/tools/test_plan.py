@@ -267,7 +267,7 @@ class TestCommand:
         main(["plan", *WORDS, "--gradient", "exact"])
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Exact by workspace_mb")]
         budgets = re.findall(r"(\d+|logits): (\d+) MB kept, ([\d.]+) ms", line)
-        assert [name for name, *_ in budgets] == ["256", "1024", "2048", "4096"]  # which is all, as "logits" would be
+        assert [name for name, *_ in budgets] == ["256", "1024", "2048", "4096", "logits"]
         kept, ms = ([float(row[column]) for row in budgets] for column in (1, 2))
         assert kept == sorted(kept) and ms == sorted(ms, reverse=True)
         assert (kept[0], kept[-1]) == (0, round(2 * GEMMA.tokens * GEMMA.vocab / 1e6))

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from cce_dist.kernels.problem import TILE
+from cce_dist.kernels.problem import KEPT_SUMS_BYTES, TILE
 from cce_dist.loss.settings import (
     FREQUENT_WORKSPACE,
     LARGE_VOCABULARY,
@@ -59,7 +59,7 @@ def budget_of(tokens: int, rows: int, gradient: str, workspace_mb: int | Literal
     if not exact:
         return Split(0, chosen << 20)
     split = split_budget(workspace_mb, chosen << 20, _EXACT, tokens, rows, torch.bfloat16, read=False)
-    return split._replace(workspace=0) if split.columns == rows else split
+    return split._replace(workspace=KEPT_SUMS_BYTES) if split.columns == rows else split
 
 
 def loss_bytes(
