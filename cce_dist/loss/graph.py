@@ -140,6 +140,7 @@ def linear_cross_entropy_in_graph(
     shard: VocabShard | None,
     return_lse: bool,
     settings: dict[str, Any],
+    adapter: tuple[Tensor, Tensor] | None = None,
 ) -> Any:
     """Traced by torch.compile. See `linear_cross_entropy`; numbers among the settings may change from call to call.
 
@@ -151,7 +152,9 @@ def linear_cross_entropy_in_graph(
     tensors = {name: x for name, x in settings.items() if isinstance(x, Tensor)}
     of_dtensors = isinstance(hidden, DTensor) or isinstance(weight, DTensor) or isinstance(bias, DTensor)
     others_train = any(x.requires_grad for x in tensors.values())
-    if of_dtensors or others_train or settings.get("statistics") or not set(tensors) <= set(_OF_TENSORS):
+    if adapter is not None or of_dtensors or others_train or settings.get("statistics"):
+        return cross_entropy(hidden, weight, labels, bias, shard, return_lse, settings, adapter=adapter)
+    if not set(tensors) <= set(_OF_TENSORS):
         return cross_entropy(hidden, weight, labels, bias, shard, return_lse, settings)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
