@@ -1,7 +1,8 @@
 """PEFT: adapters in the body train as they do in the stock model; one on the output layer is honoured or refused."""
 
 import copy
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import architectures
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from cce_dist import CCEConfig
 from cce_dist.heads.find import output_layer
 from cce_dist.heads.lazy import LazyLogits, MaterializedLogitsWarning, is_lazy
-from cce_dist.transformers import patch, unpatch
+from cce_dist.transformers import fused_evaluation, patch, unpatch
 
 peft = pytest.importorskip("peft")
 EXACT = CCEConfig(gradient="exact", materialize="raise")
@@ -70,20 +71,152 @@ def test_adapters_train_as_in_the_stock_model(order: Callable[..., Any], setting
     assert any("lm_head" in key for key in wanted[1]) == (settings is SAVED)
 
 
-def test_an_adapter_put_on_a_patched_output_layer_is_honoured_and_reported() -> None:
-    wanted = _step(_adapted(architectures.build("llama"), ON_HEAD))
-    model = _adapted(patch(architectures.build("llama"), gradient="exact"), ON_HEAD)
-    with pytest.warns(MaterializedLogitsWarning, match="peft"):
-        got = _step(model)
+ALONE = {**ON_HEAD, "target_modules": ["lm_head"]}
+
+
+@pytest.mark.parametrize("order", [_before, _after])
+@pytest.mark.parametrize("settings", [ON_HEAD, ALONE], ids=["with the body", "alone"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma2", "cohere"])
+def test_lora_on_the_output_layer_trains_as_in_the_stock_model(
+    order: Callable[..., Any], settings: dict[str, Any], name: str
+) -> None:
+    wanted = _step(_adapted(architectures.build(name), settings))
+    got = _step(order(name, settings))
+    assert isinstance(got[2].logits, LazyLogits)
     _assert_equal_to_stock(got, wanted)
-    assert any("lm_head.lora_A" in key for key in got[1])
+    assert {key.split(".")[-3] for key in got[1] if "lm_head" in key} == {"lora_A", "lora_B"}
+
+
+def test_lora_on_the_output_layer_is_that_of_the_merged_model() -> None:
+    model = _after("llama", ON_HEAD)
+    got = model(**architectures.batch()).loss
+    merged = copy.deepcopy(unpatch(model)).merge_and_unload().train()
+    wanted = patch(merged, EXACT)(**architectures.batch()).loss
+    torch.testing.assert_close(got.detach(), wanted.detach(), rtol=1e-5, atol=0)
+
+
+def _two_adapters(model: Any) -> Any:
+    model = _adapted(model, ON_HEAD)
+    torch.manual_seed(4)
+    model.add_adapter("other", peft.LoraConfig(**{**ON_HEAD, "r": 3, "lora_alpha": 5, "use_rslora": True}))
+    return model
+
+
+def _each_adapter(model: Any) -> Iterator[Any]:
+    """A step of each way to choose among two adapters."""
+    for adapter in ("other", "default"):
+        model.set_adapter(adapter)
+        yield _step(model)
+    model.base_model.set_adapter(["default", "other"])
+    yield _step(model)
+    model.set_adapter("default")
+    with model.disable_adapter():
+        yield model(**architectures.batch()).loss.detach(), {}, None
+    model.merge_adapter()
+    yield model(**architectures.batch()).loss.detach(), {}, None
+    model.unmerge_adapter()
+    yield _step(model)
+
+
+@pytest.mark.parametrize("first", ["patch", "adapters"])
+def test_of_several_adapters_those_that_are_active_count_in_each_call(first: str) -> None:
+    wanted = _each_adapter(_two_adapters(architectures.build("llama")))
+    model = architectures.build("llama")
+    model = _two_adapters(patch(model, EXACT)) if first == "patch" else patch(_two_adapters(model), EXACT)
+    for got, expected in zip(_each_adapter(model), wanted, strict=True):
+        _assert_equal_to_stock(got, expected)
+
+
+def test_dropout_of_an_adapter_draws_as_in_the_stock_model() -> None:
+    outcomes = []
+    for change in (lambda model: model, lambda model: patch(model, EXACT)):
+        model = change(_adapted(architectures.build("llama"), {**ALONE, "lora_dropout": 0.3}))
+        torch.manual_seed(5)
+        outcomes.append(_step(model))
+    assert isinstance(outcomes[1][2].logits, LazyLogits)
+    _assert_equal_to_stock(outcomes[1], outcomes[0])
+
+
+def test_statistics_and_logprobs_of_lazy_logits_are_those_with_the_adapter() -> None:
+    stock, model = _adapted(architectures.build("llama"), ON_HEAD), _after("llama", ON_HEAD)
+    inputs = {key: x for key, x in architectures.batch().items() if key != "labels"}
+    logits, lazy = (m(**inputs).logits[:, 1:] for m in (stock, model))
+    assert isinstance(lazy, LazyLogits)
+    assert torch.equal(lazy.argmax(-1), logits.argmax(-1))
+    ids = logits.argmin(-1)
+    log_p = logits.log_softmax(-1).gather(-1, ids[..., None])
+    torch.testing.assert_close(lazy.log_softmax(-1).gather(-1, ids[..., None]), log_p, rtol=1e-5, atol=0)
+    torch.testing.assert_close(lazy.logsumexp(-1), logits.logsumexp(-1), rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="linear_selected_logits of an output layer with a LoRA adapter"):
+        lazy.selected(ids[..., None])
     with pytest.raises(RuntimeError, match="materialize='raise'"):
-        _step(_before("llama", ON_HEAD))
+        lazy.sort(-1)
 
 
-def test_an_output_layer_that_has_an_adapter_is_refused() -> None:
-    with pytest.raises(TypeError, match="Adapters on the output layer"):
-        _after("llama", ON_HEAD)
+def test_real_logits_of_a_lazy_layer_are_those_with_the_adapter() -> None:
+    stock, model = _adapted(architectures.build("llama"), ON_HEAD), _adapted(architectures.build("llama"), ON_HEAD)
+    patch(model, gradient="exact")
+    inputs = {key: x for key, x in architectures.batch().items() if key != "labels"}
+    with pytest.warns(MaterializedLogitsWarning, match="computed after all"):
+        got = model(**inputs).logits.sort(-1).values
+    torch.testing.assert_close(got, stock(**inputs).logits.sort(-1).values)
+    torch.testing.assert_close(model.eval()(**inputs).logits, stock.eval()(**inputs).logits)
+    with fused_evaluation(model):
+        losses = [m(**architectures.batch()).loss.detach() for m in (model, stock)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
+def test_a_model_with_an_adapted_output_layer_is_copied_and_pickled() -> None:
+    model = _after("llama", ON_HEAD)
+    wanted = _step(model)
+    twin = copy.deepcopy(model)
+    got = _step(twin)
+    assert isinstance(got[2].logits, LazyLogits)
+    _assert_equal_to_stock(got, wanted)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert type(loaded.get_output_embeddings()) is peft.tuners.lora.Linear
+    _assert_equal_to_stock(_step(loaded), wanted)
+    unpatch(model)
+    assert type(model.get_output_embeddings()) is peft.tuners.lora.Linear
+
+
+def test_a_bf16_model_with_an_adapter_in_fp32_trains_near_the_stock_one() -> None:
+    wanted = _step(_adapted(architectures.build("llama"), ON_HEAD))
+    model = patch(_adapted(architectures.build("llama").bfloat16(), ON_HEAD), EXACT)
+    got = _step(model)
+    assert isinstance(got[2].logits, LazyLogits)
+    for name, gradient in wanted[1].items():
+        assert got[1][name].dtype == torch.float32
+        assert (got[1][name] - gradient).norm() <= 0.1 * gradient.norm(), name
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({**ON_HEAD, "use_dora": True}, "'default' on the output layer has the variant DoraLinearVariant"),
+    "lora_bias": ({**ON_HEAD, "lora_bias": True}, "bias of its own"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias")
+@pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_more_than_lora_on_the_output_layer_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        _after("llama", settings)
+    wanted = _step(_adapted(architectures.build("llama"), settings))
+    model = _adapted(patch(architectures.build("llama"), gradient="exact"), settings)
+    with pytest.warns(MaterializedLogitsWarning):
+        _assert_equal_to_stock(_step(model), wanted)
+    with pytest.raises(RuntimeError, match="materialize='raise'"):
+        _step(_before("llama", settings))
+
+
+def test_a_head_in_fp8_is_refused_by_name() -> None:
+    model = architectures.build("llama")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().to(torch.float8_e4m3fn), False)
+    with pytest.raises(TypeError, match="a weight of torch.float8_e4m3fn"):
+        patch(model)
 
 
 def test_copies_of_the_output_layer_are_refused_while_none_is_active() -> None:

@@ -219,7 +219,7 @@ def differentiate_rows(
         if dhidden_ND is not None:
             add_product(dhidden_ND, p_Nk, weight_kD.mul_(factor) if exact_factor else weight_kD)
         if out.adapter_NR is not None and adapter_kR is not None:
-            out.adapter_NR += product(p_Nk, adapter_kR).mul_(factor)
+            out.adapter_NR.add_(product(p_Nk, adapter_kR).mul_(factor))
         del weight_kD, part  # before the next chunk's
     if dhidden_ND is not None and not exact_factor:
         dhidden_ND *= factor
