@@ -13,6 +13,7 @@ from ranks import RankPool
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
@@ -309,9 +310,9 @@ def _batch_of(rank: int) -> dict[str, Tensor]:
     return {key: x[rank][None] for key, x in architectures.batch().items()}
 
 
-def _plain_losses() -> list[list[float]]:
+def _plain_losses(settings: dict[str, Any], name: str = "llama") -> list[list[float]]:
     """By step, each of two ranks' losses: one process that trains on the mean of both."""
-    model = _adapted(architectures.build("llama"), SAVED)
+    model = _adapted(architectures.build(name), settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-6)
     losses = []
     for _ in range(STEPS):
@@ -323,19 +324,12 @@ def _plain_losses() -> list[list[float]]:
     return losses
 
 
-def _under_fsdp2(entry: str) -> list[float]:
-    from cce_dist.fsdp import adopt, shard_head
+def _under_ddp(settings: dict[str, Any]) -> list[float]:
+    model = DistributedDataParallel(patch(_adapted(architectures.build("llama"), settings), EXACT))
+    return _steps(model)
 
-    model = _adapted(architectures.build("llama"), SAVED)
-    mesh = init_device_mesh("cpu", (2,))
-    if entry == "shard_head":
-        shard_head(model, mesh, config=EXACT)
-    fully_shard(model, mesh=mesh)
-    if entry == "adopt":
-        adopt(model, config=EXACT)
-    if entry == "patch":
-        patch(model, EXACT)
-    assert is_lazy(output_layer(model))
+
+def _steps(model: Any) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-6)
     losses = []
     for _ in range(STEPS):
@@ -347,13 +341,31 @@ def _under_fsdp2(entry: str) -> list[float]:
     return losses
 
 
-def _under_deepspeed(stage: int, section: dict[str, Any]) -> list[float]:
+def _under_fsdp2(settings: dict[str, Any], entry: str, name: str = "llama", own_group: bool = False) -> list[float]:
+    from cce_dist.fsdp import adopt, shard_head
+
+    model = _adapted(architectures.build(name), settings)
+    mesh = init_device_mesh("cpu", (2,))
+    if entry == "shard_head":
+        shard_head(model, mesh, config=EXACT)
+    if own_group:  # FSDP2 lets its parameters go when the layer's forward ends
+        fully_shard(model.get_output_embeddings(), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if entry == "adopt":
+        adopt(model, config=EXACT)
+    if entry == "patch":
+        patch(model, EXACT)
+    assert is_lazy(output_layer(model))
+    return _steps(model)
+
+
+def _under_deepspeed(settings: dict[str, Any], stage: int, section: dict[str, Any]) -> list[float]:
     from deepspeed_runs import fresh_deepspeed
 
     import cce_dist.deepspeed as cce_deepspeed
 
     fresh_deepspeed()
-    model = _adapted(architectures.build("llama"), SAVED)
+    model = _adapted(architectures.build("llama"), settings)
     config = {
         "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": {"stage": stage},
         "optimizer": {"type": "AdamW", "params": {"lr": LR, "eps": 1e-6, "weight_decay": 1e-2, "torch_adam": True}},
@@ -371,20 +383,38 @@ def _under_deepspeed(stage: int, section: dict[str, Any]) -> list[float]:
     return losses
 
 
+def _id(x: Any) -> str:
+    if callable(x):
+        return x.__name__
+    names = {id(SAVED): "copy", id(ON_HEAD): "lora with the body", id(ALONE): "lora alone"}
+    return ", ".join(names.get(id(part), str(part)) for part in x)
+
+
 @pytest.mark.parametrize(
     ("train", "arguments"),
     [
-        *((_under_fsdp2, (entry,)) for entry in ("shard_head", "adopt", "patch")),
-        *((_under_deepspeed, (stage, {})) for stage in (3, 1)),
-        (_under_deepspeed, (1, {"vocab_parallel_size": 2})),
+        *((_under_fsdp2, (SAVED, entry)) for entry in ("shard_head", "adopt", "patch")),
+        *((_under_deepspeed, (SAVED, stage, {})) for stage in (3, 1)),
+        (_under_deepspeed, (SAVED, 1, {"vocab_parallel_size": 2})),
+        (_under_ddp, (ALONE,)),
+        *((_under_fsdp2, (ON_HEAD, entry)) for entry in ("shard_head", "adopt", "patch")),
+        (_under_fsdp2, (ON_HEAD, "adopt", "llama_tied")),
+        (_under_fsdp2, (ON_HEAD, "shard_head", "llama", True)),
+        (_under_fsdp2, (ALONE, "adopt", "llama", True)),
+        *((_under_deepspeed, (ON_HEAD, stage, {})) for stage in (3, 1)),
+        (_under_deepspeed, (ALONE, 3, {})),
+        (_under_deepspeed, (ON_HEAD, 1, {"vocab_parallel_size": 2})),
     ],
+    ids=_id,
 )
-def test_a_copy_of_the_output_layer_trains_under_fsdp2_and_deepspeed(
+def test_what_peft_trains_of_the_output_layer_trains_on_ranks(
     ranks: RankPool, train: Callable[..., list[float]], arguments: tuple[Any, ...]
 ) -> None:
+    """A copy of it, or LoRA on it: as in one process, by the losses of a few steps."""
     if train is _under_deepspeed:
         pytest.importorskip("deepspeed")
-    plain = _plain_losses()
+    name = {"name": arguments[2]} if train is _under_fsdp2 and len(arguments) > 2 else {}
+    plain = _plain_losses(arguments[0], **name)
     assert plain[-1] != pytest.approx(plain[0], rel=1e-3)
     for rank, losses in enumerate(ranks.run(2, train, *arguments, timeout=120)):
         assert losses == pytest.approx([step[rank] for step in plain], rel=1e-5)
@@ -418,3 +448,67 @@ def test_a_frozen_output_layer_gets_no_gradient_and_none_is_computed(backend: st
         made[settings is SAVED] = (architectures.VOCAB, 32) in shapes.seen
         assert (output_layer(model).weight.grad is not None) == (settings is SAVED)
     assert made == {False: False, True: True}
+
+
+def _plain_gradients(name: str) -> dict[str, Tensor]:
+    """Of the mean of two ranks' losses."""
+    model = _adapted(architectures.build(name), ON_HEAD)
+    torch.stack([model(**_batch_of(rank)).loss for rank in range(2)]).mean().backward()
+    return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+def _gradients_under_fsdp2(name: str, vocab_parallel_size: int) -> dict[str, Tensor]:
+    from cce_dist.fsdp import shard_head
+
+    model = _adapted(architectures.build(name), ON_HEAD)
+    mesh = init_device_mesh("cpu", (2,))
+    shard_head(model, mesh, config=EXACT.model_copy(update={"vocab_parallel_size": vocab_parallel_size}))
+    fully_shard(model, mesh=mesh)
+    model(**_batch_of(dist.get_rank())).loss.backward()
+    return {key: p.grad.full_tensor() for key, p in model.named_parameters() if p.grad is not None}
+
+
+def _gradients_under_deepspeed(stage: int, section: dict[str, Any]) -> dict[str, Tensor]:
+    from deepspeed.utils import safe_get_full_grad
+    from deepspeed_runs import fresh_deepspeed
+
+    import cce_dist.deepspeed as cce_deepspeed
+
+    fresh_deepspeed()
+    model = _adapted(architectures.build("llama"), ON_HEAD)
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "SGD", "params": {"lr": LR}}, "zero_allow_untested_optimizer": True,
+        "cce_dist": {"gradient": "exact", "materialize": "raise", **section},
+    }  # fmt: skip
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine = cce_deepspeed.initialize(model=model, config=config, model_parameters=trained)[0]
+    engine.backward(engine(**_batch_of(dist.get_rank())).loss)
+    named = [(key, p) for key, p in engine.module.named_parameters() if p.requires_grad]
+    return {key: safe_get_full_grad(p).clone() for key, p in named}
+
+
+@pytest.mark.parametrize(
+    ("train", "arguments"),
+    [
+        (_gradients_under_fsdp2, ("llama", 2)),
+        (_gradients_under_fsdp2, ("llama", 1)),
+        (_gradients_under_fsdp2, ("gemma2", 2)),
+        (_gradients_under_deepspeed, (3, {})),
+        (_gradients_under_deepspeed, (3, {"vocab_parallel_size": 1})),
+        (_gradients_under_deepspeed, (1, {"vocab_parallel_size": 2})),
+    ],
+    ids=_id,
+)
+def test_the_gradients_of_lora_on_a_sharded_output_layer_are_those_of_one_process(
+    ranks: RankPool, train: Callable[..., dict[str, Tensor]], arguments: tuple[Any, ...]
+) -> None:
+    """The losses of a few steps of Adam would not show a factor."""
+    if train is _gradients_under_deepspeed:
+        pytest.importorskip("deepspeed")
+    wanted = _plain_gradients(arguments[0] if train is _gradients_under_fsdp2 else "llama")
+    assert any("lm_head.lora_B" in key for key in wanted)
+    for got in ranks.run(2, train, *arguments, timeout=120):
+        assert got.keys() == wanted.keys()
+        for key, gradient in wanted.items():
+            assert (got[key] - gradient).norm() <= 5e-5 * gradient.norm(), key

@@ -12,13 +12,13 @@ Shapes: X any leading dimensions, R rank of the adapter, V rows of the classifie
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from cce_dist.heads.find import is_lora, lora_attribute
 from cce_dist.heads.lazy.form import LowRank
@@ -112,27 +112,23 @@ class _Adapted(nn.Module):
 
 @torch.compiler.disable(reason="an adapter's product is left out while PEFT's forward runs")
 def _forward(layer: Any, forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    with _KeptOperands(layer):
+    ups = [up for up in layer.lora_B.values() if "forward" not in vars(up)]
+    calls = lazy_calls(layer.base_layer)
+    for up in ups:
+        up.forward = partial(_kept, up, layer.base_layer, calls)
+    try:
         return forward(x, *args, **kwargs)
+    finally:
+        for up in ups:
+            del up.forward
 
 
-class _KeptOperands(TorchFunctionMode):
-    """F.linear with a lora_B of the layer gives a `LowRank`, once the head within has given lazy logits."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self._head, self._up = layer.base_layer, layer.lora_B
-        self._calls = lazy_calls(self._head)
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if function is F.linear and not kwargs and lazy_calls(self._head) > self._calls:
-            a_XR, weight_VR, bias = args
-            up = next((module for module in self._up.values() if module.weight is weight_VR), None)
-            if up is not None and bias is None and not isinstance(a_XR, DTensor):
-                return LowRank(a_XR, _own_rows(weight_VR, shard_of(self._head)), 1.0, up)
-        return function(*args, **(kwargs or {}))
+def _kept(up: nn.Linear, head: nn.Module, calls: int, a_XR: Tensor) -> Any:
+    """The forward of a lora_B inside of its layer's: what it would multiply, if the head has given lazy logits since
+    ``calls``."""
+    if lazy_calls(head) == calls or up.bias is not None or isinstance(a_XR, DTensor):
+        return type(up).forward(up, a_XR)
+    return LowRank(a_XR, _own_rows(up.weight, shard_of(head)), 1.0, up)
 
 
 def _own_rows(weight_VR: Tensor, shard: VocabShard) -> Tensor:

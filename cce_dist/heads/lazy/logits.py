@@ -228,10 +228,10 @@ def _dispatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
         # A loss is made of probabilities, computed once here; without a graph they may be there to draw from.
         form = None if function in SOFTMAX and logits._source.with_graph() else record(logits._form, call)
         if form is not None:
-            term, source = call.operand(), logits._source
-            return LazyLogits(
-                source.with_adapter(term) if isinstance(term, LowRank) else source, (*logits._calls, call), form
-            )
+            if isinstance(term := call.operand(), LowRank):
+                source, term = logits._source.with_adapter(term)
+                return LazyLogits(source, (*logits._calls, Call(torch.add, (LOGITS, term), {})))
+            return LazyLogits(logits._source, (*logits._calls, call), form)
         if function in _SPLIT and (parts := _split(logits, call)):
             return parts
         if function is Tensor.__iter__ and logits.ndim > 1:

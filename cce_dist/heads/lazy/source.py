@@ -100,14 +100,15 @@ class Source:
         source._version = _version(hidden_XD)
         return source
 
-    def with_adapter(self, term: LowRank) -> "Source":
-        """The same call, its hidden states in the graph of an adapter too, as logits have it: see `in_graph_of`."""
-        trained = [x for x in (term.a_XR, term.rows_VR) if x.requires_grad]
-        if not (self.has_graph and trained):
-            return self
-        source = self.with_hidden(cast(Tensor, _WithParameters.apply(self.hidden_XD, *trained)))
+    def with_adapter(self, term: LowRank) -> "tuple[Source, LowRank]":
+        """The same call and an adapter of it, in one graph, as logits would have them: what waits for the gradient of
+        the hidden states, as FSDP2 does to gather the parameters again, waits for those of the adapter too."""
+        if not (self.has_graph and (term.a_XR.requires_grad or term.rows_VR.requires_grad)):
+            return self, term
+        hidden_XD, a_XR, rows_VR = _Joined.apply(self.hidden_XD, term.a_XR, term.rows_VR)
+        source = self.with_hidden(hidden_XD)
         source.passes_gradient = self.passes_gradient
-        return source
+        return source, term._replace(a_XR=a_XR, rows_VR=rows_VR)
 
     def form(self) -> LogitForm:
         """The call's logits, before anything was done to them.
@@ -387,6 +388,19 @@ class _WithParameters(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return (grad, *[None] * ctx.parameters)
+
+
+class _Joined(torch.autograd.Function):
+    """Identity, with one backward for all."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(x.detach() for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
 
 
 def _operands(form: LogitForm) -> tuple[Tensor, Tensor]:
