@@ -145,7 +145,8 @@ def differentiate(
 ) -> Gradients:
     """The gradient of what `Upstream` stands for; see `Filter` and `Gradients`.
 
-    ``onto_ND``, ``onto_NR``: what dE and an adapter's da are added to, in place. ``hidden_ready`` is not called: here dE is complete no sooner than dC.
+    ``onto_ND``, ``onto_NR``: what dE and an adapter's da are added to, in place. ``hidden_ready`` is not called: here dE
+    is complete no sooner than dC.
     """
     logits = _compacted(logits)
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
@@ -209,9 +210,7 @@ def add_rows(
     """
     bias_K = None if logits.bias_V is None else logits.bias_V[row_K]
     adapter_KR = None if logits.adapter_VR is None else logits.adapter_VR[row_K]
-    part = logits._replace(
-        weight_VD=logits.weight_VD[row_K], bias_V=bias_K, frequent_V=None, adapter_VR=adapter_KR
-    )
+    part = logits._replace(weight_VD=logits.weight_VD[row_K], bias_V=bias_K, frequent_V=None, adapter_VR=adapter_KR)
     dtype = logits.weight_VD.dtype if out.weight_VD is None else out.weight_VD.dtype
     hidden, weight, bias, adapter = (x is not None for x in out)
     wanted = Wanted(hidden, weight, bias, dtype, workspace_bytes, adapter=adapter)
@@ -351,8 +350,8 @@ def _add_tail(
     dbias_V: Tensor,
     weight_scale: Tensor,
 ) -> None:
-    """Adds R c̃ to dE (R b̃ to an adapter's da), π RᵀE to dC (π Rᵀa to dB), times ``weight_scale``, and π R to dbias; R_ti = a_i·mass_ti·(1 − k_ti), c̃_t = Σ π_j
-    c_j over tile t.
+    """Adds R c̃ to dE, π RᵀE to dC, times ``weight_scale``, and π R to dbias; R_ti = a_i·mass_ti·(1 − k_ti), c̃_t = Σ π_j
+    c_j over tile t. With an adapter the same of B: to da, and to dB in place of dC.
 
     With an upstream of the entropy, a_i + log_N·(the mean of log p over the tile, as if p lay over it like π).
     """

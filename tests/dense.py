@@ -204,7 +204,8 @@ def shares(logits: Logits, d: Dense, upstream: Upstream, eps: float) -> tuple[Te
 
 
 def gradients(logits: Logits, d: Dense, upstream: Upstream, filter_: Filter) -> tuple[Tensor, ...]:
-    """(dE, dC, dbias), or with an adapter (dE, dB, dbias, da), of the valid rows with the pair weights and the tail of ``filter_``, in fp64."""
+    """(dE, dC, dbias) of the valid rows, with an adapter (dE, dB, dbias, da), with the pair weights and the tail of
+    ``filter_``, in fp64."""
     num_valid, vocab = d.softmax_NV.shape
     b_N = upstream.target_N[:num_valid].double()
     share_NV, share_NT = shares(logits, d, upstream, filter_.eps)

@@ -96,7 +96,7 @@ def test_every_python_example_is_tested() -> None:
         "grpo",
     }  # that of GRPO in test_trl.py
     assert LOGPROBS.count("```python") == len(OF_LOGPROBS)
-    assert set(OF_OPTIONS) == {"accumulator", "class_weights", "token_weights", "several", "statistics"}
+    assert set(OF_OPTIONS) == {"accumulator", "adapter", "class_weights", "token_weights", "several", "statistics"}
     assert OPTIONS.count("```python") == len(OF_OPTIONS)
     assert set(OF_DISTILLATION) == {"online", "write", "read", "kept", "select", "gkd"}  # the last in test_trl.py
     assert DISTILLATION.count("```python") == len(OF_DISTILLATION)
@@ -154,6 +154,11 @@ def _options() -> None:
     told = _run_example("statistics", **given)
     assert torch.equal(told["predicted"].flatten(), logits.argmax(-1))
     assert told["accuracy"] == (logits.argmax(-1) == labels.flatten()).float().mean()
+    adapter = {"lora_a": torch.randn(4, HIDDEN), "lora_b": torch.randn(VOCAB, 4), "scaling": 0.5}
+    lora_b_rows = adapter["lora_b"][shard.start : shard.stop]
+    merged = weight + 0.5 * adapter["lora_b"] @ adapter["lora_a"]
+    with_adapter = _run_example("adapter", **given, **adapter, dropout=lambda x: x, lora_b_rows=lora_b_rows)["loss"]
+    torch.testing.assert_close(with_adapter, F.cross_entropy((hidden @ merged.T).flatten(0, 1), labels.flatten()))
     ahead = [
         F.cross_entropy((hidden @ weight.T)[:, :-shift].flatten(0, 1), labels[:, shift:].flatten())
         for shift in (1, 2, 3)

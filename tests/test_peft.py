@@ -154,6 +154,15 @@ def test_statistics_and_logprobs_of_lazy_logits_are_those_with_the_adapter() -> 
         lazy.sort(-1)
 
 
+def test_an_adapter_changed_before_its_logits_are_used_is_refused() -> None:
+    model = _after("llama", ON_HEAD)
+    logits = model(**{key: x for key, x in architectures.batch().items() if key != "labels"}).logits
+    with torch.no_grad():
+        model.get_output_embeddings().lora_B["default"].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="lora_B of the output layer has been changed"):
+        logits.logsumexp(-1)
+
+
 def test_real_logits_of_a_lazy_layer_are_those_with_the_adapter() -> None:
     stock, model = _adapted(architectures.build("llama"), ON_HEAD), _adapted(architectures.build("llama"), ON_HEAD)
     patch(model, gradient="exact")

@@ -166,8 +166,8 @@ def _check_adapter(model: nn.Module, config: Mapping[str, Any], mpu: Any) -> Non
         return
     if autotp_size(config) > 1 or tensor_parallel.tensor_parallel_size(mpu) > 1:
         raise TypeError(
-            "a LoRA adapter on the output layer is not supported with tensor parallelism: leave the output layer out of "
-            "the adapter's target_modules."
+            "a LoRA adapter on the output layer is not supported with tensor parallelism: leave the output layer out "
+            "of the adapter's target_modules."
         )
 
 

@@ -172,8 +172,8 @@ def _lora_around(model: nn.Module, head: nn.Module) -> nn.Module | None:
 
 
 _NO_LORA = (
-    "a LoRA adapter on the output layer is not supported with tp, over which nobody sums its gradients: leave the output "
-    "layer out of the adapter's target_modules."
+    "a LoRA adapter on the output layer is not supported with tp, over which nobody sums its gradients: leave the "
+    "output layer out of the adapter's target_modules."
 )
 
 

@@ -18,8 +18,8 @@ def output_layer(
 ) -> nn.Module:
     """The module that computes a model's logits: ``get_output_embeddings()``, or else ``lm_head``.
 
-    Of a layer that PEFT keeps copies of (``modules_to_save``) the copy of the active adapter, which is what runs; of one
-    with LoRA adapters the layer within.
+    Of a layer that PEFT keeps copies of (``modules_to_save``) the copy of the active adapter, which is what runs; of
+    one with LoRA adapters the layer within.
 
     Args:
         model: a Hugging Face model or one like it, also inside of DDP and PEFT.
@@ -90,8 +90,8 @@ def lora_attribute(layer: nn.Module, name: str) -> Any:
     except AttributeError as error:
         version = getattr(sys.modules.get("peft"), "__version__", "of an unknown version")
         raise RuntimeError(
-            f"cce_dist does not know how a LoRA layer of PEFT {version} works: it has no {name}. Use PEFT 0.21, which it "
-            "is tested on, or leave the output layer out of the adapter's target_modules."
+            f"cce_dist does not know how a LoRA layer of PEFT {version} works: it has no {name}. Use PEFT 0.21, which "
+            "it is tested on, or leave the output layer out of the adapter's target_modules."
         ) from error
 
 

@@ -19,14 +19,14 @@ Collectives of a call, with N tokens in all, n of each of W ranks, D hidden; fp3
 | FSDP x TP      | as own tokens: gathered over the token group,     | as own tokens, over the token group; then dE:  |
 |                | MAX and SUM over all                              | all-reduce [n, D] over those with equal tokens |
 
-An adapter's a is gathered as hidden is, da reduced as dE is, [.., R] each.
 With frequent rows ([K, D], `frequent`) on several ranks there are also, forward: SUM [K, D] in weight's dtype, beside
 the 8-bit pass, and 2 numbers in the MAX, which compare the choice; backward: SUM [K, D], beside the other rows.
 The 8-bit pass adds a MAX and a SUM of the same sizes before the refinement; a mean over ranks, a SUM of two fp64
 numbers in forward and of one in backward; label smoothing, a SUM [D + 2] in forward over the vocabulary group, and one
-number more of each token in backward (with an adapter, a SUM [R + 2] too); class weights, an all-gather of the labels over the token group and a SUM [N];
-statistics, another all-gather of hidden, a MAX, a SUM and a MIN of a few numbers a token, and for "rank" two SUMs
-more. Before all of them the hosts exchange seven integers.
+number more of each token in backward; class weights, an all-gather of the labels over the token group and a SUM [N];
+statistics, another all-gather of hidden, a MAX, a SUM and a MIN of a few numbers a token, and for "rank" two SUMs more.
+With an adapter a is gathered and da reduced as hidden and dE are, and there is a second SUM for label smoothing, [R +
+2], and for the frequent rows, [K, R]. Before all of them the hosts exchange seven integers.
 
 Shapes: n tokens of this rank, D hidden, V local rows of the classifier.
 """
@@ -122,10 +122,10 @@ def linear_cross_entropy(
             same tokens must bring the same labels, which is checked (on CUDA by a device-side assertion).
         bias: [V], this rank's.
         shard: which global rows these are, and the process groups. None: all rows, in this process alone.
-        adapter: (a [..., R], B [V, R]) of a low-rank adapter (LoRA, arXiv 2106.09685), R at most D: hidden · weightᵀ + a ·
-            Bᵀ takes the place of hidden · weightᵀ. a is this rank's tokens' (scaling · hidden · Aᵀ; what comes before is
-            the caller's graph), B has this rank's rows; both are cast to hidden's dtype and get gradients, and weight
-            must be frozen. Where ranks bring the same tokens, each must bring the same a.
+        adapter: (a [..., R], B [V, R]) of a low-rank adapter (LoRA, arXiv 2106.09685), R at most D: hidden · weightᵀ +
+            a · Bᵀ takes the place of hidden · weightᵀ. a = scaling · hidden · Aᵀ is the caller's, in autograd, of this
+            rank's tokens (where ranks bring the same ones, the same on each); B has this rank's rows. Both are cast to
+            hidden's dtype and get gradients; weight must be frozen.
         ignore_index: the label of tokens that have none.
         shift: position l of hidden is compared with label l + shift, along labels' last axis.
         softcap, logit_scale: None leaves them out.

@@ -249,9 +249,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 entropy_N if call.entropy is True else None,
                 inverse_temperature_N,
                 *((None, None, None) if mean is None else (mean.row_D, mean.weight, call.class_weights_V)),
-                adapter_NR,
-                adapter_VR,
-                None if adapter_mean is None else adapter_mean.row_D,
+                adapter_NR=adapter_NR,
+                adapter_VR=adapter_VR,
+                adapter_mean_R=None if adapter_mean is None else adapter_mean.row_D,
             )
             if frequent is not None and shard.vocab_group is None:
                 frequent = frequent._replace(rows_KD=None, bias_K=None, adapter_KR=None)  # they are here anyway
@@ -394,10 +394,10 @@ def _start_frequent(
         onto_ND=onto_MD,
         onto_NR=onto_MR,
     )
-    for onto, onto_part, own in ((onto_ND, onto_MD, part.hidden_ND), (onto_NR, onto_MR, part.adapter_NR)):
+    for onto, onto_part, of_part in ((onto_ND, onto_MD, part.hidden_ND), (onto_NR, onto_MR, part.adapter_NR)):
         if onto is not None and onto_part is None and onto.shape[0]:
-            assert own is not None
-            onto.index_add_(0, place_M, own)  # 0 of those that are not valid
+            assert of_part is not None
+            onto.index_add_(0, place_M, of_part)  # 0 of those that are not valid
     assert shard.vocab_group is not None
     sums = [None if x is None else start_all_reduce(x, shard.vocab_group) for x in part[1:3]]
     return lambda: Gradients(None, *(None if finish is None else finish() for finish in sums)), onto_ND, onto_NR
@@ -429,9 +429,7 @@ def logits_of(
     )
 
 
-def with_adapter(
-    logits: Logits, adapter_NR: Tensor | None, adapter_VR: Tensor | None, shard: VocabShard
-) -> Logits:
+def with_adapter(logits: Logits, adapter_NR: Tensor | None, adapter_VR: Tensor | None, shard: VocabShard) -> Logits:
     """The same with an adapter's operands, if there is one."""
     if adapter_NR is None or adapter_VR is None:
         return logits

@@ -458,7 +458,9 @@ def check_adapter(given: Any, hidden: Tensor, weight_VD: Tensor, settings: Token
     rule = "adapter must be None or (a, B), two plain tensors of floats"
     if not (isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(x, Tensor) for x in given)):
         raise TypeError(f"{rule}; got {type(given).__name__}.")
-    _require(not isinstance(hidden, DTensor), "adapter goes with plain hidden states; pass their to_local()", "a DTensor")
+    _require(
+        not isinstance(hidden, DTensor), "adapter goes with plain hidden states; pass their to_local()", "a DTensor"
+    )
     a, b = given
     for x in (a, b):
         if isinstance(x, DTensor) or x.dtype not in _DTYPES:
@@ -467,8 +469,8 @@ def check_adapter(given: Any, hidden: Tensor, weight_VD: Tensor, settings: Token
     expected = [*hidden.shape[:-1], b.shape[-1] if b.ndim == 2 else "R"]
     _require(
         b.ndim == 2 and b.shape[0] == weight_VD.shape[0] and list(a.shape) == expected and b.shape[1] > 0,
-        f"adapter must be (a {expected}, B [{weight_VD.shape[0]}, R]): one row of a for each token, of B for each row of "
-        "weight",
+        f"adapter must be (a {expected}, B [{weight_VD.shape[0]}, R]): one row of a for each token, of B for each row "
+        "of weight",
         f"a {list(a.shape)} and B {list(b.shape)}",
     )
     _require(
@@ -478,7 +480,7 @@ def check_adapter(given: Any, hidden: Tensor, weight_VD: Tensor, settings: Token
     )
     _require(
         not (torch.is_grad_enabled() and weight_VD.requires_grad),
-        "adapter goes with a frozen weight: only the adapter's gradient is computed. Call weight.requires_grad_(False), "
+        "adapter goes with a frozen weight: only the adapter's gradient is computed. Call weight.requires_grad_(False) "
         "or leave the adapter out",
         "a weight that requires a gradient",
     )

@@ -6,13 +6,14 @@ of these are the reference.
 Shapes: D hidden, R rank of the adapter, V rows.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ranks import RankPool
 from reference import (
@@ -96,11 +97,11 @@ def test_an_adapter_matches_full_logits(
     _assert_no_worse(problem, backend=backend, **mode)
 
 
-@pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize("frequent_rows", [0, 40])
+@pytest.mark.full
+@pytest.mark.parametrize(("softcap", "frequent_rows"), [(None, 0), (30.0, 40)])
 def test_an_adapter_goes_with_the_8_bit_pass(softcap: float | None, frequent_rows: int) -> None:
-    """The adapter's products stay in 16 bits: a bias that it makes up alone has no error of 8 bits."""
-    problem = make_problem(((60,),), 700, D + R, dtype=torch.float16, softcap=softcap, lse_gradient=True)
+    """Its products stay in 16 bits: of logits that are the adapter's alone nothing has an error of 8 bits."""
+    problem = make_problem(((40,),), 500, D + R, dtype=torch.float16, softcap=softcap, lse_gradient=True)
     mode = {"gradient": "unbiased", "filter_eps": 2.0**-10, "frequent_rows": frequent_rows, "backend": "triton"}
     full = _outcome(problem, 0, None, {**mode, "first_pass": "full"})
     fast = _outcome(problem, 0, None, {**mode, "first_pass": "fp8"})
@@ -109,7 +110,6 @@ def test_an_adapter_goes_with_the_8_bit_pass(softcap: float | None, frequent_row
     truth = plain_outcome(problem, torch.float64)
     assert relative_error(fast.dhidden[0], truth.dhidden[0]) < 2e-2
     assert relative_error(fast.dweight[0], truth.dweight[0][:, D:]) < 2e-2
-    # Of logits that are the adapter's alone nothing is estimated.
     alone = replace(problem, hidden=(torch.cat((0 * problem.hidden[0][..., :D], problem.hidden[0][..., D:]), -1),))
     got, wanted = (_outcome(alone, 0, None, {**mode, "first_pass": x}).lse[0] for x in ("fp8", "full"))
     assert relative_error(got, wanted) < 2e-4
@@ -156,14 +156,21 @@ def test_a_rank_without_rows_takes_part(ranks: RankPool, layout: Layout, backend
 
 
 @pytest.mark.full
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=20,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     world=st.integers(1, 4),
     layout=st.sampled_from(["replicated", "sharded"]),
     vocab=st.integers(4, 400),
     mode=st.sampled_from(sorted(MODES)),
     backend=st.sampled_from(["torch", "triton"]),
-    dtype=st.sampled_from(TRITON_DTYPES),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
     cap=st.sampled_from([None, 4.0]),
     smoothing=st.sampled_from([0.0, 0.3]),
     bias=st.booleans(),
@@ -216,8 +223,8 @@ def test_only_what_trains_gets_a_gradient(backend: str) -> None:
     everything = torch.autograd.grad(loss, (hidden, a, b))
     for kept in range(3):
         parts = [x.detach().requires_grad_(i == kept) for i, x in enumerate((hidden, a, b))]
-        again = linear_cross_entropy(parts[0], weight, labels, adapter=(parts[1], parts[2]), backend=backend, gradient="exact")
-        again.backward()
+        given: dict[str, Any] = {"adapter": (parts[1], parts[2]), "backend": backend, "gradient": "exact"}
+        linear_cross_entropy(parts[0], weight, labels, **given).backward()
         assert [x.grad is not None for x in parts] == [i == kept for i in range(3)]
         assert relative_error(parts[kept].grad, everything[kept]) < 1e-5
 
@@ -229,23 +236,53 @@ def test_an_adapter_in_fp32_beside_16_bits_keeps_its_dtype() -> None:
     assert (grad_of(hidden).dtype, grad_of(a).dtype, grad_of(b).dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
+def _step(tokens: int, vocab: int, hidden_size: int, rank: int, dtype: torch.dtype, **given: Any) -> Callable[[], None]:
+    """One step of a frozen classifier, with an adapter of that rank or, 0, without."""
+    draw = torch.Generator(device=DEVICE).manual_seed(0)
+    hidden, weight, a, b = (
+        torch.randn(*shape, generator=draw, device=DEVICE, dtype=dtype) / shape[1] ** 0.5
+        for shape in ((tokens, hidden_size), (vocab, hidden_size), (tokens, max(rank, 1)), (vocab, max(rank, 1)))
+    )
+    labels = torch.randint(vocab, (tokens,), generator=draw, device=DEVICE)
+    hidden, adapter = leaf(hidden), (leaf(a), leaf(b)) if rank else None
+
+    def run() -> None:
+        linear_cross_entropy(hidden, weight, labels, adapter=adapter, **given).backward()
+        for x in (hidden, *(adapter or ())):
+            x.grad = None
+
+    return run
+
+
 @every_backend
 def test_no_copy_of_the_classifier_nor_a_gradient_of_its_size_is_made(backend: str) -> None:
-    draw = torch.Generator(device=DEVICE).manual_seed(0)
     made = []
-    for rank in (0, 8):
-        hidden = leaf(torch.randn(64, 256, generator=draw, device=DEVICE))
-        weight = torch.randn(3000, 256, generator=draw, device=DEVICE) / 16
-        a, b = (leaf(torch.randn(n, max(rank, 1), generator=draw, device=DEVICE)) for n in (64, 3000))
-        labels = torch.randint(3000, (64,), generator=draw, device=DEVICE)
-        given: dict[str, Any] = {"adapter": (a, b)} if rank else {}
+    for rank in (0, 4):
+        step = _step(64, 2000, 256, rank, torch.float32, backend=backend, gradient="filtered", filter_eps=1e-2)
         with LargestNewTensor() as watch:
-            loss = linear_cross_entropy(
-                hidden, weight, labels, backend=backend, gradient="unbiased", workspace_mb=1, filter_eps=1e-3, **given
-            )
-            loss.backward()
+            step()
         made.append(watch.largest)
-    assert made[1] <= 1.02 * made[0], made
+    assert made[1] <= 1.02 * made[0] < 4 * 2000 * 256, made
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("frequent_rows", [0, None])
+@pytest.mark.parametrize("first_pass", ["full", "auto"])
+@pytest.mark.parametrize("gradient", ["exact", "unbiased"])
+def test_the_peak_is_at_most_2_percent_above_that_without_an_adapter(
+    gradient: str, first_pass: str, frequent_rows: int | None
+) -> None:
+    """Of all that is allocated in a step, the classifier included; the adapter and its gradient, 2·V·R, are counted."""
+    peaks = []
+    for rank in (0, 16):
+        given = {"gradient": gradient, "first_pass": first_pass, "frequent_rows": frequent_rows}
+        step = _step(8192, 131072, 2304, rank, torch.bfloat16, **given)
+        step()  # what is allocated once
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peaks.append(torch.cuda.max_memory_allocated())
+        del step
+    assert peaks[1] <= 1.02 * peaks[0], peaks
 
 
 def _refused(**changes: Any) -> Any:
@@ -257,7 +294,7 @@ def _refused(**changes: Any) -> Any:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no pair": ({"adapter": torch.zeros(3)}, r"adapter must be None or \(a, B\)"),
     "integers": ({"adapter": (torch.zeros(31, R).long(), torch.zeros(300, R))}, "adapter must be None or"),
-    "other tokens": ({"adapter": (torch.zeros(30, R), torch.zeros(300, R))}, r"adapter must be \(a \[31, 5\], B \[300, R\]\)"),
+    "other tokens": ({"adapter": (torch.zeros(30, R), torch.zeros(300, R))}, r"\(a \[31, 5\], B \[300, R\]\)"),
     "other rows": ({"adapter": (torch.zeros(31, R), torch.zeros(299, R))}, "one row of a for each token"),
     "more columns than hidden": ({"adapter": (torch.zeros(31, 25), torch.zeros(300, 25))}, "at most hidden's number"),
     "a weight that trains": ({"weight": torch.zeros(300, D, requires_grad=True)}, "adapter goes with a frozen weight"),
@@ -285,7 +322,7 @@ def _unequal(with_adapter: int) -> str:
     assert world is not None
     shard = VocabShard.even(300, world)
     given = (a, local_rows(b, shard)) if dist.get_rank() < with_adapter else None
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="rank") as caught:
         linear_cross_entropy(hidden, local_rows(weight, shard), labels, shard=shard, adapter=given)
     return str(caught.value)
 

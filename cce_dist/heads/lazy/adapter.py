@@ -2,10 +2,11 @@
 
 PEFT's own forward runs, so that it alone decides which adapters are active, merged or disabled, and what dropout does:
 ``result + lora_B(lora_A(dropout(x))) * scaling``. Inside of it, of the product with ``lora_B`` the operands are kept in
-place of logits (`LowRank`), if the layer within has just given lazy logits; their sum is lazy again. B is the framework's
-parameter like any other, gathered by its hooks. What the loss takes of it are this rank's rows; the gradient of each
-rank is that of its own rows, zero elsewhere, so that a sum over the ranks, which DDP, FSDP2 and DeepSpeed make of every
-gradient, completes it.
+place of logits (`LowRank`), if the layer within has just given lazy logits; their sum is lazy again.
+
+B is the framework's parameter like any other, gathered by its hooks. What the loss takes of it are this rank's rows; the
+gradient of each rank is that of its own rows, zero elsewhere, so that a sum over the ranks, which DDP, FSDP2 and
+DeepSpeed make of every gradient, completes it.
 
 Shapes: X any leading dimensions, R rank of the adapter, V rows of the classifier, Vl those of this rank.
 """
@@ -24,6 +25,7 @@ from cce_dist.heads.find import is_lora, lora_attribute
 from cce_dist.heads.lazy.form import LowRank
 from cce_dist.heads.lazy.head import fused_evaluation, is_lazy, lazy_calls, shard_of
 from cce_dist.heads.lazy.logits import LazyLogits
+from cce_dist.heads.lazy.source import version_of
 from cce_dist.loss import TokenLogprobs
 from cce_dist.shard import VocabShard
 
@@ -64,7 +66,7 @@ def make_adapted(layer: nn.Module | None) -> None:
             "a LoRA adapter on an output layer that tensor parallelism shards is not supported: each rank would find "
             "the gradient of its own rows of lora_B alone. Leave the output layer out of the adapter's target_modules."
         )
-    stock = type(layer)
+    stock: type[nn.Module] = type(layer)
     layer.__class__ = type(f"CCE{stock.__name__}", (_Adapted, stock), {"_cce_stock": stock})
 
 
@@ -80,7 +82,7 @@ class _Adapted(nn.Module):
     _cce_stock: ClassVar[type[nn.Module]]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        forward = cast(Callable[..., Any], super().forward)
+        forward: Callable[..., Any] = super().forward
         of_batch = kwargs.get("adapter_names") is not None  # one for each sequence: their logits are put together
         has_variant = any(name in self.lora_variant for name in self.active_adapters)  # type: ignore[operator, union-attr]
         if of_batch or has_variant:
@@ -123,12 +125,13 @@ def _forward(layer: Any, forward: Callable[..., Any], x: Tensor, args: Any, kwar
             del up.forward
 
 
-def _kept(up: nn.Linear, head: nn.Module, calls: int, a_XR: Tensor) -> Any:
+def _kept(up: Any, head: nn.Module, calls: int, a_XR: Tensor) -> Any:
     """The forward of a lora_B inside of its layer's: what it would multiply, if the head has given lazy logits since
     ``calls``."""
     if lazy_calls(head) == calls or up.bias is not None or isinstance(a_XR, DTensor):
         return type(up).forward(up, a_XR)
-    return LowRank(a_XR, _own_rows(up.weight, shard_of(head)), 1.0, up)
+    rows_VR = _own_rows(up.weight, shard_of(head))
+    return LowRank(a_XR, rows_VR, 1.0, up, version_of(rows_VR))
 
 
 def _own_rows(weight_VR: Tensor, shard: VocabShard) -> Tensor:

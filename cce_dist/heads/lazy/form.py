@@ -29,19 +29,22 @@ class LowRank(NamedTuple):  # type: ignore[misc]  # a tuple's product is another
     Attributes:
         rows_VR: this rank's rows of B.
         up: the module that has the whole of B, for real logits.
+        version: of rows_VR, see `source.version_of`.
     """
 
     a_XR: Tensor
     rows_VR: Tensor
     factor: float
     up: Callable[[Tensor], Tensor]
+    version: int | None = None
 
     def __mul__(self, factor: Any) -> Any:
         if not isinstance(factor, (int, float)):
             return NotImplemented
         return self._replace(factor=self.factor * factor)
 
-    __rmul__ = __mul__
+    def __rmul__(self, factor: Any) -> Any:
+        return self * factor
 
     def __radd__(self, logits: Tensor) -> Tensor:
         """Real ones."""

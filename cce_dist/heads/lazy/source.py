@@ -84,7 +84,7 @@ class Source:
         self._real: tuple[Tensor, bool] | None = None
         self._statistics: list[tuple[LogitForm, TokenStatistics]] = []
         self._measured: list[tuple[LogitForm, bool, TokenLogprobs]] = []
-        self._version = _version(self.hidden_XD)
+        self._version = version_of(self.hidden_XD)
 
     @property
     def shard(self) -> VocabShard:
@@ -97,7 +97,7 @@ class Source:
         source = copy.copy(self)
         source.hidden_XD, source._real, source._statistics, source._measured = hidden_XD, None, [], []
         source.passes_gradient = hidden_XD.requires_grad
-        source._version = _version(hidden_XD)
+        source._version = version_of(hidden_XD)
         return source
 
     def with_adapter(self, term: LowRank) -> "tuple[Source, LowRank]":
@@ -317,7 +317,7 @@ class _RowsOfCall:
             weight_RD, bias_R = self._read()
             self._whole = (weight_RD, bias_R)
             self.shard = self._owner.shard_of(weight_RD)
-            self._versions = [_version(x) for x in self._whole]
+            self._versions = [version_of(x) for x in self._whole]
         elif self._parameters[0] is None or (self._parameters[1] is None and getattr(head, "bias", None) is not None):
             raise RuntimeError(
                 "the weight or bias of this output layer is computed for each call (by a parametrization, pruning or "
@@ -404,7 +404,16 @@ class _Joined(torch.autograd.Function):
 
 
 def _operands(form: LogitForm) -> tuple[Tensor, Tensor]:
-    """(a [X, R], B [Vl, R]) of all adapters together, side by side."""
+    """(a [X, R], B [Vl, R]) of all adapters together, side by side.
+
+    Raises:
+        RuntimeError: B has been changed in place since the call.
+    """
+    if any(_is_changed(adapter.term.rows_VR, adapter.term.version) for adapter in form.adapters):
+        raise RuntimeError(
+            "lora_B of the output layer has been changed in place between its call and the use of its logits (by an "
+            "optimizer's step, for instance): use the logits before."
+        )
     a = [adapter.a_XR if adapter.ratio == 1.0 else adapter.a_XR * adapter.ratio for adapter in form.adapters]
     rows = [adapter.term.rows_VR for adapter in form.adapters]
     return (a[0], rows[0]) if len(a) == 1 else (torch.cat(a, -1), torch.cat(rows, -1))
@@ -422,16 +431,20 @@ def _same_terms(one: LogitForm, other: LogitForm) -> bool:
     """Whether two forms make the same logits of the same hidden states."""
     same_biases = [id(x) for x in one.biases] == [id(x) for x in other.biases]
     adapters = [[(id(x.term.a_XR), id(x.term.rows_VR), x.ratio) for x in form.adapters] for form in (one, other)]
-    return same_biases and adapters[0] == adapters[1] and (one.rows, one.scale, one.cap) == (other.rows, other.scale, other.cap)
+    return (
+        same_biases
+        and adapters[0] == adapters[1]
+        and (one.rows, one.scale, one.cap) == (other.rows, other.scale, other.cap)
+    )
 
 
-def _version(x: Tensor | None) -> int | None:
+def version_of(x: Tensor | None) -> int | None:
     """Counts the changes of a tensor in place; None where that is not known."""
     return None if x is None or torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _is_changed(x: Tensor | None, before: int | None) -> bool:
-    return before is not None and _version(x) not in (before, None)
+    return before is not None and version_of(x) not in (before, None)
 
 
 def _local_rows(values_V: Tensor, shard: VocabShard) -> Tensor:
