@@ -145,8 +145,8 @@ def differentiate(
 ) -> Gradients:
     """The gradient of what `Upstream` stands for; see `Filter` and `Gradients`.
 
-    ``onto_ND``, ``onto_NR``: what dE and an adapter's da are added to, in place. ``hidden_ready`` is not called: here dE
-    is complete no sooner than dC.
+    ``onto_ND``, ``onto_NR``: what dE and an adapter's da are added to, in place. ``hidden_ready`` is not called: here
+    dE is complete no sooner than dC.
     """
     logits = _compacted(logits)
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD

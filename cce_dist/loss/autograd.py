@@ -127,9 +127,9 @@ class Saved(NamedTuple):
     mean_row_D: Tensor | None
     mean_class_weight: Tensor | None
     class_weights_V: Tensor | None
-    adapter_NR: Tensor | None
-    adapter_VR: Tensor | None
-    adapter_mean_R: Tensor | None
+    adapter_NR: Tensor | None = None
+    adapter_VR: Tensor | None = None
+    adapter_mean_R: Tensor | None = None
 
     @property
     def order(self) -> Order:
@@ -249,10 +249,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                 entropy_N if call.entropy is True else None,
                 inverse_temperature_N,
                 *((None, None, None) if mean is None else (mean.row_D, mean.weight, call.class_weights_V)),
-                adapter_NR=adapter_NR,
-                adapter_VR=adapter_VR,
-                adapter_mean_R=None if adapter_mean is None else adapter_mean.row_D,
             )
+            if adapter_NR is not None:
+                mean_R = None if adapter_mean is None else adapter_mean.row_D
+                saved = saved._replace(adapter_NR=adapter_NR, adapter_VR=adapter_VR, adapter_mean_R=mean_R)
             if frequent is not None and shard.vocab_group is None:
                 frequent = frequent._replace(rows_KD=None, bias_K=None, adapter_KR=None)  # they are here anyway
             ctx.save_for_backward(*saved, *(frequent or _NOT_FREQUENT))

@@ -4,8 +4,8 @@ PEFT's own forward runs, so that it alone decides which adapters are active, mer
 ``result + lora_B(lora_A(dropout(x))) * scaling``. Inside of it, of the product with ``lora_B`` the operands are kept in
 place of logits (`LowRank`), if the layer within has just given lazy logits; their sum is lazy again.
 
-B is the framework's parameter like any other, gathered by its hooks. What the loss takes of it are this rank's rows; the
-gradient of each rank is that of its own rows, zero elsewhere, so that a sum over the ranks, which DDP, FSDP2 and
+B is the framework's parameter like any other, gathered by its hooks. What the loss takes of it are this rank's rows;
+the gradient of each rank is that of its own rows, zero elsewhere, so that a sum over the ranks, which DDP, FSDP2 and
 DeepSpeed make of every gradient, completes it.
 
 Shapes: X any leading dimensions, R rank of the adapter, V rows of the classifier, Vl those of this rank.
@@ -66,14 +66,14 @@ def make_adapted(layer: nn.Module | None) -> None:
             "a LoRA adapter on an output layer that tensor parallelism shards is not supported: each rank would find "
             "the gradient of its own rows of lora_B alone. Leave the output layer out of the adapter's target_modules."
         )
-    stock: type[nn.Module] = type(layer)
+    stock = type(layer)
     layer.__class__ = type(f"CCE{stock.__name__}", (_Adapted, stock), {"_cce_stock": stock})
 
 
 def make_plain(layer: nn.Module) -> None:
     """Undoes `make_adapted`, if it has been here."""
     if isinstance(layer, _Adapted):
-        layer.__class__ = layer._cce_stock
+        cast(Any, layer).__class__ = layer._cce_stock
 
 
 class _Adapted(nn.Module):
