@@ -51,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "more rows than are sampled": {"rows": 150, "vocab": 300},
     "D no multiple of a block": {"hidden_size": 45},
     "adapter": {"adapter": 5, "softcap": 6.0, "num_valid": 25},
-    "adapter of more columns than a step": {"adapter": 21, "hidden_size": 45},
+    "adapter of more columns than a step": {"adapter": 21, "hidden_size": 45, "rows": 12},
 }
 every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 
