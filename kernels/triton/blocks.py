@@ -44,7 +44,8 @@ def load_rows(source, rows, use, column, columns, stride, COLUMNS: tl.constexpr)
 def add_adapter(products, operands, token, use, columns, factor, PRECISION: tl.constexpr):
     """Adds a·B·factor of an adapter, if there is one, to [ROWS, COLUMNS] of the given tokens and columns.
 
-    In steps of 16, the least that a product takes: B is small, and never copied.
+    In steps of 16, the least that a product takes: B is small, and never copied. Before the products over D, while no
+    registers are full of these.
     """
     if operands.adapter_NR is not None:
         for r in tl.range(0, operands.R, BLOCK_R, num_stages=1):
@@ -72,11 +73,12 @@ def products_of_rows(
 ):
     """[ROWS, TILE] products e·c (and a·B) of the given hidden states with all rows of a classifier tile."""
     products = tl.zeros([ROWS, TILE], tl.float32)
+    products = add_adapter(products, operands, rows, use, tile * TILE + tl.arange(0, TILE), None, PRECISION)
     for d in tl.range(0, operands.D, BLOCK_D, num_stages=STAGES):
         e = load_rows(operands.hidden, rows, use, d, operands.D, operands.stride_hidden, BLOCK_D)
         c = load_block(weight, tile * TILE, d, operands.V, operands.D, operands.stride_weight, TILE, BLOCK_D, TMA)
         products = tl.dot(e, c.T, products, input_precision=PRECISION)
-    return add_adapter(products, operands, rows, use, tile * TILE + tl.arange(0, TILE), None, PRECISION)
+    return products
 
 
 @triton.jit

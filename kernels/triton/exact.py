@@ -53,14 +53,13 @@ def _probability_kernel(
     columns = first_column + chunk_range
     p = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     if row < n_valid:
+        if operands.adapter_NR is not None:
+            token = tl.load(operands.token_N + n, mask=n < n_valid, other=0)
+            p = add_adapter(p, operands, token, n < n_valid, columns, None, PRECISION)
         for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
             c = load_block(weight, first_column + column, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
             p = tl.dot(e, c.T, p, input_precision=PRECISION)
-        token = n
-        if operands.adapter_NR is not None:
-            token = tl.load(operands.token_N + n, mask=n < n_valid, other=0)
-        p = add_adapter(p, operands, token, n < n_valid, columns, None, PRECISION)
         z, slope = logits_of(operands, p, columns, n, n < n_valid)
         p = probabilities(operands, upstream, normaliser, z, slope, n, n < n_valid, columns, headroom)
     pointers = p_Nv + n[:, None].to(tl.int64) * chunk_columns + chunk_range[None, :]

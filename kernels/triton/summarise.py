@@ -76,7 +76,6 @@ def _block_logits(
             operands, in_8_bits, products, columns, row_scale_n, offset_n, variance_n, token_n, valid, PRECISION
         )
     else:
-        products = add_adapter(products, operands, token_n, valid, columns, None, PRECISION)
         z, _slope = logits_of(operands, products, columns, n, valid)
     return z
 
@@ -226,6 +225,9 @@ def _summarise_kernel(
         else:
             for block in range(first_column_block, first_column_block + blocks):
                 products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+                if in_8_bits is None:
+                    columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
+                    products = add_adapter(products, operands, token_n, n < n_valid, columns, None, PRECISION)
                 for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
                     e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
                     c = load_block(weight, block * BLOCK_V, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
@@ -426,7 +428,7 @@ def launch(
         TMA=tma,
         PRECISION=precision(logits),
         STAGES=tuning.stages,
-        FLAT=tuning.flat_below >= operands.D and logits.adapter_NR is None,  # its blocks would need memory beside
+        FLAT=tuning.flat_below >= operands.D and logits.adapter_NR is None,
         ENTROPY=partials.weighted_SN is not None,
         num_warps=tuning.warps,
         **LAUNCH,
