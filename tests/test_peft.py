@@ -535,3 +535,44 @@ def test_the_gradients_of_lora_on_a_sharded_output_layer_are_those_of_one_proces
         assert got.keys() == wanted.keys()
         for key, gradient in wanted.items():
             assert (got[key] - gradient).norm() <= 5e-5 * gradient.norm(), key
+
+
+def _generated_under_fsdp2() -> tuple[Tensor, Tensor]:
+    from cce_dist.fsdp import shard_head
+
+    model = _adapted(architectures.build("llama"), ON_HEAD)
+    mesh = init_device_mesh("cpu", (2,))
+    shard_head(model, mesh, config=EXACT)
+    fully_shard(model, mesh=mesh)
+    return _generated(model)
+
+
+@torch.no_grad()
+def _generated(model: Any) -> tuple[Tensor, Tensor]:
+    model.eval()
+    ids = architectures.batch()["input_ids"][:1, :5]
+    asked = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    return model(input_ids=ids).logits, model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **asked)
+
+
+@pytest.mark.full
+def test_a_sharded_output_layer_with_lora_generates_by_real_logits(ranks: RankPool) -> None:
+    wanted = _generated(_adapted(architectures.build("llama"), ON_HEAD))
+    for logits, ids in ranks.run(2, _generated_under_fsdp2, timeout=120):
+        torch.testing.assert_close(logits, wanted[0], rtol=1e-4, atol=1e-6)
+        assert torch.equal(ids, wanted[1])
+
+
+def _over_tensor_parallelism() -> str:
+    from cce_dist.fsdp import shard_head
+
+    model = _adapted(architectures.build("llama"), ON_HEAD)
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("fsdp", "tp"))
+    with pytest.raises(TypeError, match="LoRA adapter on the output layer is not supported with tp") as caught:
+        shard_head(model, mesh["fsdp"], tp=mesh["tp"], config=EXACT)
+    return str(caught.value)
+
+
+@pytest.mark.full
+def test_tensor_parallelism_of_an_output_layer_with_lora_is_refused_by_name(ranks: RankPool) -> None:
+    assert all(ranks.run(2, _over_tensor_parallelism, timeout=120))
