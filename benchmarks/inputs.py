@@ -54,6 +54,20 @@ def load_tokens(path: Path, vocab_size: int, dense: bool = False) -> np.ndarray:
     return rank if dense else rank * vocab_size // len(distinct)
 
 
+def tokens_for(path: Path, vocab_size: int) -> np.ndarray:
+    """`load_tokens`, but of more distinct ids than ``vocab_size`` the rarest become one."""
+    ids = load_tokens(path, 1 << 31)
+    distinct, rank, count = np.unique(ids, return_inverse=True, return_counts=True)
+    if ids.max() < vocab_size:
+        return ids
+    if len(distinct) > vocab_size:
+        kept = np.sort(np.argsort(-count, kind="stable")[: vocab_size - 1])
+        place = np.full(len(distinct), vocab_size - 1)
+        place[kept] = np.arange(vocab_size - 1)
+        return place[rank]
+    return rank * vocab_size // len(distinct)
+
+
 class _Model(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()

@@ -6,7 +6,9 @@ Per method: milliseconds and multiples of one cuBLAS bf16 product of the log-pro
 forward and backward of a policy's loss, Σ u·logprob + v·entropy with random u and v; peak bytes beyond the gradients;
 the largest and the relative errors of both, and the relative errors of dE and dC, against fp64 logits. ``--eps`` adds
 the default mode at those values of filter_eps, from which its own is chosen. Of ``exact_sums``, which gives no entropy:
-the time without a gradient, and the largest error. The result is a JSON file.
+the time without a gradient, and the largest error. Of ``fp32_head``, a classifier in fp32 beside the same hidden
+states: times of both modes beside those of a head in bf16, and errors against fp64 logits of the fp32 rows, also of a
+head whose rows are rounded to bf16, and of the library's fp32 product. The result is a JSON file.
 
 Shapes: N tokens, D hidden, V vocabulary; n tokens of a chunk.
 """
@@ -152,6 +154,52 @@ def measure_accuracy(method: Method, inputs: Inputs, true: Truth) -> dict[str, f
     return values | errors((found[0].detach(), found[1].detach()), true)
 
 
+def _fp32_chunks(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Outputs:
+    """As trainers do with a head in fp32."""
+    return _chunks(hidden_ND.float(), weight_VD, labels_N)
+
+
+def fp32_head(inputs: Inputs, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times and errors of a head in fp32, whose rows are those of the inputs and bits that bf16 has not."""
+    device, labels_N = arguments.device, inputs.labels_N
+    draw = torch.Generator(device).manual_seed(0)
+    of_bf16_VD = inputs.weight_VD.float()
+    below_VD = torch.rand(of_bf16_VD.shape, generator=draw, device=device).sub_(0.5).mul_(2.0**-8)
+    wide = inputs._replace(weight_VD=of_bf16_VD.addcmul_(of_bf16_VD, below_VD))
+    del below_VD
+    true = truth(wide)
+    sparse = None if device == "cuda" else "unbiased"
+    settings: dict[str, dict[str, Any]] = {"default": {"gradient": sparse}, "exact": {"gradient": "exact"}}
+    methods: dict[str, Method] = {
+        f"fp32_head {x}": _ours(inputs=wide, entropy=True, fp32_head=True, **settings[x]) for x in settings
+    }
+    methods |= {f"rounded rows {x}": _ours(inputs=wide, entropy=True, **settings[x]) for x in settings}
+    results: dict[str, dict[str, Any]] = {name: dict(measure_accuracy(m, wide, true)) for name, m in methods.items()}
+    error = (fp32_logprobs(wide.hidden_ND.float(), wide.weight_VD, labels_N) - true.logprob_N).abs().max().item()
+    del true
+    plain = {f"bf16 head {x}": _ours(inputs=inputs, entropy=True, first_pass="full", **settings[x]) for x in settings}
+    runs: dict[str, Callable[[], Any]] = {"gemm": lambda: inputs.hidden_ND @ inputs.weight_VD.T}
+    for name, of in (("bf16 head", inputs), ("fp32_head", wide)):
+        only = _ours(None, of, False, fp32_head=of is wide)
+        runs[f"{name} without"] = lambda only=only, of=of: _without_gradient(only, of)
+    for name, method, of in (
+        *((name, method, inputs) for name, method in plain.items()),
+        *((name, methods[name], wide) for name in ("fp32_head default", "fp32_head exact")),
+        ("chunks of fp32 logits", _fp32_chunks, wide),
+    ):
+        hidden_ND, weight_VD = (x.detach().requires_grad_() for x in of[:2])
+        runs[name] = lambda m=method, e=hidden_ND, c=weight_VD: torch.autograd.grad(
+            objective(m(e, c, labels_N), labels_N, "policy"), (e, c)
+        )
+    times = interleaved_ms(runs, arguments.rounds, device)
+    return {
+        "times_x": {name: ms / times["gemm"] for name, ms in times.items()},
+        "of_bf16": {x: times[f"fp32_head {x}"] / times[f"bf16 head {x}"] for x in ("without", *settings)},
+        "fp32_product_largest_error": error,
+        "methods": results,
+    }
+
+
 def benchmark(shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
     device, phases = arguments.device, Phases()
     inputs = trained_inputs(
@@ -204,6 +252,9 @@ def benchmark(shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
     for name in without:
         results[name]["without_gradient_x"] = times[f"{name} without"] / times["gemm"]
     phases.done("times")
+    both.clear(), without.clear(), runs.clear()
+    in_fp32 = fp32_head(inputs, arguments)
+    phases.done("a head in fp32")
     return {
         **shape._asdict(),
         "model_loss": inputs.loss,
@@ -213,6 +264,7 @@ def benchmark(shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
             "without_gradient_x": times["exact_sums"] / times["gemm"],
             "logprob_largest_error": exact_error,
         },
+        "fp32_head": in_fp32,
         "methods": results,
     }
 
@@ -239,6 +291,16 @@ def print_table(name: str, result: dict[str, Any]) -> None:
             continue
         without = f"{row['without_gradient_x']:8.2f}x" if "without_gradient_x" in row else " " * 9
         print(f"{method:22s}{without}{row['both_x']:7.2f}x{row['launch_ms']:6.1f} ms{row['peak_mb']:7.0f}", end="")
+        print("".join(f"{row[f'{column}_error']:16.1e}" for column in columns))
+    wide = result["fp32_head"]
+    print(
+        f"a head in fp32: {', '.join(f'{key} {x:.2f}' for key, x in wide['of_bf16'].items())} times a head in bf16; ",
+        end="",
+    )
+    print(", ".join(f"{key} {x:.2f}x" for key, x in wide["times_x"].items()))
+    print(f"largest error of the library's fp32 product {wide['fp32_product_largest_error']:.1e}")
+    for method, row in wide["methods"].items():
+        print(f"{method:22s}{'':17s}{'':9s}{row['peak_mb']:7.0f}", end="")
         print("".join(f"{row[f'{column}_error']:16.1e}" for column in columns))
 
 

@@ -42,13 +42,15 @@ def overlap_ms(kernels: Iterable[tuple[str, float, float]]) -> dict[str, float]:
     return {f"{name}_ms": us / 1e3 for name, us in found.items()}
 
 
-def profiled_ms(run: Callable[[], Any]) -> dict[str, float]:
-    """`overlap_ms` of one run on this rank's GPU; all ranks make the call."""
+def profiled_ms(run: Callable[[], Any], launches_hidden: bool = True) -> dict[str, float]:
+    """`overlap_ms` of one run on this rank's GPU; all ranks make the call. Without hidden launches the span is the
+    run's own, and what of it is neither busy nor exposed is waiting for the host."""
     run()
     torch.cuda.synchronize()
     dist.barrier()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        torch.cuda._sleep(60_000_000)  # behind which the launches are hidden
+        if launches_hidden:
+            torch.cuda._sleep(60_000_000)
         run()
         torch.cuda.synchronize()
     kernels = [

@@ -3,15 +3,15 @@
     torchrun --nproc-per-node 2 benchmarks/ranks.py --tokens tokens.npz --shapes gemma llama3 --out benchmarks/results
 
 Layouts: "one" (each rank alone, the whole vocabulary), "same tokens" (tensor parallel: N tokens on all ranks together),
-"own tokens" (N on each rank). Methods: cce_dist unbiased, with and without frequent rows, and, with the same tokens,
-logits that are kept in bf16 on each rank (Megatron-style: column-parallel product, all-reduces of a number a token, its
-elementwise parts compiled), and DeepSpeed's vocabulary-parallel loss where that is installed; with own tokens, the
-classifier gathered from its shards and the loss compiled, as under FSDP. Per layout and method: milliseconds of forward
-and of both (median; of each run the slowest rank, all started together behind work that hides their launches),
-multiples of one cuBLAS product hidden · weightᵀ and of its W-th part, peak MB beyond the returned gradients, errors of
-dE and dC against fp32 logits, the largest of the ranks; and, of each rank, what `overlap` sees. Efficiency: of W ranks
-with the same tokens, time of one / (W · time); with own tokens, time of one / time. Rank 0 writes the JSON after each
-shape.
+"own tokens" (N on each rank). Methods: cce_dist unbiased, with and without frequent rows, and exact at three budgets
+(``workspace_mb``); with the same tokens, logits that are kept in bf16 on each rank (Megatron-style: column-parallel
+product, all-reduces of a number a token, its elementwise parts compiled), and DeepSpeed's vocabulary-parallel loss
+where that is installed; with own tokens, the classifier gathered from its shards and the loss compiled, as under FSDP.
+Per layout and method: milliseconds of forward and of both (median; of each run the slowest rank, all started together
+behind work that hides their launches), multiples of one cuBLAS product hidden · weightᵀ and of its W-th part, peak MB
+beyond the returned gradients, errors of dE and dC against fp32 logits, the largest of the ranks; and, of each rank,
+what `overlap` sees. Efficiency: of W ranks with the same tokens, time of one / (W · time); with own tokens, time of one
+/ time. Rank 0 writes the JSON after each shape.
 
 Shapes: N tokens of a rank, D hidden, V vocabulary, W ranks, v rows of a rank.
 """
@@ -153,6 +153,10 @@ def methods_of(layout: str, device: str) -> dict[str, Callable[[Case, Inputs], T
         "cce_dist": loss,
         "cce_dist, no frequent rows": lambda case, inputs: loss(case, inputs, frequent_rows=0),
     }
+    for name, size in (("exact", None), ("exact, 1024 MB", 1024), ("exact, logits kept", "logits")):
+        methods[f"cce_dist {name}"] = lambda case, inputs, size=size: loss(
+            case, inputs, gradient="exact", workspace_mb=size
+        )
     if layout == "same tokens":
         methods["logits kept"] = lambda case, _: _KeptLogits.apply(
             case.hidden_ND, case.weight_vD, case.shard.local_columns(case.labels_N)

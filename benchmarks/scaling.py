@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from inputs import Inputs, load_tokens, set_counts, trained_inputs
+from inputs import Inputs, set_counts, tokens_for, trained_inputs
 from loss import dtype_on, environment, result_path
 from shards import count_pairs, differentiate, first_pass, merge, refine, shard_of
 from timing import Phases, interleaved_ms
@@ -34,20 +34,6 @@ from cce_dist import linear_cross_entropy
 
 SERIES = ("tokens", "vocabulary", "shards")
 PHASES = ("first_pass", "refine", "backward")
-
-
-def tokens_for(path: Path, vocab_size: int) -> np.ndarray:
-    """`load_tokens`, but of more distinct ids than ``vocab_size`` the rarest become one."""
-    ids = load_tokens(path, 1 << 31)
-    distinct, rank, count = np.unique(ids, return_inverse=True, return_counts=True)
-    if ids.max() < vocab_size:
-        return ids
-    if len(distinct) > vocab_size:
-        kept = np.sort(np.argsort(-count, kind="stable")[: vocab_size - 1])
-        place = np.full(len(distinct), vocab_size - 1)
-        place[kept] = np.arange(vocab_size - 1)
-        return place[rank]
-    return rank * vocab_size // len(distinct)
 
 
 def measure_whole(inputs: Inputs, rounds: int) -> dict[str, Any]:

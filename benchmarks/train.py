@@ -6,7 +6,8 @@ Methods: FSDP2 or DeepSpeed's ZeRO-3, each stock, with Liger's fused loss, or wi
 model is a Llama of 8 layers (hidden size 2304), in bf16 with fp32 masters, on sequences of 2048 real tokens; AdamW,
 clipping. Of each number of sequences a rank, until memory is out: tokens/s of all ranks (median of the steps after the
 fourth), peak GB, milliseconds of the first step (with the first number, that is with what is compiled), first and last
-loss of the ranks' mean. With cce_dist any operation of the head's forward and backward that makes a tensor as large as
+loss of the ranks' mean, and of one more step on rank 0 when its GPU computes, and when it waits for collectives and for
+the host. With cce_dist any operation of the head's forward and backward that makes a tensor as large as
 the classifier is an error (looked at with embedded tokens, since the embedding, as large, is gathered as ever).
 Rank 0 adds what was found to the JSON of the machine, the vocabulary and the number of ranks.
 
@@ -18,6 +19,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +28,7 @@ import torch
 import torch.distributed as dist
 from inputs import load_tokens
 from loss import environment, result_path
+from overlap import profiled_ms
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -228,6 +231,8 @@ def main() -> None:
 
         try:
             found: dict[str, Any] = train(step, batch, arguments.steps, device)
+            if device == "cuda":
+                found["rank_0"] = profiled_ms(partial(step, batch(arguments.steps)), launches_hidden=False)
         except torch.cuda.OutOfMemoryError:
             found = {"out_of_memory": True}
         results[str(sequences)] = found

@@ -152,7 +152,7 @@ def main() -> None:
         ids = load_tokens(arguments.tokens, shape.vocab_size)
         inputs = trained_inputs(ids, *shape, steps=arguments.steps, dtype=dtype, device=device, cache=arguments.cache)
         phases.done(f"{name}: training, {arguments.steps} steps")
-        first = row = tuning.tuning_for(inputs.hidden_ND)
+        first = row = tuning.tuning_for(inputs.hidden_ND, inputs.weight_VD)
         for stage in stages(shard_of(inputs, backend="triton")):
             print(f"{name}, {stage.name}:")
             row = descend(stage, row, arguments.parameters, arguments.rounds, device)

@@ -12,6 +12,7 @@ plugin's callbacks into the trainer that it builds: `CCECallback`.
 import logging
 from collections.abc import Mapping
 from typing import Any
+from weakref import finalize
 
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, field_validator, model_validator
@@ -65,24 +66,35 @@ class CCEPlugin(BasePlugin):
             another option that replaces the loss.
     """
 
+    _naming: finalize | None = None  # of the log's records, while a trainer has the callback
+
     def get_input_args(self) -> str:
         """Where axolotl finds the model that it extends its config by."""
         return f"{__name__}.{CCEArgs.__name__}"
 
     def add_callbacks_pre_trainer(self, cfg: Mapping[str, Any], model: PreTrainedModel) -> list[TrainerCallback]:
         """The callback; before the trainer is made, so that DeepSpeed's config gets its section in time."""
-        logger = logging.getLogger("cce_dist")
-        if _named_as_axolotls not in logger.filters:
-            logger.filters.insert(0, _named_as_axolotls)  # before axolotl's own, which every logger made after it has
         section = cfg.get("cce_dist")
-        return [CCECallback() if section is None else CCECallback(CCEConfig.from_mapping(section, _SECTION))]
+        callback = CCECallback() if section is None else CCECallback(CCEConfig.from_mapping(section, _SECTION))
+        self._naming = _name_as_axolotls_while_it_lives(callback)
+        return [callback]
 
     def post_train(self, cfg: Mapping[str, Any], model: PreTrainedModel) -> None:
-        """Leaves logging as it was."""
-        logging.getLogger("cce_dist").removeFilter(_named_as_axolotls)
+        """Leaves logging as it was, before the callback goes."""
+        if self._naming is not None:
+            self._naming()
 
 
-def _named_as_axolotls(record: logging.LogRecord) -> bool:
-    """axolotl drops what others than its own loggers say below WARNING: "cce_dist is active" would be lost."""
-    record.name = f"axolotl.{record.name}"
-    return True
+def _name_as_axolotls_while_it_lives(callback: CCECallback) -> finalize:
+    """axolotl drops what others than its own loggers say below WARNING: "cce_dist is active" would be lost.
+
+    Calling what is returned ends it, as the end of the callback does, which goes with its trainer when a run raises.
+    """
+
+    def named_as_axolotls(record: logging.LogRecord) -> bool:
+        record.name = f"axolotl.{record.name.removeprefix('axolotl.')}"
+        return True
+
+    logger = logging.getLogger("cce_dist")
+    logger.filters.insert(0, named_as_axolotls)  # before axolotl's own, which every logger made after it has
+    return finalize(callback, logger.removeFilter, named_as_axolotls)

@@ -47,7 +47,7 @@ def merge_softmax(summary: Summary, group: ProcessGroup | None, equal: Mapping[s
     Raises:
         ValueError: on every rank, where that differs; on CUDA a device-side assertion.
     """
-    max_N, sumexp_N, target_N, unit, _, weighted_N = summary
+    max_N, sumexp_N, target_N, unit, _, weighted_N, _ = summary
     if group is not None:
         own_max_N, max_N = max_N, _largest(max_N, group, equal or {})
         decay_N = torch.exp((own_max_N - max_N) * unit)

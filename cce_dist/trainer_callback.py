@@ -21,8 +21,8 @@ class CCECallback(TrainerCallback):
     """``Trainer(..., callbacks=[CCECallback()])``: the model trains without logits, however the trainer wraps it.
 
     In a single process, under DDP and under FSDP2 (accelerate's, or the model's own from ``distributed_config``) the
-    output layer is patched when training begins. With DeepSpeed the section "cce_dist" of the JSON in
-    ``TrainingArguments(deepspeed=...)`` counts, or else the settings given here.
+    output layer is patched when training begins. With DeepSpeed the section "cce_dist" of its JSON counts, which
+    ``TrainingArguments(deepspeed=...)`` or accelerate names, or else the settings given here.
 
     Args:
         config: settings of the loss; None: the defaults, or DeepSpeed's section.
@@ -46,11 +46,11 @@ class CCECallback(TrainerCallback):
                 from cce_dist.trl import before_precomputing
 
                 before_precomputing(trainer, lambda model: self._fuse_untrained(model, trainer))
-        if getattr(args, "hf_deepspeed_config", None) is None:
+        config = self._deepspeed_config(args)
+        if config is None:
             return
         from cce_dist.deepspeed.engine import SECTION, install
 
-        config = args.hf_deepspeed_config.config
         if self._is_given and SECTION in config:
             raise ValueError(
                 f'settings of cce_dist stand in CCECallback(...) and in the section "{SECTION}" of the DeepSpeed '
@@ -58,6 +58,8 @@ class CCECallback(TrainerCallback):
             )
         # No defaults: backend="auto" would be among them, which accelerate takes for a blank of its own.
         config.setdefault(SECTION, self._settings(args).model_dump(exclude_defaults=True))
+        if getattr(args, "cast_lm_head_to_fp32", False):
+            config[SECTION].setdefault("fp32_head", True)
         install()
 
     def on_train_begin(
@@ -79,11 +81,12 @@ class CCECallback(TrainerCallback):
                 'loss_type="chunked_nll" of TRL multiplies by lm_head.weight, past the output layer that cce_dist '
                 'patches: set loss_type="nll", which computes no logits either with cce_dist.'
             )
-        if getattr(args, "hf_deepspeed_config", None) is None and not is_lazy(output_layer(model)):
+        has_engine = self._deepspeed_config(args) is not None
+        if not has_engine and not is_lazy(output_layer(model)):
             patch(model, self._settings(args))
         head = output_layer(model)
         trainer: Any = self._trainer()
-        if getattr(args, "hf_deepspeed_config", None) is not None:
+        if has_engine:
             if trainer is not None and not hasattr(getattr(trainer.model_wrapped, "optimizer", None), "step"):
                 raise ValueError(
                     "evaluate() or predict() before train() has made the Trainer build a DeepSpeed engine without an "
@@ -167,15 +170,24 @@ class CCECallback(TrainerCallback):
         return None
 
     def _settings(self, args: TrainingArguments) -> CCEConfig:
-        """With a reference the full first pass: that of evaluation, to which the 8-bit one of training is no equal."""
+        """With a reference the full first pass: that of evaluation, to which the 8-bit one of training is no equal.
+        TRL's ``cast_lm_head_to_fp32`` is ``fp32_head``."""
         has_reference = hasattr(args, "sync_ref_model") or hasattr(args, "precompute_ref_log_probs")
+        changes: dict[str, Any] = {}
         if has_reference and self._config.first_pass == "auto":
-            return self._config.model_copy(update={"first_pass": "full"})
-        return self._config
+            changes["first_pass"] = "full"
+        if getattr(args, "cast_lm_head_to_fp32", False):
+            changes["fp32_head"] = True
+        return self._config.model_copy(update=changes)
+
+    def _deepspeed_config(self, args: TrainingArguments) -> dict[str, Any] | None:
+        """The one that the engine is built with, from ``args`` or from accelerate's launcher or plugin."""
+        trainer: Any = self._trainer()
+        plugin = getattr(args, "deepspeed_plugin", None) if trainer is None else trainer.accelerator.deepspeed_plugin
+        return None if plugin is None else plugin.deepspeed_config
 
     def _is_enabled(self, args: TrainingArguments) -> bool:
-        deepspeed = getattr(args, "hf_deepspeed_config", None)
-        section = {} if deepspeed is None else deepspeed.config.get("cce_dist", {})
+        section = (self._deepspeed_config(args) or {}).get("cce_dist", {})
         return bool(section.get("enabled", self._config.enabled))
 
 

@@ -18,7 +18,7 @@ from cce_dist.config import CCEConfig
 from cce_dist.fsdp import adopt
 from cce_dist.heads import find, hooks, lazy
 from cce_dist.heads.announce import announce_active
-from cce_dist.heads.find import output_layer
+from cce_dist.heads.find import output_layer, take_off_fp32_forward
 from cce_dist.heads.lazy import (
     check_adapter,
     is_lazy,
@@ -61,6 +61,8 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
         refuse_liger_forward(model)
         head, declared = output_layer(model), find.declared_layer(model)
         check_adapter(declared)
+        if config.fp32_head:
+            take_off_fp32_forward(head)
         weight = getattr(head, "weight", None)
         if isinstance(weight, DTensor):
             adopt(find.unwrapped(model), head=head, config=config)
@@ -85,7 +87,7 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
 
 
 def unpatch(model: Model) -> Model:
-    """Undoes `patch`.
+    """Undoes `patch`; where a trainer of TRL's has trained the model, its forward is TRL's again.
 
     Raises:
         ValueError: the model is not patched, or its output layer is a shard on FSDP2's mesh.
@@ -99,6 +101,10 @@ def unpatch(model: Model) -> Model:
     for module in heads or [head]:
         make_eager(module)
     _Watch.end(model)
+    base = _base(model)
+    before = getattr(vars(base).get("forward"), "_cce_before", None)  # of cce_dist.trl
+    if before is not None:
+        base.forward = before
     return model
 
 

@@ -1,9 +1,10 @@
 """TRL 1.15 and later: its trainers ask the model itself for log-probabilities, and get them from the fused loss.
 
-``trl.trainer.utils.add_fused_lm_head`` replaces the forward of a trainer's model. The replacement multiplies the
-hidden states by ``lm_head.weight``, past the output layer's own call: a patched layer is not used, and one that is a
+``trl.trainer.utils.add_fused_lm_head`` replaces the forward of a trainer's model. The replacement multiplies the hidden
+states by ``lm_head.weight``, past the output layer's own call: a patched layer is not used, and one that is a
 vocabulary shard would be gathered, with a wrong gradient. `fuse_forward` puts a forward around it that gives the same
-outputs by way of the output layer. Earlier versions of TRL need nothing: they read the logits that the model returns.
+outputs by way of the output layer, until the model is unpatched. Earlier versions of TRL need nothing: they read the
+logits that the model returns.
 """
 
 import functools
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from trl.trainer import utils
 
 from cce_dist.device_check import device_check
-from cce_dist.heads.lazy import LazyLogits, fused_evaluation
+from cce_dist.heads.lazy import LazyLogits, fused_evaluation, is_in_fp32
 
 _PAST_THE_HEAD = ("AsyncDistillationTrainer", "DistillationTrainer")
 _OUTPUTS = {"log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"}
@@ -39,7 +40,7 @@ def fuse_forward(model: nn.Module, trl_forward: Any, head: nn.Module, entropy_bo
 
     Raises:
         RuntimeError: a TRL whose forward this version does not know.
-        NotImplementedError: TRL's ``cast_lm_head_to_fp32``.
+        ValueError: TRL's ``cast_lm_head_to_fp32`` with a head that has not ``fp32_head``.
     """
     settings = inspect.getclosurevars(trl_forward).nonlocals
     temperature, outputs, to_fp32 = (settings.get(x) for x in ("temperature", "outputs", "cast_lm_head_to_fp32"))
@@ -49,10 +50,10 @@ def fuse_forward(model: nn.Module, trl_forward: Any, head: nn.Module, entropy_bo
             f"{sorted(settings)} and outputs={outputs}. It was written for TRL 1.15 and 1.16; use one of those, or "
             "leave out cce_dist's callback."
         )
-    if to_fp32:
-        raise NotImplementedError(
-            "cast_lm_head_to_fp32=True is not supported with cce_dist, whose loss accumulates in fp32 anyway: leave it "
-            "out."
+    if to_fp32 and not is_in_fp32(head):
+        raise ValueError(
+            "cast_lm_head_to_fp32=True needs an output layer that is patched with fp32_head=True: CCECallback does "
+            "that, and so does patch(model, fp32_head=True)."
         )
     forward_before: Any = model.forward
 
@@ -82,6 +83,7 @@ def fuse_forward(model: nn.Module, trl_forward: Any, head: nn.Module, entropy_bo
             fused.loss, fused.aux_loss = fused.loss + coefficient * aux_loss, aux_loss
         return fused
 
+    forward._cce_before = forward_before  # type: ignore[attr-defined]  # for unpatch
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
 
 

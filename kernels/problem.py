@@ -28,7 +28,7 @@ class Logits(NamedTuple):
     Attributes:
         hidden_ND: fp32, fp16 or bf16 (fp64 in the torch backend), contiguous rows, in the order before compaction; what
             stands in the rows of tokens that are not valid is never used.
-        weight_VD: in the dtype of hidden, contiguous rows.
+        weight_VD: in the dtype of hidden, or in fp32 where that is bf16; contiguous rows.
         bias_V: or None.
         target_N: int32, the local column of the row's label, −1 where it is on another shard or the row is not valid.
         token_N: int32, the row's place before compaction: its row of hidden_ND, and its name for random draws.
@@ -97,6 +97,29 @@ class Tiles(NamedTuple):
     tiles_per_split: int = 0
 
 
+class Keep(NamedTuple):
+    """What forward keeps for an exact backward: `Exponentials` of the first ``columns``, times f' if ``sloped``."""
+
+    columns: int
+    sloped: bool
+
+
+class Exponentials(NamedTuple):
+    """exp(z − origin) of some columns [N, K], which a factor for each token turns into its softmax.
+
+    Attributes:
+        exp_NK: in hidden's dtype; 0 for tokens that are not valid. Rows may be apart.
+        origin_N: in the backend's unit, not far from the token's largest logit on this shard.
+        target_N: see `Summary`.
+        sloped: whether they are times f'.
+    """
+
+    exp_NK: Tensor
+    origin_N: Tensor
+    target_N: Tensor
+    sloped: bool = False
+
+
 class Summary(NamedTuple):
     """Forward's result on one shard.
 
@@ -106,6 +129,7 @@ class Summary(NamedTuple):
         unit: 1 in the torch backend, ln 2 in the triton backend, which computes in base 2.
         tiles: or None when backward will not filter.
         weighted_N: Σ exp(z − m)·(z − m), in the backend's unit, for the entropy; None where that is not wanted.
+        exponentials: what is kept for backward, if anything is.
     """
 
     max_N: Tensor
@@ -114,6 +138,7 @@ class Summary(NamedTuple):
     unit: float
     tiles: Tiles | None = None
     weighted_N: Tensor | None = None
+    exponentials: Exponentials | None = None
 
 
 class GlobalTiles(NamedTuple):

@@ -16,9 +16,11 @@ from torch.nn.functional import pad
 from .problem import (
     FAR,
     SUM_BITS,
+    Exponentials,
     Filter,
     GlobalTiles,
     Gradients,
+    Keep,
     Logits,
     Normaliser,
     Order,
@@ -39,9 +41,11 @@ _TILES_AT_ONCE, _TOKENS_AT_ONCE = 64, 256
 """Of exact sums; chunks of so many tokens stay in a CPU's cache."""
 
 
-def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int, want_entropy: bool = False) -> Summary:
+def summarise(
+    logits: Logits, want_tiles: bool, workspace_bytes: int, want_entropy: bool = False, keep: Keep | None = None
+) -> Summary:
     """Max, Σ exp and target logit of each row; the log-sum-exp of each (tile, row) when ``want_tiles``; Σ exp(z − m)·
-    (z − m) when ``want_entropy``."""
+    (z − m) when ``want_entropy``. It keeps nothing for backward, whatever ``keep`` says."""
     logits = _compacted(logits)
     rows = logits.num_tokens
     sumexp_N = torch.zeros(rows, dtype=logits.accumulator, device=logits.hidden_ND.device)
@@ -142,6 +146,7 @@ def differentiate(
     hidden_ready: Callable[[Tensor], None] | None = None,
     onto_ND: Tensor | None = None,
     onto_NR: Tensor | None = None,
+    exponentials: Exponentials | None = None,
 ) -> Gradients:
     """The gradient of what `Upstream` stands for; see `Filter` and `Gradients`.
 

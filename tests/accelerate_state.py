@@ -1,6 +1,7 @@
 """Accelerate keeps its state in the process: here it is forgotten between cases, and FSDP2 turned on for the CPU."""
 
 import os
+from typing import Any
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -29,3 +30,16 @@ def fsdp2_accelerator(model: PreTrainedModel, mixed_precision: str = "no") -> Ac
     AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     return accelerator
+
+
+def fsdp2_on_the_cpu() -> None:
+    """The same switch in a script that builds its accelerator itself, as the launcher's environment asks for."""
+    stock = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **settings: Any) -> None:
+        stock(self, *args, fsdp_plugin=fsdp_plugin, **settings)
+        if fsdp_plugin is not None:
+            AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=fsdp_plugin)
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init

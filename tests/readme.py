@@ -1,16 +1,22 @@
-"""README, and what it shows of the commands' output."""
+"""README and the other pages, and what they show of the commands' output."""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+}
+"""By path."""
+README = PAGES["README.md"]
 
 
 def shown(command: str) -> list[str]:
-    """The lines that README shows of the output of a command, which is named from its beginning; "…" stands for some
+    """The lines that a page shows of the output of a command, which is named from its beginning; "…" stands for some
     that it leaves out."""
-    (block,) = re.findall(rf"<!-- output: {command}.*? -->\n```text\n(.*?)```", README, re.S)
+    pages = "\n".join(PAGES.values())
+    (block,) = re.findall(rf"<!-- output: {command}.*? -->\n```text\n(.*?)```", pages, re.S)
     return [line.rstrip() for line in block.splitlines() if line != "…"]
 
 

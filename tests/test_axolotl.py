@@ -5,6 +5,7 @@ axolotl needs packages that only a GPU has, so that it is seldom installed. Wher
 hooks do nothing either, and the hooks are called as the ``PluginManager`` of 0.19.0 calls them.
 """
 
+import gc
 import importlib
 import logging
 import sys
@@ -96,6 +97,21 @@ def test_the_callback_of_the_plugin_trains_the_model_without_logits(
     assert logging.getLogger("cce_dist").filters == filters
     active = [record.name for record in caplog.records if "cce_dist is active" in record.getMessage()]
     assert active == ["axolotl.cce_dist"] * enabled  # axolotl's loggers alone may say what is no warning
+
+
+def test_a_run_that_raises_leaves_logging_as_it_was(axolotl: Any) -> None:
+    filters = list(logging.getLogger("cce_dist").filters)
+
+    def run() -> None:
+        callbacks = _plugin(axolotl).add_callbacks_pre_trainer({}, None)
+        assert len(logging.getLogger("cce_dist").filters) == len(filters) + len(callbacks)
+        raise MemoryError
+
+    with pytest.raises(MemoryError) as caught:
+        run()
+    del caught
+    gc.collect()
+    assert logging.getLogger("cce_dist").filters == filters
 
 
 def test_axolotl_itself_takes_the_plugin_and_refuses_an_unknown_key() -> None:

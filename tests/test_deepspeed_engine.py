@@ -222,8 +222,9 @@ def test_a_reference_model_that_is_not_trained_is_not_spoken_of(caplog: pytest.L
     assert _is_active(engine)
     assert [record for record in caplog.records if record.name == "cce_dist"] == []
     with torch.no_grad():  # in training mode, as a reference may be left in
-        loss = engine(**make_batch(Case(), 0, 0))
-    assert torch.equal(loss, make_model(Case())(**make_batch(Case(), 0, 0)).detach())
+        batch = {name: x.to(engine.device) for name, x in make_batch(Case(), 0, 0).items()}
+        loss, stock = engine(**batch), make_model(Case()).to(engine.device)(**batch)
+    assert torch.equal(loss, stock)
 
 
 @pytest.mark.usefixtures("alone")

@@ -1,7 +1,9 @@
-"""The documents: every example of README runs, and every path and setting that it names exists."""
+"""The documents: every example runs, every figure is a result file's, and every path, link and setting exists."""
 
 import json
+import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import RankPool
-from readme import README, missing, shown
+from readme import PAGES, README, missing, shown
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
@@ -20,13 +22,12 @@ from cce_dist.cli import main
 from cce_dist.loss.settings import CallSettings, LossSettings
 
 ROOT = Path(__file__).parent.parent
-LOGPROBS = (ROOT / "docs/reinforcement-learning.md").read_text()
-OPTIONS = (ROOT / "docs/options.md").read_text()
-DISTILLATION = (ROOT / "docs/distillation.md").read_text()
-CLIENTS = (ROOT / "docs/clients.md").read_text()
-EXAMPLES, OF_LOGPROBS, OF_OPTIONS, OF_DISTILLATION, OF_CLIENTS = (
+REFERENCE, LOGPROBS, OPTIONS, DISTILLATION, CLIENTS = (
+    PAGES[f"docs/{name}.md"] for name in ("reference", "reinforcement-learning", "options", "distillation", "clients")
+)
+EXAMPLES, OF_REFERENCE, OF_LOGPROBS, OF_OPTIONS, OF_DISTILLATION, OF_CLIENTS = (
     dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", text, re.S))
-    for text in (README, LOGPROBS, OPTIONS, DISTILLATION, CLIENTS)
+    for text in (README, REFERENCE, LOGPROBS, OPTIONS, DISTILLATION, CLIENTS)
 )
 VOCAB, HIDDEN = 96, 16
 
@@ -49,7 +50,7 @@ def _ids() -> torch.Tensor:
 
 def _run_example(name: str, **given: Any) -> dict[str, Any]:
     names = {"torch": torch, "dist": dist, "fully_shard": fully_shard, **given}
-    pages = EXAMPLES, OF_LOGPROBS, OF_OPTIONS, OF_DISTILLATION, OF_CLIENTS
+    pages = EXAMPLES, OF_REFERENCE, OF_LOGPROBS, OF_OPTIONS, OF_DISTILLATION, OF_CLIENTS
     exec(compile(next(page[name] for page in pages if name in page), f"example {name}", "exec"), names)
     return names
 
@@ -74,18 +75,11 @@ def _fsdp2() -> None:
     torch.testing.assert_close(loss.detach(), _llama()(input_ids=_ids(), labels=_ids()).loss.detach())
 
 
-def _deepspeed() -> None:
-    import deepspeed.comm
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for a minute
-    loss = _run_example("deepspeed", model=_llama(), ids=_ids())["loss"]
-    torch.testing.assert_close(loss.detach(), _llama()(input_ids=_ids(), labels=_ids()).loss.detach())
-    deepspeed.comm.destroy_process_group()
-
-
 def test_every_python_example_is_tested() -> None:
-    assert set(EXAMPLES) == {"plain", "deepspeed", "fsdp2", "transformers", "callback"}
+    assert set(EXAMPLES) == {"start", "plain", "deepspeed", "fsdp2"}
     assert README.count("```python") == len(EXAMPLES)
+    assert set(OF_REFERENCE) == {"transformers", "callback"}
+    assert REFERENCE.count("```python") == len(OF_REFERENCE)
     assert set(OF_LOGPROBS) == {
         "logprobs",
         "exact_sums",
@@ -96,7 +90,16 @@ def test_every_python_example_is_tested() -> None:
         "grpo",
     }  # that of GRPO in test_trl.py
     assert LOGPROBS.count("```python") == len(OF_LOGPROBS)
-    assert set(OF_OPTIONS) == {"accumulator", "adapter", "class_weights", "token_weights", "several", "statistics"}
+    assert set(OF_OPTIONS) == {
+        "accumulator",
+        "adapter",
+        "budget",
+        "class_weights",
+        "token_weights",
+        "several",
+        "statistics",
+        "fp32_head",
+    }
     assert OPTIONS.count("```python") == len(OF_OPTIONS)
     assert set(OF_DISTILLATION) == {"online", "write", "read", "kept", "select", "gkd"}  # the last in test_trl.py
     assert DISTILLATION.count("```python") == len(OF_DISTILLATION)
@@ -148,6 +151,8 @@ def _options() -> None:
     given = {"hidden": hidden, "rows": rows, "labels": labels, "shard": shard}
     given["linear_cross_entropy"] = linear_cross_entropy
     weighted = _run_example("class_weights", class_weights=class_weights, **given)["loss"]
+    loss = _run_example("budget", **given)["loss"]
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels.flatten()))
     torch.testing.assert_close(weighted, F.cross_entropy(logits, labels.flatten(), weight=class_weights))
     nll = F.cross_entropy(logits, labels.flatten(), reduction="none")
     torch.testing.assert_close(_run_example("token_weights", **given)["loss"], (torch.exp(-nll) * nll).mean())
@@ -164,6 +169,8 @@ def _options() -> None:
         for shift in (1, 2, 3)
     ]
     torch.testing.assert_close(_run_example("several", **given)["loss"], ahead[0] + 0.3 * (ahead[1] + ahead[2]))
+    in_fp32 = F.cross_entropy((hidden.bfloat16().float() @ weight.T).flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(_run_example("fp32_head", **given)["loss"], in_fp32)
     rows = given["rows"].detach().requires_grad_()
     steps = [(hidden, labels), (hidden[:1] / 2, labels[:1])]
     got = _run_example("accumulator", **{**given, "rows": rows}, micro_steps=steps)["main_grad"]
@@ -298,11 +305,30 @@ def test_the_fsdp2_example_gives_the_stock_loss(ranks: RankPool) -> None:
 
 
 @pytest.mark.full
-def test_the_deepspeed_example_gives_the_stock_loss(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks.close()  # the ranks take over this process's folder when they start
-    monkeypatch.chdir(ROOT)
-    ranks.run(2, _deepspeed, timeout=120)
-    ranks.close()
+@pytest.mark.parametrize("examples", [["plain", "fsdp2"], ["deepspeed"]], ids=str)
+def test_an_example_after_the_lines_before_it_is_a_script_that_gives_the_stock_loss(
+    examples: list[str], tmp_path: Path
+) -> None:
+    if "deepspeed" in examples:
+        pytest.importorskip("deepspeed")
+    lines = [
+        "import deepspeed",
+        "deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False",
+    ]  # a minute to compile
+    lines = [EXAMPLES["start"], *(lines if "deepspeed" in examples else [])]
+    for name in examples:
+        lines += ["stock = model(input_ids=ids, labels=ids).loss.item()", EXAMPLES[name]]
+        lines += [f"print('{name}:', loss.item(), stock, flush=True)"]
+    (tmp_path / "example.py").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "example.py")], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+    losses = re.findall(r"^(\w+): ([\d.]+) ([\d.]+)$", done.stdout, re.M)
+    assert sorted(name for name, *_ in losses) == sorted(2 * examples), done.stderr[-3000:]
+    for name, ours, stock in losses:
+        expected = math.log(32_000) if name == "plain" else float(stock)  # plain has hidden states of its own
+        assert float(ours) == pytest.approx(expected, rel=1e-2 if name == "plain" else 1e-5), name
 
 
 def test_the_transformers_example_gives_the_stock_loss() -> None:
@@ -323,7 +349,7 @@ def test_the_callback_example_trains_with_the_patched_model(tmp_path: Path) -> N
 
 
 def test_the_settings_table_has_every_key_with_its_default() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", README, re.M))
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", REFERENCE, re.M))
     assert {key: json.loads(value) for key, value in rows.items()} == CCEConfig().model_dump()
 
 
@@ -335,46 +361,80 @@ def test_the_json_sections_are_valid() -> None:
 
 
 def test_the_output_of_the_planner_is_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    (words,) = re.findall(r"<!-- output: cce-dist plan (.*?) -->", README)
+    (words,) = re.findall(r"<!-- output: cce-dist plan (.*?) -->", PAGES["docs/plan.md"])
+    assert f"cce-dist plan {words}`" in README
     assert main(["plan", *words.split()]) == 0
     assert missing(shown("cce-dist plan"), capsys.readouterr().out) == []
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "launch/README.md",
-        "docs/clients.md",
-        "docs/plan.md",
-        "docs/distillation.md",
-        "docs/reinforcement-learning.md",
-        "docs/torchtitan.md",
-    ],
-)
+DOCUMENTS = ["CONTRIBUTING.md", "launch/README.md", *PAGES]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_paths_that_a_document_names_exist(document: str) -> None:
     text = (ROOT / document).read_text()
-    paths = {
-        *((ROOT / document).parent / link for link in re.findall(r"\]\(([\w./-]+)\)", text)),
-        *(ROOT / path for path in re.findall(r"\b(?:launch|configs|cce_dist|tests)/[\w./-]+\w", text)),
-    }
-    assert paths
-    assert [str(path) for path in sorted(paths) if not path.exists()] == []
+    named = re.findall(r"\b(?:(?:launch|configs|cce_dist|tests)/[\w./-]+\w|benchmarks/\w+\.py)", text)
+    assert [path for path in sorted(set(named)) if not (ROOT / path).exists()] == []
+
+
+def anchors(text: str) -> set[str]:
+    """Those that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_links_of_a_document_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text()
+    wrong = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / document).parent / path) if path else ROOT / document
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            wrong.append(link)
+    assert wrong == []
+
+
+def test_the_benchmark_commands_of_the_documents_have_options_that_exist() -> None:
+    texts = [(ROOT / document).read_text().replace("\\\n", " ") for document in DOCUMENTS]
+    commands = [found for text in texts for found in re.findall(r"benchmarks/(\w+)\.py (--[^#`\n]*)", text)]
+    assert len(commands) > 10
+    for script, words in commands:
+        source = (ROOT / f"benchmarks/{script}.py").read_text()
+        assert [option for option in re.findall(r"--[\w-]+", words) if f'"{option}"' not in source] == [], script
+
+
+def test_every_page_is_linked_from_readme() -> None:
+    assert {page for page in PAGES if page.startswith("docs/")} == set(re.findall(r"\]\((docs/[\w-]+\.md)\)", README))
+
+
+TABLES = (
+    ("ranks", ["ranks_table"]),
+    ("train", ["train_table", "train_summary"]),
+    ("convergence", ["convergence_table"]),
+    ("hostile", ["hostile_table"]),
+)
+"""Of the result files' names and of report.py's functions."""
 
 
 def test_the_measured_figures_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
     report = pytest.importorskip("matplotlib") and _benchmark_report(monkeypatch)
     results = ROOT / "benchmarks/results"
     stored = report.table(report.load(sorted(results.glob("loss-*.json")))).splitlines()
-    for path in results.glob("ranks-*.json"):
-        stored += report.ranks_table(json.loads(path.read_text())).splitlines()
-    for path in results.glob("train-*.json"):
-        stored += report.train_table(json.loads(path.read_text())).splitlines()
-    measured = README.split("## Measured")[1].split("## More")[0]
-    quoted = [line for line in measured.splitlines() if line.startswith("|")]
-    assert len(quoted) > 10
-    assert set(quoted) <= set(stored)
+    for kind, tables in TABLES:
+        for path in results.glob(f"{kind}-*.json"):
+            for table in tables:
+                stored += getattr(report, table)(json.loads(path.read_text())).splitlines()
+    for page, part, least in (
+        ("docs/measured.md", PAGES["docs/measured.md"], 10),
+        ("docs/accuracy.md", PAGES["docs/accuracy.md"].split("## A training run")[1], -1),  # none before they are made
+        ("README.md", README.split("## What it gives")[1].split("## ")[0], 6),
+    ):
+        quoted = [line for line in part.splitlines() if line.startswith("|")]
+        assert len(quoted) > least, page
+        assert set(quoted) <= set(stored), page
 
 
 def _benchmark_report(monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -12,13 +12,12 @@ import architectures
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DeepSpeedPlugin
 from peft import LoraConfig, get_peft_model
 from ranks import RankPool
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-from transformers.integrations import HfDeepSpeedConfig
 
 from cce_dist import CCEConfig
 from cce_dist.fsdp.private import reshard
@@ -335,7 +334,8 @@ def test_bad_settings_are_refused_where_they_are_given() -> None:
 
 def test_settings_in_two_places_are_refused(tmp_path: Path) -> None:
     arguments = _arguments(str(tmp_path))
-    arguments.hf_deepspeed_config = HfDeepSpeedConfig({"cce_dist": {"gradient": "exact"}})
+    config = {"zero_optimization": {"stage": 2}, "cce_dist": {"gradient": "exact"}}
+    arguments.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=config)
     with pytest.raises(ValueError, match="leave one of them out"):
         CCECallback(tail=False).on_init_end(arguments, None, None)
 
@@ -366,7 +366,11 @@ def test_ligers_other_kernels_and_a_callback_that_is_switched_off_are_not_refuse
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize(
     ("place", "remedy"),
-    [("liger_kernel.transformers.model.llama", "leave Liger out"), ("unsloth.models.llama", "not imported unsloth")],
+    [
+        ("liger_kernel.transformers.model.llama", "leave Liger out"),
+        ("unsloth.models.llama", "not imported unsloth"),
+        ("unsloth_zoo.cpu.ops", "not imported unsloth"),
+    ],
 )
 def test_a_model_whose_forward_another_loss_has_replaced_is_refused(
     tmp_path: Path, wrapped: bool, place: str, remedy: str

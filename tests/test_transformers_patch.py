@@ -72,14 +72,14 @@ def test_loss_and_all_gradients_equal_the_stock_model(name: str) -> None:
         assert architectures.row(name, model, outputs.logits) in DOCUMENT.splitlines(), "python tests/architectures.py"
 
 
-def test_the_document_lists_what_is_tested_and_readme_says_how_many() -> None:
+def test_the_document_lists_what_is_tested_and_that_of_support_says_how_many() -> None:
     rows = [line for line in DOCUMENT.splitlines() if line.startswith("| ")][1:]
     assert [row.split("|")[1].strip() for row in rows] == sorted(architectures.FAST + SLOW_FORMS)
     if DOCUMENTED:
         assert architectures.document(rows, SHARDED) == DOCUMENT
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    support = (Path(__file__).parent.parent / "docs/support.md").read_text()
     forms, types = re.findall(r"^(\d+) forms of (\d+) model types", DOCUMENT, re.M)[0]
-    assert f"[{forms} forms of {types} model types](docs/architectures.md)" in readme.replace("\n", " ")
+    assert f"[{forms} forms of {types} model types](architectures.md)" in support.replace("\n", " ")
 
 
 @pytest.mark.full

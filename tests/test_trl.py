@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from cce_dist.heads.find import output_layer
-from cce_dist.heads.lazy import MaterializedLogitsWarning, is_lazy
+from cce_dist.heads.lazy import MaterializedLogitsWarning, is_in_fp32, is_lazy
 from cce_dist.trainer_callback import CCECallback
 from cce_dist.transformers import patch
 
@@ -130,12 +130,19 @@ def _dpo(
 
 
 def _grpo(
-    folder: str, ours: bool, peft: LoraConfig | None = None, saved: str = "", fsdp2: bool = False, **settings: Any
+    folder: str,
+    ours: bool,
+    peft: LoraConfig | None = None,
+    saved: str = "",
+    fsdp2: bool = False,
+    name: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
 ) -> Any:
     """``saved``: where a reference is loaded from, which without an adapter there has to be."""
     extra = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1, "per_device_train_batch_size": 2}
     arguments = trl.GRPOConfig(**_settings(folder, **extra, **settings))
-    model = architectures.build("llama")
+    model = architectures.build(name).to(dtype)
     model.config._name_or_path = saved
     if fsdp2:
         _shard_by_fsdp2(model, arguments)
@@ -150,10 +157,12 @@ def _grpo(
     )
 
 
-def _rloo(folder: str, ours: bool, peft: LoraConfig | None = None, **settings: Any) -> Any:
+def _rloo(folder: str, ours: bool, peft: LoraConfig | None = None, saved: str = "", **settings: Any) -> Any:
     extra = {"num_generations": 2, "max_completion_length": 4, "per_device_train_batch_size": 2}
+    model = architectures.build("llama")
+    model.config._name_or_path = saved
     return trl.RLOOTrainer(
-        architectures.build("llama"),
+        model,
         reward_funcs=_reward,
         args=trl.RLOOConfig(**_settings(folder, **extra, **settings)),
         train_dataset=_preferences().remove_columns(["chosen", "rejected"]),
@@ -163,14 +172,16 @@ def _rloo(folder: str, ours: bool, peft: LoraConfig | None = None, **settings: A
     )
 
 
-def _kto(folder: str, ours: bool, peft: LoraConfig | None = None, **settings: Any) -> Any:
+def _kto(folder: str, ours: bool, peft: LoraConfig | None = None, saved: str = "", **settings: Any) -> Any:
+    model = architectures.build("llama")
+    model.config._name_or_path = saved
     rows = [
         {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
         for row in _preferences()
         for name in ("chosen", "rejected")
     ]
     return trl.KTOTrainer(
-        architectures.build("llama"),
+        model,
         args=trl.KTOConfig(**_settings(folder, per_device_train_batch_size=4, **settings)),
         train_dataset=Dataset.from_list(rows),
         processing_class=_tokenizer(),
@@ -455,6 +466,55 @@ def test_grpo_on_two_ranks_under_fsdp2_logs_what_it_logs_for_stock(ranks: RankPo
             assert x == pytest.approx(y, rel=1e-3, abs=1e-6)
 
 
+def _cast_head_logs(folder: str, saved: str, make: Any, **settings: Any) -> list[list[dict[str, float]]]:
+    """[stock, ours]: what GRPO logs of a model in bf16 whose output layer TRL casts to fp32."""
+    logs = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        given = {"dtype": torch.bfloat16, "cast_lm_head_to_fp32": True, "saved": saved, **DRAWN_AS_STOCK, **settings}
+        trainer = make(folder, ours, **given)
+        trainer.train()
+        head = output_layer(trainer.model)
+        assert head.weight.dtype == torch.float32 and is_lazy(head) == ours and (not ours or is_in_fp32(head))
+        logs.append(
+            [{k: float(row[k]) for k in LOGGED if k in row} for row in trainer.state.log_history if "loss" in row]
+        )
+    return logs
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_a_head_that_is_cast_to_fp32_trains_as_stock(tmp_path: Path, name: str) -> None:
+    architectures.build(name).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    stock, ours = _cast_head_logs(str(tmp_path), str(tmp_path / "model"), _grpo, name=name)
+    assert len(stock) == 3
+    for x, y in zip(ours, stock, strict=True):
+        assert x == pytest.approx(y, rel=2e-5, abs=1e-6)
+
+
+def _sharded_cast_head(folder: str, saved: str) -> list[list[dict[str, float]]]:
+    def make(*args: Any, **settings: Any) -> Any:
+        accelerate_state.forget()
+        return _grpo(*args, fsdp2=True, **settings)
+
+    # Of a model in bf16 FSDP2 does not take the reference, whose parameters are of two dtypes then. One step: TRL's
+    # head is rounded to bf16 by the policy of mixed precision, and training makes more of that.
+    return _cast_head_logs(folder, saved, make, bf16=True, dtype=torch.float32, max_steps=1)
+
+
+@pytest.mark.full
+def test_a_head_that_is_cast_to_fp32_trains_as_stock_on_two_ranks_under_fsdp2(ranks: RankPool, tmp_path: Path) -> None:
+    architectures.build("llama").save_pretrained(tmp_path / "model")
+    try:
+        by_rank = ranks.run(2, _sharded_cast_head, str(tmp_path), str(tmp_path / "model"), timeout=240)
+    finally:
+        ranks.close()  # accelerate keeps state in the process
+    stock, ours = by_rank[0]
+    assert len(stock) == 1
+    for x, y in zip(ours, stock, strict=True):
+        assert x == pytest.approx(y, rel=5e-3, abs=1e-5)
+
+
 class _Gathered(TorchDispatchMode):
     """Whether a weight that ZeRO-3 partitions is ever whole on this rank."""
 
@@ -513,11 +573,14 @@ def _zero3_logs(folder: str, saved: str) -> None:
         "sft": (_sft, {}),
         "dpo": (_dpo, {}),
         "grpo": (_grpo, {"saved": saved, **DRAWN_AS_STOCK}),
+        "grpo, head cast": (_grpo, {"saved": saved, "cast_lm_head_to_fp32": True, **DRAWN_AS_STOCK}),
+        "rloo": (_rloo, {"saved": saved, **DRAWN_AS_STOCK}),
+        "kto": (_kto, {"saved": saved}),
         "distillation": (_distillation, {}),
     }
     for name, (make, settings) in cases.items():
         (stock, whole, _), (got, gathered, _) = (_zero3_run(make, folder, ours, **settings) for ours in (False, True))
-        assert len(stock) > 1 and whole and gathered == (name in ("grpo", "distillation")), name
+        assert len(stock) > 1 and whole and gathered == (make not in (_sft, _dpo, _kto)), name
         for x, y in zip(got, stock, strict=True):
             assert x == pytest.approx(y, rel=1e-4, abs=1e-5), name
     got, gathered, _ = _zero3_run(_grpo, folder, True, saved=saved, ds3_gather_for_generation=False)
@@ -529,9 +592,43 @@ def test_two_ranks_under_zero3_log_what_they_log_for_stock_and_gather_no_head(ra
     pytest.importorskip("deepspeed")
     architectures.build("llama").save_pretrained(tmp_path / "model")
     try:
-        ranks.run(2, _zero3_logs, str(tmp_path), str(tmp_path / "model"), timeout=240)
+        ranks.run(2, _zero3_logs, str(tmp_path), str(tmp_path / "model"), timeout=360)
     finally:
         ranks.close()  # accelerate and DeepSpeed keep state in the process
+
+
+def _without_the_callback(folder: str) -> dict[int, str]:
+    """What is said, by ZeRO stage, where DeepSpeed's section alone asks for cce_dist."""
+    from deepspeed_runs import fresh_deepspeed
+
+    import cce_dist.deepspeed
+
+    said = {}
+    cce_dist.deepspeed.install()
+    for stage in (2, 3):
+        accelerate_state.forget()
+        fresh_deepspeed()
+        unset_hf_deepspeed_config()
+        config = {**copy.deepcopy(ZERO3), "zero_optimization": {"stage": stage}}
+        config["cce_dist"] = {"materialize": "raise", "vocab_parallel_size": 2}
+        trainer = _sft(folder, ours=False, deepspeed=config)
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            trainer.train()
+        said[stage] = str(caught.value)
+    return said
+
+
+@pytest.mark.full
+def test_a_trainer_whose_engine_has_the_section_is_told_to_take_the_callback(ranks: RankPool, tmp_path: Path) -> None:
+    """TRL's own forward would compute the loss from a part of the rows, or past the output layer."""
+    pytest.importorskip("deepspeed")
+    try:
+        by_rank = ranks.run(2, _without_the_callback, str(tmp_path), timeout=120)
+    finally:
+        ranks.close()  # accelerate and DeepSpeed keep state in the process
+    for rank, said in enumerate(by_rank):
+        assert f"holds {166 - rank} of 331 rows. Give it callbacks=[CCECallback()]" in said[2]
+        assert "cce_dist does nothing for it. Give it callbacks=[CCECallback()]" in said[3]
 
 
 def _zero3_rewards(folder: str, data: str) -> dict[str, list[list[dict[str, float]]]]:
@@ -713,10 +810,10 @@ def test_the_example_of_gkd_trains_as_stock_without_logits(tmp_path: Path) -> No
         assert got == pytest.approx(stock, rel=1e-4)
 
 
-def test_a_projection_in_fp32_and_an_unknown_forward_are_refused() -> None:
+def test_a_projection_in_fp32_without_fp32_head_and_an_unknown_forward_are_refused() -> None:
     model = patch(architectures.build("llama"))
     utils.add_fused_lm_head(model, cast_lm_head_to_fp32=True)
-    with pytest.raises(NotImplementedError, match="cast_lm_head_to_fp32"):
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32=True needs an output layer .* fp32_head=True"):
         fuse_forward(model, trl_forward_of(model), output_layer(model))
     with pytest.raises(RuntimeError, match=f"TRL {trl.__version__}"):
         fuse_forward(model, lambda: None, output_layer(model))

@@ -26,9 +26,9 @@ from cce_dist.deepspeed.guard import (
 from cce_dist.deepspeed.sharded import CutClassifierOwner, GatheringOwner, cut_before
 from cce_dist.deepspeed.zero3 import ZeRO3Owner, ZeRO3Rows, vocab_group_size
 from cce_dist.heads.announce import announce_active
-from cce_dist.heads.find import declared_layer, is_lora, output_layer
+from cce_dist.heads.find import declared_layer, is_lora, output_layer, take_off_fp32_forward
 from cce_dist.heads.lazy import check_adapter, make_adapted, make_eager, make_lazy
-from cce_dist.heads.liger import refuse_liger_forward
+from cce_dist.heads.liger import refuse_liger_forward, watch_trl_forward
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
 
 SECTION = "cce_dist"
@@ -226,6 +226,8 @@ def _attach(engine: Any, cut: CutClassifierOwner | None, settings: CCEConfig) ->
         rows = cut or tensor_parallel.rows_of(head, engine.mpu)
     elif cut is not None and trains:
         experts.finish(engine, cut)
+    if settings.fp32_head:
+        take_off_fp32_forward(head)
     if isinstance(getattr(vars(head).get("forward"), "__self__", None), GatheringOwner):
         del head.forward  # of an engine that the same model had before, as is its being lazy
     with suppress(ValueError):
@@ -240,6 +242,7 @@ def _attach(engine: Any, cut: CutClassifierOwner | None, settings: CCEConfig) ->
     if owner is not None:
         make_lazy(head, owner, settings, tensor_parallel.linear_class(head))
         make_adapted(declared_layer(model))
+        watch_trl_forward(model, head, settings.materialize)
     if trains and owner is not None:
         engine.compile = _refuse_compile
         announce_active(_describe(engine, owner, settings))

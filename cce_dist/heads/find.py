@@ -50,6 +50,13 @@ def output_layer(
     return copies[active[0]]
 
 
+def take_off_fp32_forward(head: nn.Module) -> None:
+    """TRL's ``cast_lm_head_to_fp32`` gives the output layer a forward in fp32: what the setting ``fp32_head`` means."""
+    forward: Any = vars(head).get("forward")
+    if getattr(forward, "__name__", "") == "cast_forward_to_fp32" and forward.__module__.startswith("trl."):
+        del head.forward
+
+
 def running_layer(model: nn.Module) -> nn.Module | None:
     """`output_layer` as the next forward will run it: without an active copy, PEFT runs the layer that it copied."""
     head = declared_layer(model)

@@ -20,6 +20,7 @@ from cce_dist.config import CCEConfig
 from cce_dist.heads.collective_logits import await_ranks
 from cce_dist.heads.owner import ModuleOwner
 from cce_dist.loss import TokenLogprobs, linear_cross_entropy, linear_logprobs, linear_next_token
+from cce_dist.loss.settings import rows_dtype
 from cce_dist.shard import Group, VocabShard, as_group
 
 
@@ -148,7 +149,7 @@ class ShardedCCEHead(nn.Module):
             seed: of the draws.
         """
         return linear_next_token(
-            hidden,
+            self._wide(hidden),
             self.weight,
             bias=self.bias,
             shard=self.shard,
@@ -170,7 +171,7 @@ class ShardedCCEHead(nn.Module):
         Args:
             hidden: [..., D].
         """
-        replicated = self.shard.token_group is None
+        replicated, hidden = self.shard.token_group is None, self._wide(hidden)
         await_ranks(self.shard, hidden, "the logits of a ShardedCCEHead")
 
         def rows(parameter: Tensor) -> Tensor:
@@ -186,6 +187,10 @@ class ShardedCCEHead(nn.Module):
         if self.softcap is not None:
             logits_V = self.softcap * torch.tanh(logits_V / self.softcap)
         return logits_V
+
+    def _wide(self, hidden: Tensor) -> Tensor:
+        """In the dtype that real logits are computed in, where `CCEConfig.fp32_head` asks for one."""
+        return hidden.to(rows_dtype(hidden.dtype, self.weight.dtype, self.config.fp32_head))
 
     def extra_repr(self) -> str:
         rows, hidden = self.weight.shape

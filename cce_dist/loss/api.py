@@ -155,11 +155,18 @@ def linear_cross_entropy(
         first_pass: "fp8": forward finds the parts of the softmax that matter from 8-bit copies of hidden and weight,
             then computes those in full: half the time, and an error of the loss below that of bf16 logits. "full": all
             in hidden's precision. "auto": fp8 where it was measured to pay (16-bit training on Hopper, with a filter).
+        fp32_head: True: rows of another dtype than hidden's, such as fp32 ones beside hidden states in bf16, are not
+            rounded to it, and autocast casts nothing: logits are those of fp32 products. Forward is a full pass then.
+            Gradients are as near as without it: of 16-bit probabilities, hidden states, and rows where dE is summed.
+            Hidden states in fp16 are refused.
         frequent_rows: so many rows of the classifier, those that most labels named so far, are computed densely, shared
             out over the ranks by tokens; the filter has the others. Each rank gets these rows, and no others; they
             are chosen by counts that are not in checkpoints. None: 4096 with Triton's kernels on CUDA and 32768 rows
             or more; 0: none. Only with a filter.
-        workspace_mb: memory that backward may use for recomputed probabilities, at least 256 bytes a token (fp32: 512).
+        workspace_mb: megabytes (2^20 bytes) on this rank for probabilities, at least 256 bytes a token (fp32: 512).
+            None: chosen by mode. With gradient="exact" forward keeps the exponentials of as many logits as fit beside
+            256 MB, or of all where they fit, and backward computes only the others again: Triton's kernels, bf16 or
+            fp32. "logits": of all, 2·N·V bytes in bf16 for N tokens and V rows of this rank.
         max_tokens: the most tokens that any rank of the token group brings; None: the ranks exchange it per call.
         agreement: "every_call": the hosts exchange a few numbers in each call, so that what any of them knows of a
             fault is an error on every rank. "first_call": only in the first call with given settings; later the others

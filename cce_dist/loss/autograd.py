@@ -25,8 +25,10 @@ from cce_dist.kernels import torch_backend
 from cce_dist.kernels.problem import (
     MOST_DRAWN,
     TILE,
+    Exponentials,
     Filter,
     Gradients,
+    Keep,
     Logits,
     Normaliser,
     Order,
@@ -46,6 +48,8 @@ from cce_dist.loss.settings import (
     TokenSettings,
     check_temperatures,
     legal_labels,
+    rows_dtype,
+    split_budget,
     workspace_bytes,
 )
 from cce_dist.loss.tokens import gather, gather_values, own, start_sum
@@ -122,6 +126,9 @@ class Saved(NamedTuple):
     log_sum_N: Tensor
     tile_lse_TN: Tensor | None
     reference_SN: Tensor | None
+    exp_NK: Tensor | None
+    origin_N: Tensor | None
+    target_logit_N: Tensor | None
     entropy_N: Tensor | None
     inverse_temperature_N: Tensor | None
     mean_row_D: Tensor | None
@@ -194,6 +201,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         logits = with_adapter(logits, adapter_NR, adapter_VR, shard)
         with torch.autocast(hidden_nD.device.type, enabled=False):
             frequent: Frequent | None = None
+            exponentials: Exponentials | None = None
             others = logits
             sparse = needs_grad and method.gradient != "exact"
             if call.counts is not None:
@@ -222,7 +230,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                     summary = call.backend.join(summary, part, frequent.share(shard))
             else:  # its sums and targets are of all rows, so that they have the same bits without a gradient
                 whole = logits if frequent is None else logits._replace(frequent_V=frequent.slot_v)
-                summary = call.backend.summarise(whole, sparse, workspace, bool(call.entropy))
+                keep, workspace = _what_to_keep(call, logits, workspace) if needs_grad else (None, workspace)
+                summary = call.backend.summarise(whole, sparse, workspace, bool(call.entropy), keep)
+                exponentials = summary.exponentials
                 if frequent is not None and shard.vocab_group is not None:
                     frequent = exchange()
             if not call.exact_sums:
@@ -234,6 +244,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             tile_lse_TN, reference_SN, tiles_per_split = tiles or (None, None, 0)
             ctx.call, ctx.workspace = call, workspace
             ctx.unit, ctx.tiles_per_split = normaliser.unit, tiles_per_split
+            kept: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+            if exponentials is not None:
+                kept = exponentials[:3]
+            ctx.sloped = exponentials is not None and exponentials.sloped
             ctx.set_materialize_grads(False)
             max_and_sum = normaliser.max_N, normaliser.log_sum_N
             saved = Saved(
@@ -246,6 +260,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 *max_and_sum,
                 tile_lse_TN,
                 reference_SN,
+                *kept,
                 entropy_N if call.entropy is True else None,
                 inverse_temperature_N,
                 *((None, None, None) if mean is None else (mean.row_D, mean.weight, call.class_weights_V)),
@@ -302,6 +317,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             tiles = None
             if saved.tile_lse_TN is not None:
                 tiles = Tiles(saved.tile_lse_TN, saved.reference_SN, ctx.tiles_per_split)
+            exponentials = None
+            if saved.exp_NK is not None and saved.origin_N is not None and saved.target_logit_N is not None:
+                exponentials = Exponentials(saved.exp_NK, saved.origin_N, saved.target_logit_N, ctx.sloped)
             finish: Callable[[], Tensor] | None = None
 
             def reduce_hidden(partial_ND: Tensor) -> None:
@@ -322,6 +340,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 None if shard.vocab_group is None else reduce_hidden,
                 onto_ND,
                 onto_NR,
+                exponentials,
             )
             if frequent is not None:
                 if part is None:  # after the others, whose memory it takes
@@ -412,11 +431,12 @@ def logits_of(
     call: Call,
     inverse_temperature_N: Tensor | None = None,
 ) -> Logits:
-    """The real rows of the shard, in hidden's dtype, and the tokens that meet them."""
+    """The real rows of the shard, in the dtype that `rows_dtype` says, and the tokens that meet them."""
     rows, settings = call.shard.num_real_rows, call.settings
+    dtype = rows_dtype(hidden_ND.dtype, weight_VD.dtype, settings.fp32_head)
     return Logits(
         hidden_ND,
-        weight_VD[:rows].to(hidden_ND.dtype).contiguous(),
+        weight_VD[:rows].to(dtype).contiguous(),
         None if bias_V is None else bias_V[:rows].contiguous(),
         target_N,
         order.token_N,
@@ -435,6 +455,18 @@ def with_adapter(logits: Logits, adapter_NR: Tensor | None, adapter_VR: Tensor |
         return logits
     rows_VR = adapter_VR[: shard.num_real_rows].to(logits.hidden_ND.dtype).contiguous()
     return logits._replace(adapter_NR=adapter_NR, adapter_VR=rows_VR)
+
+
+def _what_to_keep(call: Call, logits: Logits, workspace: int) -> tuple[Keep | None, int]:
+    """What forward keeps for an exact backward, and the bytes that are left."""
+    if logits.weight_VD.dtype != logits.hidden_ND.dtype:  # rows in fp32: products with what is kept are the library's
+        return None, workspace
+    if logits.adapter_NR is not None:
+        return None, workspace
+    read = logits.bias_V is not None or call.entropy is True
+    shape, dtype = (logits.num_tokens, logits.weight_VD.shape[0]), logits.hidden_ND.dtype
+    split = split_budget(call.settings.workspace_mb, workspace, call.method, *shape, dtype, read)
+    return (Keep(split.columns, not read) if split.columns else None), split.workspace
 
 
 def filter_of(call: Call, logits: Logits, seed: Tensor | None) -> Filter:

@@ -86,7 +86,7 @@ def begin(
         if adapter is not None:
             check_adapter(adapter, hidden, weight_VD, settings)
         tokens = labels.numel()
-        hidden = autocast(hidden)
+        hidden = hidden if settings.fp32_head else autocast(hidden)
         needs_grad = any(x is not None and x.requires_grad for x in (hidden, weight_VD, bias_V, *(adapter or ())))
         method = resolve(settings, hidden, labels, shard, needs_grad and torch.is_grad_enabled())
         is_frozen = needs_grad and torch.is_grad_enabled() and not weight.requires_grad

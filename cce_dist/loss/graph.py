@@ -37,11 +37,12 @@ class _Call(NamedTuple):
     """What a call is apart from its tensors and numbers.
 
     Attributes:
+        shard: its name.
         names: of the settings that are tensors, floats and ints, in this order.
         settings: the others.
     """
 
-    shard: "weakref.ref[VocabShard] | None"
+    shard: str | None
     names: tuple[tuple[str, ...], ...]
     settings: tuple[tuple[str, Any], ...]
 
@@ -147,7 +148,7 @@ def linear_cross_entropy_in_graph(
     Raises:
         NotImplementedError: while torch.export traces, whose program would need this process.
     """
-    if torch.compiler.is_exporting():
+    if _exports():
         raise NotImplementedError("linear_cross_entropy cannot be exported: it is for training, by torch.compile.")
     tensors = {name: x for name, x in settings.items() if isinstance(x, Tensor)}
     of_dtensors = isinstance(hidden, DTensor) or isinstance(weight, DTensor) or isinstance(bias, DTensor)
@@ -156,7 +157,8 @@ def linear_cross_entropy_in_graph(
         return cross_entropy(hidden, weight, labels, bias, shard, return_lse, settings, adapter=adapter)
     if not set(tensors) <= set(_OF_TENSORS):
         return cross_entropy(hidden, weight, labels, bias, shard, return_lse, settings)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+    casts = torch.is_autocast_enabled(hidden.device.type) and not settings.get("fp32_head", False)
+    if casts and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     floats = {name: x for name, x in settings.items() if isinstance(x, float)}
     ints = {name: x for name, x in settings.items() if isinstance(x, int) and not isinstance(x, bool)}
@@ -175,17 +177,21 @@ def linear_cross_entropy_in_graph(
         needs,
         ints.get("shift", 0),
         settings.get("reduction", "mean") == "none",
-        _number_of(shard, (tuple(tensors), tuple(floats), tuple(ints)), others),
+        _number_of(None if shard is None else shard.name, (tuple(tensors), tuple(floats), tuple(ints)), others),
     )
     return (loss, lse) if return_lse else loss
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _number_of(
-    shard: VocabShard | None, names: tuple[tuple[str, ...], ...], settings: tuple[tuple[str, Any], ...]
-) -> int:
+def _exports() -> bool:
+    """Asked while tracing and not by what is traced, for which torch 2.11 takes every compilation for an export."""
+    return torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _number_of(shard: str | None, names: tuple[tuple[str, ...], ...], settings: tuple[tuple[str, Any], ...]) -> int:
     """Of what a call is; equal calls have one number. The graph holds it, so that it is never given away."""
-    call = _Call(None if shard is None else weakref.ref(shard), names, settings)
+    call = _Call(shard, names, settings)
     number = hash(call) % 2**62  # another one in another process, which then does not take one call for another
     _calls[number] = call
     return number
@@ -218,7 +224,7 @@ def _forward(
         shift, of_tokens: of the settings, what outputs' shapes depend on.
         call: see `_number_of`.
     """
-    if call not in _calls or ((known := _calls[call].shard) is not None and known() is None):
+    if call not in _calls or ((known := _calls[call].shard) is not None and VocabShard.named(known) is None):
         raise RuntimeError(
             "this graph was made by another process, or with a VocabShard that is no more: compile the model anew, and "
             "keep the shard for as long as the model."
@@ -237,7 +243,7 @@ def _forward(
             None if x is None else _Enter.apply(x.detach(), anchor) if is_wanted else x.detach()
             for x, is_wanted in zip((hidden, weight, bias), wanted, strict=True)
         ]
-        own_labels, of_shard = labels.clone() if keeps else labels, None if shard is None else shard()
+        own_labels, of_shard = labels.clone() if keeps else labels, None if shard is None else VocabShard.named(shard)
         loss, lse = cross_entropy(
             entered[0], entered[1], own_labels, entered[2], of_shard, True, settings, counted=weight
         )

@@ -78,8 +78,8 @@ def linear_logprobs(
         bias: [V], this rank's.
         shard: which global rows these are, and the process groups. None: all rows, in this process alone.
         adapter: (a [..., R], B [V, R]), see `linear_cross_entropy`. Not with ``exact_sums``.
-        ignore_index, shift, softcap, logit_scale, tail, seed, backend, frequent_rows, workspace_mb, max_tokens,
-            agreement: see `linear_cross_entropy`.
+        ignore_index, shift, softcap, logit_scale, tail, seed, backend, fp32_head, frequent_rows, workspace_mb,
+            max_tokens, agreement: see `linear_cross_entropy`.
         gradient: "exact", "unbiased" or "filtered", see there; of the entropy too. "filtered" is meant for losses: the
             entropy gets much of its gradient from what it leaves to a mean.
         filter_eps: see there; None: with ``entropy=True`` half of what the loss takes.

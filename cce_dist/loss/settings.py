@@ -3,8 +3,8 @@
 `LossSettings` are those that a config file can fix, and the base of `CCEConfig`; `TokenSettings` adds what logits and
 labels mean, `CallSettings` what the loss of a call is, `LogprobSettings` what is wanted beside log-probabilities.
 `linear_cross_entropy` and `linear_logprobs` take the fields as keywords, the ranks agree on them (`contract`), and
-README and the docstrings are tested against them. `resolve` turns what is left open into a `Method`, once the tensors
-are known.
+docs/reference.md and the docstrings are tested against them. `resolve` turns what is left open into a `Method`, once
+the tensors are known.
 
 Shapes: D hidden, V local rows of the classifier.
 """
@@ -66,6 +66,16 @@ def _of_floats(x: Tensor) -> Tensor:
     return x
 
 
+def _int_or_logits(x: Any) -> Any:
+    """Of a union's errors pydantic would show that of the int."""
+    if isinstance(x, str) and x != "logits" and not x.strip().isdecimal():
+        raise ValueError('must be an int, 1 or more, "logits" or None')
+    return x
+
+
+Megabytes = Annotated[int, Field(ge=1)] | Literal["logits"]
+
+
 class LossSettings(BaseModel):
     """How the loss is computed. A description completes "... must be"; None leaves the choice to the loss."""
 
@@ -76,8 +86,11 @@ class LossSettings(BaseModel):
     filter_eps: float | None = Field(default=None, ge=0.0, lt=1.0, description='"auto", None or in [0, 1)')
     backend: Backend = Field(default="auto", description='"auto", "triton" or "torch"')
     first_pass: FirstPass = Field(default="auto", description='"auto", "full" or "fp8"')
+    fp32_head: bool = Field(default=False, description="True or False")
     frequent_rows: int | None = Field(default=None, ge=0, description="an int, 0 or more (0: none), or None")
-    workspace_mb: int | None = Field(default=None, ge=1, description="an int, 1 or more, or None")
+    workspace_mb: Annotated[Megabytes | None, BeforeValidator(_int_or_logits)] = Field(
+        default=None, description='an int, 1 or more, "logits" or None'
+    )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | InstanceOf[Tensor] | None = Field(
         default=None, description="a 64-bit int, a 0-d int64 tensor or None", json_schema_extra=MAY_DIFFER
     )
@@ -174,6 +187,11 @@ class SamplingSettings(LogitSettings):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | InstanceOf[Tensor] | None = Field(
         default=None, description="a 64-bit int, a 0-d int64 tensor or None", json_schema_extra=MAY_DIFFER
     )
+
+
+def rows_dtype(hidden: torch.dtype, weight: torch.dtype, fp32_head: bool) -> torch.dtype:
+    """In which the rows meet hidden states: theirs; with ``fp32_head`` at least fp32, where they are not of one."""
+    return torch.promote_types(hidden, torch.float32) if fp32_head and weight != hidden else hidden
 
 
 def at_temperature(scale: float, softcap: float | None, temperature: float) -> tuple[float, float | None]:
@@ -277,6 +295,12 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
         settings.max_tokens,
     )
     _require(
+        not settings.fp32_head or hidden.dtype != torch.float16,
+        "fp32_head=True needs hidden states in bf16, fp32 or fp64: fp16 has no range for the parts of fp32 rows; cast "
+        "them, or leave it out",
+        str(hidden.dtype),
+    )
+    _require(
         settings.agreement == "every_call" or shard.token_group is None or settings.max_tokens is not None,
         'agreement="first_call" needs max_tokens where each rank brings its own tokens, since the ranks do not '
         "exchange their numbers then",
@@ -291,12 +315,42 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
     if settings.filter_eps is None and isinstance(settings, LogprobSettings) and settings.entropy is True:
         eps *= _OF_ENTROPY
     exact = gradient == "exact" or eps == 0
+    _check_kept(settings, exact, gradient, hidden.dtype)
     asked_exact = exact and settings.gradient is not None
-    in_full = asked_exact or settings.in_full or not needs_grad
+    _require(
+        not settings.fp32_head or settings.first_pass != "fp8",
+        'fp32_head=True goes with first_pass="full" or "auto": estimates from 8-bit copies are no logits in fp32',
+        "first_pass='fp8'",
+    )
+    in_full = asked_exact or settings.in_full or settings.fp32_head or not needs_grad
     first_pass = "full" if in_full else _first_pass(settings.first_pass, hidden, backend)
     if exact:
         return Method("exact", eps, backend, "full", 0)
     return Method(gradient, eps, backend, first_pass, frequent)
+
+
+def _check_kept(settings: TokenSettings, exact: bool, gradient: str, dtype: torch.dtype) -> None:
+    if settings.workspace_mb == "logits":
+        _require(
+            exact,
+            'workspace_mb="logits" goes with gradient="exact": other gradients compute a part of the logits again',
+            gradient,
+        )
+        _require(
+            dtype != torch.float16,
+            'workspace_mb="logits" goes with bf16 or fp32: fp16 has no range for exponentials of logits; give a number',
+            dtype,
+        )
+        _require(
+            not (isinstance(settings, LogprobSettings) and settings.exact_sums),
+            'workspace_mb="logits" goes without exact_sums, whose pass keeps no logits; give a number',
+            "exact_sums=True",
+        )
+        _require(
+            not settings.fp32_head,
+            'workspace_mb="logits" goes without fp32_head, which computes logits again; give a number',
+            "fp32_head=True",
+        )
 
 
 def _check_weights(name: str, given: Tensor | None, shape: torch.Size, what: str, device: torch.device) -> None:
@@ -356,6 +410,8 @@ def contract(
         alike["reduction"] += " with class_weights"
     if isinstance(settings, CallSettings) and settings.grad_accumulator is not None:
         alike["reduction"] += " with grad_accumulator"
+    if settings.fp32_head:  # else rows are cast to hidden's
+        alike["weight's dtype"] = str(weight_VD.dtype)
     if isinstance(settings, LogprobSettings):
         each = isinstance(settings.temperature, Tensor)
         alike["temperature"] = "one for each token" if each else settings.temperature
@@ -489,6 +545,17 @@ def check_adapter(given: Any, hidden: Tensor, weight_VD: Tensor, settings: Token
         "adapter goes without exact_sums=True: merge the adapter into the weight for that",
         "both",
     )
+    _require(
+        not settings.fp32_head,
+        "adapter goes without fp32_head=True, whose products it has no part in: merge the adapter into the weight, or "
+        "leave fp32_head out",
+        "both",
+    )
+    _require(
+        settings.workspace_mb != "logits",
+        'adapter goes without workspace_mb="logits": backward computes logits with one again; give a number or None',
+        "both",
+    )
 
 
 def legal_labels(ignore_index: int, vocab_size: int) -> str:
@@ -526,15 +593,18 @@ def choose_gradient(backend: str, filter_eps: float | None) -> Gradient:
     return "unbiased" if backend == "triton" or filter_eps is not None else "exact"
 
 
-def workspace_bytes(workspace_mb: int | None, method: Method, num_tokens: int, element_size: int) -> int:
-    """The memory that backward may use, for all tokens that the loss works on: equal on all ranks.
+def workspace_bytes(
+    workspace_mb: int | Literal["logits"] | None, method: Method, num_tokens: int, element_size: int
+) -> int:
+    """The memory that backward may use, for all tokens that the loss works on: equal on all ranks. With "logits" it is
+    that beside them.
 
     Raises:
         ValueError: where ``workspace_mb`` is less than one tile of probabilities of all tokens.
     """
     least_mb = least_workspace_mb(num_tokens, element_size)
     chosen = workspace_mb
-    if chosen is None:
+    if chosen is None or chosen == "logits":
         chosen = default_workspace_mb(num_tokens, element_size, method.gradient == "exact")
     _require(
         chosen >= least_mb,
@@ -542,6 +612,41 @@ def workspace_bytes(workspace_mb: int | None, method: Method, num_tokens: int, e
         chosen,
     )
     return chosen << 20
+
+
+class Split(NamedTuple):
+    """A budget: columns of this rank whose exponentials forward keeps, and the bytes that backward may use beside."""
+
+    columns: int
+    workspace: int
+
+
+def split_budget(
+    workspace_mb: int | Literal["logits"] | None,
+    workspace: int,
+    method: Method,
+    num_tokens: int,
+    rows: int,
+    dtype: torch.dtype,
+    read: bool,
+) -> Split:
+    """What forward keeps of ``rows`` of the classifier, out of ``workspace`` bytes, or beside them with "logits".
+
+    Backward works on all of it without more memory, unless it must be ``read``; else the default workspace is left for
+    that and for what was not kept.
+    """
+    keeps = method.gradient == "exact" and method.backend == "triton" and dtype != torch.float16
+    if not keeps or workspace_mb is None or not num_tokens or not rows:
+        return Split(0, workspace)
+    if workspace_mb == "logits":
+        return Split(rows, workspace)
+    tile_bytes = num_tokens * TILE * dtype.itemsize
+    all_tiles = -(-rows // TILE)
+    if not read and all_tiles * tile_bytes <= workspace:
+        return Split(rows, workspace - all_tiles * tile_bytes)
+    beside = default_workspace_mb(num_tokens, dtype.itemsize, exact=True) << 20
+    tiles = min(max(workspace - beside, 0) // tile_bytes, all_tiles)
+    return Split(min(tiles * TILE, rows), workspace - tiles * tile_bytes)
 
 
 def least_workspace_mb(num_tokens: int, element_size: int) -> int:

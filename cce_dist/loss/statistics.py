@@ -17,6 +17,7 @@ from torch import Tensor
 from cce_dist.kernels.problem import FAR
 from cce_dist.loss.call import Inputs
 from cce_dist.loss.chunks import Rows, Tokens, first_row, global_rows, logits_of, rows_of, split
+from cce_dist.loss.settings import rows_dtype
 from cce_dist.loss.tokens import gather_values, own
 from cce_dist.shard import VocabShard
 from cce_dist.shard.agreement import agree
@@ -69,6 +70,7 @@ def label_statistics(inputs: Inputs, shaped: Callable[[Tensor], Tensor]) -> Labe
     hidden_nD, weight_VD, bias_V, call, adapter_nR, adapter_VR = inputs
     labels_n, settings = call.labels_n, call.settings
     wanted, valid_n = settings.statistics, labels_n != settings.ignore_index
+    hidden_nD = hidden_nD.to(rows_dtype(hidden_nD.dtype, weight_VD.dtype, settings.fp32_head))
     of_n, rank_n = statistics_of(
         torch.where(valid_n[:, None], beside(hidden_nD, adapter_nR), 0),  # what is ignored may hold anything
         rows_of(weight_VD, bias_V, call.shard, settings.logit_scale, settings.softcap, adapter_VR),

@@ -8,6 +8,8 @@ Shapes: N tokens, T tiles of consecutive local rows.
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from uuid import uuid4
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,8 @@ from torch.distributed.tensor import DTensor, Shard
 from cce_dist.shard.agreement import State
 from cce_dist.shard.groups import Group, as_group, host_group, ranks_of, replica_group
 from cce_dist.shard.rows import even_parts
+
+_by_name: "WeakValueDictionary[str, VocabShard]" = WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +39,7 @@ class VocabShard:
         count_group: ``reduction="mean"`` divides by the valid tokens of this group; None: ``token_group``.
         grad_divisor: what the owner of the rows divides dC by. The loss itself never does.
         reduce_dtype: dtype of dE's reduction over ranks; None: fp32 (fp64 for fp64 inputs).
+        name: of this object alone, in this process alone: what a compiled graph can hold of it.
 
     Raises:
         ValueError: at construction, for runs that are not ascending or groups that contradict each other.
@@ -47,6 +52,7 @@ class VocabShard:
     count_group: ProcessGroup | None = None
     grad_divisor: float = 1.0
     reduce_dtype: torch.dtype | None = None
+    name: str = field(default_factory=lambda: uuid4().hex, init=False, repr=False)
     _state: State = field(default_factory=State, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +77,12 @@ class VocabShard:
                 )
         if self.grad_divisor == 0:
             raise ValueError("grad_divisor must not be zero.")
+        _by_name[self.name] = self
+
+    @staticmethod
+    def named(name: str) -> "VocabShard | None":
+        """The shard of that name, if it still is."""
+        return _by_name.get(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VocabShard":
         return self  # it does not change, and process groups cannot be copied

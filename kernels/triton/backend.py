@@ -13,9 +13,11 @@ import torch
 
 from ..problem import (
     Estimate,
+    Exponentials,
     Filter,
     GlobalTiles,
     Gradients,
+    Keep,
     Logits,
     Normaliser,
     Order,
@@ -46,12 +48,14 @@ _PROBABILITY_HEADROOM = {torch.float16: 2.0**14}
 _TAIL_HEADROOM = {torch.float16: 2.0**10}
 
 
-def summarise(logits: Logits, want_tiles: bool, workspace_bytes: int, want_entropy: bool = False) -> Summary:
-    """See `Summary`; forward needs no workspace."""
+def summarise(
+    logits: Logits, want_tiles: bool, workspace_bytes: int, want_entropy: bool = False, keep: Keep | None = None
+) -> Summary:
+    """See `Summary` and `Keep`; forward needs no workspace."""
     if _is_empty(logits):
         return _empty_summary(logits, want_tiles, want_entropy)
     with torch.cuda.device_of(logits.hidden_ND):  # Triton launches on the current device
-        return summarise_stage.summarise(logits, want_tiles, want_entropy)
+        return summarise_stage.summarise(logits, want_tiles, want_entropy, keep)
 
 
 def estimate(logits: Logits) -> Estimate:
@@ -152,15 +156,19 @@ def differentiate(
     hidden_ready: Callable[[torch.Tensor], None] | None = None,
     onto_ND: torch.Tensor | None = None,
     onto_NR: torch.Tensor | None = None,
+    exponentials: Exponentials | None = None,
 ) -> Gradients:
     """The gradient of what `Upstream` stands for; see `Filter` and `Gradients`.
 
     With ``hidden_ready`` the sparse backward makes dE first, hands it over, and computes the kept pairs' probabilities
     once more for dC: what the caller does with dE (its reduction over ranks) runs beside that. ``onto_ND``: fp32, what
     dE is added to, in place; its rows may be apart. ``onto_NR``: the same of an adapter's da.
+    ``exponentials``: what forward kept, for an exact gradient that is added to nothing; their labels' entries are
+    written anew.
     """
     with torch.cuda.device_of(logits.hidden_ND):
-        return _differentiate(logits, tiles, normaliser, upstream, filter_, wanted, hidden_ready, onto_ND, onto_NR)
+        onto = onto_ND, onto_NR
+        return _differentiate(logits, tiles, normaliser, upstream, filter_, wanted, hidden_ready, *onto, exponentials)
 
 
 def _differentiate(
@@ -173,6 +181,7 @@ def _differentiate(
     hidden_ready: Callable[[torch.Tensor], None] | None,
     onto_ND: torch.Tensor | None,
     onto_NR: torch.Tensor | None,
+    exponentials: Exponentials | None,
 ) -> Gradients:
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     device, dtype = hidden_ND.device, hidden_ND.dtype
@@ -215,6 +224,7 @@ def _differentiate(
             add_weight=adds,
             dadapter_NR=dadapter_NR,
             adapter_begun=onto_NR is not None,
+            exponentials=exponentials,
         )
     else:
         passes = [Gradients(dhidden_ND, dweight_VD, dbias_V, dadapter_NR)]

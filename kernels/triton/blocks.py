@@ -41,6 +41,26 @@ def load_rows(source, rows, use, column, columns, stride, COLUMNS: tl.constexpr)
 
 
 @triton.jit
+def dot_rows(e, c, products, PRECISION: tl.constexpr):
+    """products + e·cᵀ, of hidden states and rows of the classifier.
+
+    Rows in fp32 beside hidden states in bf16 are taken as the sum of three parts in bf16, which holds their 24 bits:
+    each part's product is exact, so that the sum is that of fp32 products. The smallest parts come first.
+    """
+    if c.dtype == e.dtype:
+        products = tl.dot(e, c.T, products, input_precision=PRECISION)
+    else:
+        high = c.to(e.dtype)
+        rest = c - high.to(tl.float32)
+        middle = rest.to(e.dtype)
+        low = (rest - middle.to(tl.float32)).to(e.dtype)
+        products = tl.dot(e, low.T, products)
+        products = tl.dot(e, middle.T, products)
+        products = tl.dot(e, high.T, products)
+    return products
+
+
+@triton.jit
 def add_adapter(products, operands, token, use, columns, factor, PRECISION: tl.constexpr):
     """Adds a·B·factor of an adapter, if there is one, to [ROWS, COLUMNS] of the given tokens and columns.
 
@@ -77,7 +97,7 @@ def products_of_rows(
     for d in tl.range(0, operands.D, BLOCK_D, num_stages=STAGES):
         e = load_rows(operands.hidden, rows, use, d, operands.D, operands.stride_hidden, BLOCK_D)
         c = load_block(weight, tile * TILE, d, operands.V, operands.D, operands.stride_weight, TILE, BLOCK_D, TMA)
-        products = tl.dot(e, c.T, products, input_precision=PRECISION)
+        products = dot_rows(e, c, products, PRECISION)
     return products
 
 
@@ -163,7 +183,11 @@ def can_use_tma(*matrices: torch.Tensor) -> bool:
 
 
 def precision(logits: Logits) -> str:
+    return precision_of(logits.hidden_ND.dtype)
+
+
+def precision_of(dtype: torch.dtype) -> str:
     """How fp32 products are formed, as torch.set_float32_matmul_precision asks; 16-bit ones do not look at it."""
-    if logits.hidden_ND.dtype != torch.float32:
+    if dtype != torch.float32:
         return "tf32"
     return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]

@@ -88,7 +88,7 @@ def _hidden_item(
     V, D = operands.V, operands.D
     for d in tl.range(first_d, min(first_d + CHUNK_D, D), BLOCK_D, num_stages=STAGES):
         c = load_block(weight, tile * TILE, d, V, D, operands.stride_weight, TILE, BLOCK_D, TMA)
-        part = tl.dot(p, c, input_precision=PRECISION) * factor
+        part = tl.dot(p, c.to(p.dtype), input_precision=PRECISION) * factor
         d_range = d + tl.arange(0, BLOCK_D)
         pointers = dhidden_ND + n[:, None].to(tl.int64) * D + d_range[None, :]
         tl.atomic_add(pointers, part, mask=valid[:, None] & (d_range < D)[None, :], sem="relaxed")
@@ -346,7 +346,7 @@ def differentiate(
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     tokens, hidden_size = logits.num_tokens, hidden_ND.shape[1]
     device = hidden_ND.device
-    tuning = tuning_for(hidden_ND)
+    tuning = tuning_for(hidden_ND, weight_VD)
     if logits.frequent_V is not None:
         tuning = tuning.for_few_pairs()
     tma = tuning.tma and can_use_tma(weight_VD)

@@ -23,7 +23,7 @@ def estimate(logits: Logits) -> Estimate:
     right in the mean; target logits in full."""
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     vocab, hidden_size = weight_VD.shape
-    tuning = tuning_for(hidden_ND).for_8_bits()
+    tuning = tuning_for(hidden_ND, weight_VD).for_8_bits()
     num_blocks = triton.cdiv(vocab, tuning.block_v)
     chunks = triton.cdiv(num_blocks, max(_COPY_BYTES // (tuning.block_v * hidden_size), tuning.splits))
     # All chunks but the last hold the same number of splits, so that a tile's number tells its split.

@@ -1,22 +1,83 @@
 """Exact gradient: the probabilities of a chunk of the vocabulary at a time in 16 bits, and two library products each.
 
-Grid of the kernel: (rows / BLOCK_N) x (blocks of the chunk), columns fastest within a group of row blocks. FLOPs of the
-whole: 6·N·V·D (recomputed products, dE, dC). Bytes: P is written and read twice, 6·N·V, from a chunk that the
-workspace bounds.
+Grid of the kernel: one program a multiprocessor, each walking over units (block of rows, block of the chunk), rows
+fastest within a group of row blocks; where D is short in one flat loop with the steps along D, so that the next unit's
+loads are under way while P is formed, as in summarise.py. FLOPs of the whole: 6·N·V·D (recomputed products, dE, dC).
+Bytes: P is written and read twice, 6·N·V, from a chunk that the workspace bounds.
 
-Shapes: N tokens, D hidden, V local rows, v the rows of a chunk.
+Of columns whose exponentials forward kept nothing is computed again: 4·N·K·D FLOPs, 4·N·K bytes. There P is f_n·exp(z −
+origin) with a factor f_n for each token, but for the label's entry c_n, which is formed in fp32. So dE is f ⊙ (exp C)
+plus c_n C_label, and dC is expᵀ (f ⊙ E), one library product each, to whose rows c_n E_n is added, a label's tokens by
+one program. What rounding f ⊙ E costs is small, since the labels' part has none of it. Where P is more than a factor a
+token (an entropy's gradient) or its columns' sums are wanted (a bias), P is read from the exponentials, a chunk at a
+time.
+
+Shapes: N tokens, D hidden, V local rows, K kept columns, v the rows of a chunk.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..problem import Gradients, Logits, Normaliser, Upstream
+from ..problem import Exponentials, Gradients, Logits, Normaliser, Upstream
 from ..products import add_product, product, write_product
-from .blocks import add_adapter, can_use_tma, descriptor, load_block, logits_of, precision, probabilities
+from .blocks import (
+    LN_2,
+    add_adapter,
+    can_use_tma,
+    descriptor,
+    dot_rows,
+    load_block,
+    logits_of,
+    precision,
+    probabilities,
+)
 from .compact import compacted, write_rows
 from .operands import LAUNCH, operands_of
-from .tuning import tuning_for
+from .tuning import num_programs, tuning_for
+
+_LN_2 = tl.constexpr(LN_2)
+_FACTOR_TOKENS = 128
+_READ_TOKENS, _READ_COLUMNS = 16, 512
+_LABEL_TOKENS, _LABEL_BLOCK_D = 32, 256
+_SAME, _LARGEST_SHARE = tl.constexpr(1e-5), tl.constexpr(64.0)
+
+
+@triton.jit
+def _place_of(unit, row_blocks, blocks, ROW_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The first row and the first column of a unit's block."""
+    first_block = unit // (ROW_GROUP * blocks) * ROW_GROUP
+    blocks_in_group = min(row_blocks - first_block, ROW_GROUP)
+    within = unit - first_block * blocks
+    return (first_block + within % blocks_in_group) * BLOCK_N, within // blocks_in_group * BLOCK_V
+
+
+@triton.jit
+def _store_block(p_Nv, p, row, column, N, chunk_columns, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    n = row + tl.arange(0, BLOCK_N)
+    chunk_range = column + tl.arange(0, BLOCK_V)
+    pointers = p_Nv + n[:, None].to(tl.int64) * chunk_columns + chunk_range[None, :]
+    inside = (n < N)[:, None] & (chunk_range < chunk_columns)[None, :]
+    tl.store(pointers, p.to(p_Nv.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _block_probabilities(
+    operands,
+    upstream,
+    normaliser,
+    products,
+    row,
+    column,
+    headroom,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    n = row + tl.arange(0, BLOCK_N)
+    columns = column + tl.arange(0, BLOCK_V)
+    valid = n < tl.load(operands.n_valid)
+    z, slope = logits_of(operands, products, columns, n, valid)
+    return probabilities(operands, upstream, normaliser, z, slope, n, valid, columns, headroom)
 
 
 @triton.jit
@@ -37,34 +98,204 @@ def _probability_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     N, V, D = operands.N, operands.V, operands.D
+    program, programs = tl.program_id(0), tl.num_programs(0)
     blocks = tl.cdiv(chunk_columns, BLOCK_V)
-    row_blocks = tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    first_block = program // (ROW_GROUP * blocks) * ROW_GROUP
-    blocks_in_group = min(row_blocks - first_block, ROW_GROUP)
-    within = program - first_block * blocks
-    row = (first_block + within % blocks_in_group) * BLOCK_N
-    n_valid = tl.load(operands.n_valid)
-    column = within // blocks_in_group * BLOCK_V
-    n = row + tl.arange(0, BLOCK_N)
-    chunk_range = column + tl.arange(0, BLOCK_V)
-    columns = first_column + chunk_range
-    p = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    if row < n_valid:
-        if operands.adapter_NR is not None:
-            token = tl.load(operands.token_N + n, mask=n < n_valid, other=0)
-            p = add_adapter(p, operands, token, n < n_valid, columns, None, PRECISION)
-        for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+    row_blocks = tl.cdiv(tl.load(operands.n_valid), BLOCK_N)
+    units = row_blocks * blocks
+    if FLAT:
+        d_steps = tl.cdiv(D, BLOCK_D)
+        own_units = tl.cdiv(tl.maximum(units - program, 0), programs)
+        products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        for step in tl.range(0, own_units * d_steps, num_stages=STAGES):
+            unit = program + step // d_steps * programs
+            row, column = _place_of(unit, row_blocks, blocks, ROW_GROUP, BLOCK_N, BLOCK_V)
+            d = step % d_steps * BLOCK_D
             e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
             c = load_block(weight, first_column + column, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
-            p = tl.dot(e, c.T, p, input_precision=PRECISION)
-        z, slope = logits_of(operands, p, columns, n, n < n_valid)
-        p = probabilities(operands, upstream, normaliser, z, slope, n, n < n_valid, columns, headroom)
-    pointers = p_Nv + n[:, None].to(tl.int64) * chunk_columns + chunk_range[None, :]
-    inside = (n < N)[:, None] & (chunk_range < chunk_columns)[None, :]
-    tl.store(pointers, p.to(p_Nv.dtype.element_ty), mask=inside)
+            products = dot_rows(e, c, products, PRECISION)
+            if d + BLOCK_D >= D:
+                of_all = first_column + column
+                p = _block_probabilities(
+                    operands, upstream, normaliser, products, row, of_all, headroom, BLOCK_N, BLOCK_V
+                )
+                _store_block(p_Nv, p, row, column, N, chunk_columns, BLOCK_N, BLOCK_V)
+                products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    else:
+        for unit in range(program, units, programs):
+            row, column = _place_of(unit, row_blocks, blocks, ROW_GROUP, BLOCK_N, BLOCK_V)
+            products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+            if operands.adapter_NR is not None:
+                n = row + tl.arange(0, BLOCK_N)
+                valid = n < tl.load(operands.n_valid)
+                token = tl.load(operands.token_N + n, mask=valid, other=0)
+                columns = first_column + column + tl.arange(0, BLOCK_V)
+                products = add_adapter(products, operands, token, valid, columns, None, PRECISION)
+            for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+                e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
+                c = load_block(weight, first_column + column, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
+                products = dot_rows(e, c, products, PRECISION)
+            of_all = first_column + column
+            p = _block_probabilities(operands, upstream, normaliser, products, row, of_all, headroom, BLOCK_N, BLOCK_V)
+            _store_block(p_Nv, p, row, column, N, chunk_columns, BLOCK_N, BLOCK_V)
+    # Of tokens that are not valid.
+    for unit in range(units + program, tl.cdiv(N, BLOCK_N) * blocks, programs):
+        row, column = unit // blocks * BLOCK_N, unit % blocks * BLOCK_V
+        zeros = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        _store_block(p_Nv, zeros, row, column, N, chunk_columns, BLOCK_N, BLOCK_V)
+
+
+@triton.jit
+def _slope_of(operands, z, temperature):
+    """f' of base-2 logits, which are divided by the temperature."""
+    t = z * temperature * (_LN_2 / operands.softcap)
+    return 1 - t * t
+
+
+@triton.jit
+def _temperature_of(operands, n, valid):
+    temperature = tl.full(n.shape, 1.0, tl.float32)
+    if operands.inverse_temperature_N is not None:
+        temperature /= tl.load(operands.inverse_temperature_N + n, mask=valid, other=1.0)
+    return temperature
+
+
+@triton.jit
+def _label_logit(target_logit_N, max2, n, valid):
+    """In base 2. It comes from another sum than the largest logit; a token that is almost certain lives from their
+    difference, so of two that are the same but for rounding it is that one."""
+    z = tl.load(target_logit_N + n, mask=valid, other=0.0) / _LN_2
+    return tl.where(tl.abs(z - max2) <= _SAME * tl.maximum(tl.abs(max2), 1.0), max2, z)
+
+
+@triton.jit
+def _factor_kernel(
+    factor_N,
+    label_N,
+    exp_NK,
+    operands,
+    upstream,
+    normaliser,
+    origin_N,
+    target_logit_N,
+    kept_columns,
+    stride,
+    TOKENS: tl.constexpr,
+):
+    """f_n = a_n·exp(origin − lse), and P of the labels among the kept columns, where 0 takes the exponential's place.
+    Grid: one program a block of TOKENS."""
+    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    valid = n < tl.load(operands.n_valid)
+    a = tl.load(upstream.softmax_N + n, mask=valid, other=0.0)
+    b = tl.load(upstream.target_N + n, mask=valid, other=0.0)
+    max2 = tl.load(normaliser.max_N + n, mask=valid, other=0.0)
+    log2_sum = tl.load(normaliser.log_sum_N + n, mask=valid, other=0.0)
+    log2_share = (tl.load(origin_N + n, mask=valid, other=0.0) - max2) - log2_sum
+    # It is large only where all kept logits are −inf, beside an origin of 0.
+    share = tl.exp2(tl.where(log2_share > _LARGEST_SHARE, _LARGEST_SHARE, log2_share))
+    tl.store(factor_N + n, a * share, mask=n < operands.N)
+    target = tl.load(operands.target_N + n, mask=valid, other=-1)
+    here = (target >= 0) & (target < kept_columns)
+    z = _label_logit(target_logit_N, max2, n, valid)
+    p = tl.exp2((z - max2) - log2_sum) * a - b
+    if operands.softcap is not None:
+        p *= _slope_of(operands, z, _temperature_of(operands, n, valid))
+    tl.store(label_N + n, tl.where(here, p, 0.0), mask=n < operands.N)
+    zero = tl.zeros([TOKENS], exp_NK.dtype.element_ty)
+    tl.store(exp_NK + n.to(tl.int64) * stride + target, zero, mask=here)
+
+
+@triton.jit
+def _finish_hidden_kernel(
+    dhidden_ND, operands, weight, factor_N, label_N, kept_columns, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """dE = f ⊙ dE + c C_label. Grid: (blocks of TOKENS, of BLOCK_D). Bytes: 10·N·D."""
+    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    factor = tl.load(factor_N + n, mask=n < operands.N, other=0.0)
+    label = tl.load(label_N + n, mask=n < operands.N, other=0.0)
+    target = tl.load(operands.target_N + n, mask=n < tl.load(operands.n_valid), other=-1)
+    here = (target >= 0) & (target < kept_columns)
+    inside = (n < operands.N)[:, None] & (d < operands.D)[None, :]
+    pointers = dhidden_ND + n.to(tl.int64)[:, None] * operands.D + d[None, :]
+    row = weight + target.to(tl.int64)[:, None] * operands.stride_weight + d[None, :]
+    c = tl.load(row, mask=inside & here[:, None], other=0.0).to(tl.float32)
+    sums = tl.load(pointers, mask=inside, other=0.0) * factor[:, None] + label[:, None] * c
+    tl.store(pointers, sums, mask=inside)
+
+
+@triton.jit
+def _add_labels_kernel(
+    dweight_KD,
+    hidden_ND,
+    label_N,
+    target_N,
+    token_N,
+    end_N,
+    kept_columns,
+    D,
+    dweight_stride,
+    TOKENS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dC_label += c E of all tokens of a label, rounded once. Grid: (N, blocks of BLOCK_D); the program of a label's
+    first token in ascending order adds them all. Bytes: 2·N·D, and the labels' rows twice."""
+    first = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    target = tl.load(target_N + first)
+    before = tl.load(target_N + first - 1, mask=first > 0, other=-1)
+    if (target >= 0) & (target != before) & (target < kept_columns):
+        end = tl.load(end_N + first).to(tl.int32)
+        sums = tl.zeros([BLOCK_D], tl.float32)
+        for m in range(first, end, TOKENS):
+            place = m + tl.arange(0, TOKENS)
+            n = tl.load(token_N + place, mask=place < end, other=0)
+            label = tl.load(label_N + n, mask=place < end, other=0.0)
+            inside = (place < end)[:, None] & (d < D)[None, :]
+            e = tl.load(hidden_ND + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
+            sums += tl.sum(label[:, None] * e.to(tl.float32), 0)
+        pointers = dweight_KD + target.to(tl.int64) * dweight_stride + d
+        sums += tl.load(pointers, mask=d < D, other=0.0).to(tl.float32)
+        tl.store(pointers, sums.to(dweight_KD.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _read_kernel(
+    p_Nv,
+    exp_NK,
+    operands,
+    upstream,
+    normaliser,
+    origin_N,
+    target_logit_N,
+    first_column,
+    chunk_columns,
+    stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """P of a chunk from exponentials without f'. Grid: (blocks of BLOCK_N tokens, of BLOCK_V columns). Bytes: 4·N·v."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    chunk_range = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    valid = n < tl.load(operands.n_valid)
+    columns = first_column + chunk_range
+    inside = (n < operands.N)[:, None] & (chunk_range < chunk_columns)[None, :]
+    kept = tl.load(exp_NK + n.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    z = tl.log2(kept.to(tl.float32)) + tl.load(origin_N + n, mask=valid, other=0.0)[:, None]
+    target = tl.load(operands.target_N + n, mask=valid, other=-1)
+    max2 = tl.load(normaliser.max_N + n, mask=valid, other=0.0)
+    label_logit = _label_logit(target_logit_N, max2, n, valid)
+    z = tl.where(target[:, None] == columns[None, :], label_logit[:, None], z)
+    if operands.softcap is not None:
+        # Of −inf, whose P is 0, any slope will do.
+        temperature = _temperature_of(operands, n, valid)
+        slope = _slope_of(operands, tl.where(z == -float("inf"), 0.0, z), temperature[:, None])
+    else:
+        slope = 1.0
+    p = probabilities(operands, upstream, normaliser, z, slope, n, valid, columns, 1.0)
+    tl.store(p_Nv + n[:, None].to(tl.int64) * chunk_columns + chunk_range[None, :], p.to(p_Nv.dtype.element_ty), inside)
 
 
 def _not_zero(factor: torch.Tensor) -> torch.Tensor:
@@ -82,10 +313,10 @@ def _probabilities(
     headroom: float,
 ) -> None:
     """Fills p_Nv with P of the columns from ``first`` on; ``hidden_ND``: compacted."""
-    (rows, columns), weight_VD = p_Nv.shape, logits.weight_VD
-    tuning = tuning_for(hidden_ND)
+    columns, weight_VD = p_Nv.shape[1], logits.weight_VD
+    tuning = tuning_for(hidden_ND, weight_VD)
     tma = tuning.tma and can_use_tma(hidden_ND, weight_VD)
-    _probability_kernel[(triton.cdiv(rows, tuning.block_n) * triton.cdiv(columns, tuning.block_v),)](
+    _probability_kernel[(num_programs(hidden_ND),)](
         p_Nv,
         operands_of(logits._replace(hidden_ND=hidden_ND)),
         descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
@@ -102,9 +333,133 @@ def _probabilities(
         TMA=tma,
         PRECISION=precision(logits),
         STAGES=tuning.stages,
+        FLAT=tuning.flat_below >= hidden_ND.shape[1] and logits.adapter_NR is None,
         num_warps=tuning.warps,
         **LAUNCH,
     )
+
+
+def _read_probabilities(
+    p_Nv: torch.Tensor,
+    exponentials: Exponentials,
+    logits: Logits,
+    upstream: Upstream,
+    normaliser: Normaliser,
+    first: int,
+) -> None:
+    """Fills p_Nv with P of kept columns from ``first`` on."""
+    rows, columns = p_Nv.shape
+    _read_kernel[(triton.cdiv(rows, _READ_TOKENS), triton.cdiv(columns, _READ_COLUMNS))](
+        p_Nv,
+        exponentials.exp_NK,
+        operands_of(logits),
+        upstream,
+        normaliser,
+        exponentials.origin_N,
+        exponentials.target_N,
+        first,
+        columns,
+        exponentials.exp_NK.stride(0),
+        BLOCK_N=_READ_TOKENS,
+        BLOCK_V=_READ_COLUMNS,
+        **LAUNCH,
+    )
+
+
+def _differentiate_kept(
+    exponentials: Exponentials,
+    logits: Logits,
+    hidden_ND: torch.Tensor,
+    upstream: Upstream,
+    normaliser: Normaliser,
+    dhidden_ND: torch.Tensor | None,
+    dweight_VD: torch.Tensor | None,
+    factor: torch.Tensor,
+    workspace_bytes: int,
+    add_weight: bool,
+) -> None:
+    """dE of kept columns in place of zeros, with ``factor`` if these are all columns; their dC, with it, or what is
+    added to that."""
+    exp_NK, operands = exponentials.exp_NK, operands_of(logits)
+    (rows, kept), hidden_size = exp_NK.shape, hidden_ND.shape[1]
+    factor_N, label_N = (torch.empty_like(exponentials.origin_N) for _ in range(2))
+    _factor_kernel[(triton.cdiv(rows, _FACTOR_TOKENS),)](
+        factor_N,
+        label_N,
+        exp_NK,
+        operands,
+        upstream,
+        normaliser,
+        exponentials.origin_N,
+        exponentials.target_N,
+        kept,
+        exp_NK.stride(0),
+        TOKENS=_FACTOR_TOKENS,
+        num_warps=4,
+        **LAUNCH,
+    )
+    whole_N, whole_label_N = factor_N * factor, label_N * factor
+    if dhidden_ND is not None:
+        add_product(dhidden_ND, exp_NK, logits.weight_VD[:kept])
+        now = (whole_N, whole_label_N) if kept == logits.weight_VD.shape[0] else (factor_N, label_N)
+        _finish_hidden_kernel[(triton.cdiv(rows, 4), triton.cdiv(hidden_size, 1024))](
+            dhidden_ND, operands, logits.weight_VD, *now, kept, TOKENS=4, BLOCK_D=1024, **LAUNCH
+        )
+    if dweight_VD is not None:
+        dweight_KD = dweight_VD[:kept]
+        scaled_ND = (hidden_ND * whole_N[:, None]).to(hidden_ND.dtype)
+        _write_kept(dweight_KD, exp_NK, scaled_ND, workspace_bytes, add_weight)
+        target_N, token_N = logits.target_N.sort(stable=True)
+        _add_labels_kernel[(rows, triton.cdiv(hidden_size, _LABEL_BLOCK_D))](
+            dweight_KD,
+            hidden_ND,
+            whole_label_N,
+            target_N,
+            token_N,
+            torch.searchsorted(target_N, target_N, right=True),
+            kept,
+            hidden_size,
+            dweight_KD.stride(0),
+            TOKENS=_LABEL_TOKENS,
+            BLOCK_D=_LABEL_BLOCK_D,
+            **LAUNCH,
+        )
+
+
+def _write_kept(
+    dweight_KD: torch.Tensor,
+    exp_NK: torch.Tensor,
+    scaled_ND: torch.Tensor,
+    workspace_bytes: int,
+    add: bool,
+) -> None:
+    """dC of kept columns but for the labels' part, or what is added to it, in fp32."""
+    if add:
+        add_product(dweight_KD, exp_NK.T, scaled_ND)
+    elif dweight_KD.dtype == exp_NK.dtype:
+        torch.mm(exp_NK.T, scaled_ND, out=dweight_KD)
+    elif dweight_KD.dtype == torch.float32:
+        write_product(dweight_KD, exp_NK.T, scaled_ND)
+    else:  # by way of fp32, a chunk at a time
+        step = max(workspace_bytes // (4 * scaled_ND.shape[1]), 1)
+        for dweight_kD, exp_Nk in zip(dweight_KD.split(step), exp_NK.split(step, 1), strict=True):
+            dweight_kD.copy_(product(exp_Nk.T, scaled_ND))
+
+
+def _chunk_size(logits: Logits, columns: int, workspace_bytes: int) -> int:
+    """Columns of a chunk: P of it, and where dC is not bf16 its dC in fp32, fit the workspace."""
+    hidden_ND = logits.hidden_ND
+    row_bytes = max(logits.num_tokens * hidden_ND.element_size(), 4 * hidden_ND.shape[1])
+    most = max(workspace_bytes // row_bytes // logits.tile, 1)
+    # The product that makes dC has few blocks of 128 x 256 where D is short: fewer than fill the multiprocessors a
+    # second time take as long as two rounds.
+    blocks, programs = triton.cdiv(hidden_ND.shape[1], 256), num_programs(hidden_ND)
+    rounds = most * blocks // programs
+    if hidden_ND.is_cuda and rounds >= 1 and most * blocks < 0.85 * (rounds + 1) * programs:
+        most = max(rounds * programs // blocks, 1)
+    # Chunks of equal size: the last product would otherwise be a thin one.
+    tiles = triton.cdiv(columns, logits.tile)
+    return triton.cdiv(tiles, triton.cdiv(tiles, most)) * logits.tile
 
 
 def differentiate_exactly(
@@ -120,20 +475,24 @@ def differentiate_exactly(
     add_weight: bool = False,
     dadapter_NR: torch.Tensor | None = None,
     adapter_begun: bool = False,
+    exponentials: Exponentials | None = None,
 ) -> None:
     """Adds to ``dhidden_ND`` (fp32; zeros, unless ``hidden_begun``) and writes ``dweight_VD`` (or adds to it, in fp32)
-    and ``dbias_V``; adds to an adapter's ``dadapter_NR`` as to dE."""
+    and ``dbias_V``; adds to an adapter's ``dadapter_NR`` as to dE. ``exponentials``: what forward kept of the first
+    columns, with ``dhidden_ND`` of zeros and no adapter."""
     hidden_ND, weight_VD = compacted(logits), logits.weight_VD
     trained_ND = hidden_ND if logits.adapter_NR is None else compacted(logits, logits.adapter_NR)
-    (rows, hidden_size), vocab = hidden_ND.shape, weight_VD.shape[0]
+    rows, vocab = hidden_ND.shape[0], weight_VD.shape[0]
     factor = upstream.scale * (logits.logit_scale / headroom)
-    # P of a chunk, and where dC is not bf16 the chunk of dC in fp32, fit the workspace.
-    row_bytes = max(rows * hidden_ND.element_size(), 4 * hidden_size)
-    chunk = max(workspace_bytes // row_bytes // logits.tile, 1) * logits.tile
-    # Chunks of equal size: the last product would otherwise be a thin one.
-    chunks = triton.cdiv(vocab, chunk)
-    chunk = triton.cdiv(triton.cdiv(vocab, chunks), logits.tile) * logits.tile
-    workspace = torch.empty(rows * min(chunk, vocab), dtype=hidden_ND.dtype, device=hidden_ND.device)
+    kept = 0 if exponentials is None else exponentials.exp_NK.shape[1]
+    begin = 0
+    if exponentials is not None and exponentials.sloped:
+        assert dbias_V is None and upstream.log_N is None and not hidden_begun and dadapter_NR is None
+        begin = kept
+        of_all = exponentials, logits, hidden_ND, upstream, normaliser
+        _differentiate_kept(*of_all, dhidden_ND, dweight_VD, factor, workspace_bytes, add_weight)
+        if kept == vocab:
+            return
     # In bf16 a factor that is a power of two is exact in the hidden states, and spares a pass over dC (of fewer rows
     # than there are tokens that pass is the smaller one).
     scaled_ND = None
@@ -145,13 +504,19 @@ def differentiate_exactly(
         dhidden_ND /= _not_zero(factor)
     if dadapter_NR is not None and adapter_begun:
         dadapter_NR /= _not_zero(factor)
-    for first in range(0, vocab, chunk):
-        columns = min(chunk, vocab - first)
+    chunk = _chunk_size(logits, vocab - begin, workspace_bytes)
+    workspace = torch.empty(rows * min(chunk, vocab - begin), dtype=hidden_ND.dtype, device=hidden_ND.device)
+    parts = [(begin, kept), (kept, vocab)]
+    for first, stop in [(x, min(x + chunk, end)) for start, end in parts for x in range(start, end, chunk)]:
+        columns = stop - first
         p_Nv = workspace[: rows * columns].view(rows, columns)
-        _probabilities(p_Nv, logits, hidden_ND, upstream, normaliser, first, headroom)
+        if exponentials is not None and first < kept:
+            _read_probabilities(p_Nv, exponentials, logits, upstream, normaliser, first)
+        else:
+            _probabilities(p_Nv, logits, hidden_ND, upstream, normaliser, first, headroom)
         v = slice(first, first + columns)
         if dhidden_ND is not None:
-            add_product(dhidden_ND, p_Nv, weight_VD[v])
+            add_product(dhidden_ND, p_Nv, weight_VD[v].to(p_Nv.dtype))
         if dadapter_NR is not None and logits.adapter_VR is not None:
             add_product(dadapter_NR, p_Nv, logits.adapter_VR[v])
         if dweight_VD is not None and add_weight and scaled_ND is not None:
@@ -216,7 +581,9 @@ def differentiate_rows(
         if out.bias_V is not None:
             write_rows(out.bias_V, p_Nk.sum(0, dtype=torch.float32).mul_(factor), row_k)
         if dhidden_ND is not None:
-            add_product(dhidden_ND, p_Nk, weight_kD.mul_(factor) if exact_factor else weight_kD)
+            scaled_kD = weight_kD.mul_(factor) if exact_factor else weight_kD
+            add_product(dhidden_ND, p_Nk, scaled_kD.to(dtype))
+            del scaled_kD
         if out.adapter_NR is not None and adapter_kR is not None:
             out.adapter_NR.add_(product(p_Nk, adapter_kR).mul_(factor))
         del weight_kD, part  # before the next chunk's

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from ..problem import SUM_BITS, GlobalTiles, Logits, TileSums
-from .blocks import LN_2, can_use_tma, descriptor, finite, load_block, logits_of, precision
+from .blocks import LN_2, can_use_tma, descriptor, dot_rows, finite, load_block, logits_of, precision
 from .compact import compacted
 from .operands import LAUNCH, operands_of
 from .tuning import num_programs, tuning_for
@@ -86,7 +86,7 @@ def _sum_tiles_kernel(
         for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             e = load_block(hidden, first, d, n_valid, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
             c = load_block(weight, row, d, stop, D, operands.stride_weight, TILE, BLOCK_D, TMA)
-            products = tl.dot(e, c.T, products, input_precision=PRECISION)
+            products = dot_rows(e, c, products, PRECISION)
         columns = row + tl.arange(0, TILE)
         columns = tl.where(columns < stop, columns, operands.V)  # past the tile's last row: past all
         z, _slope = logits_of(operands, products, columns, n, n < n_valid)
@@ -129,7 +129,7 @@ def sum_tiles(logits: Logits, tiles: GlobalTiles) -> TileSums:
     if not number or not tokens:
         return TileSums(max_TN, sumexp_TN, torch.full_like(target_N, -torch.inf), target_N, LN_2)
     dense = logits._replace(hidden_ND=hidden_ND, weight_VD=weight_VD)
-    tuning = tuning_for(hidden_ND)
+    tuning = tuning_for(hidden_ND, weight_VD)
     tma = tuning.tma and can_use_tma(hidden_ND, weight_VD)
     # A number of rows that is a multiple of 16 whatever the shard; and not that of tokens.
     operands = operands_of(dense)._replace(N=0, V=triton.cdiv(weight_VD.shape[0], logits.tile) * logits.tile)

@@ -136,7 +136,7 @@ def refine(logits: Logits, estimate: Estimate, normaliser: Normaliser, eps: floa
     """The estimate's summary with max, Σ exp and large tiles refined; ``normaliser``: all shards' estimates merged."""
     weight_VD, tiles, operands = logits.weight_VD, estimate.summary.tiles, operands_of(logits)
     assert tiles is not None
-    tuning = tuning_for(logits.hidden_ND)
+    tuning = tuning_for(logits.hidden_ND, weight_VD)
     tma = tuning.tma and can_use_tma(weight_VD)
     lse2_N = (normaliser.max_N + normaliser.log_sum_N).sub_(estimate.margin_N, alpha=1 / LN_2)
     pairs = select(logits, tiles, lse2_N, Filter("filtered", eps))

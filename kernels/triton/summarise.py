@@ -10,9 +10,13 @@ more than it hides.
 FLOPs: 2·N·V·D. Bytes: V·D·2·⌈N / (row_group·BLOCK_N)⌉ + N·D·2 read, 2·T·N of tile summaries written; the products
 dominate by far. No atomics and no locks: each split writes its own partial, `_finish_kernel` merges them.
 
+What is kept for an exact backward: exp2(z − origin) of the first K columns, 2·N·K bytes written beside the products. A
+token's origin must be known before its logits are: the largest of a sample of them. Where it proves to be too far from
+the largest logit for 16 bits' exponent, the token's block of rows is computed once more with that one as origin.
+
 In: `Logits`. Out: a `Summary`. estimate.py launches the same kernel on 8-bit copies.
 
-Shapes: N tokens, D hidden, V local rows, T tiles, t tiles of a block of columns, S splits.
+Shapes: N tokens, D hidden, V local rows, T tiles, t tiles of a block of columns, S splits, K kept columns.
 """
 
 from typing import NamedTuple
@@ -21,13 +25,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..problem import FAR, Logits, Share, Summary, Tiles
+from ..problem import FAR, Exponentials, Keep, Logits, Share, Summary, Tiles
 from .blocks import (
     BLOCK_R,
     LN_2,
     add_adapter,
     can_use_tma,
     descriptor,
+    dot_rows,
     finite,
     load_block,
     load_rows,
@@ -43,6 +48,10 @@ from .tuning import Tuning, num_programs, tuning_for
 _LN_2, _FAR = tl.constexpr(LN_2), tl.constexpr(FAR)
 _FINISH_TOKENS = 16
 _JOINED = 256
+_SAMPLED, _SAMPLED_TOKENS = 64, 64
+_BELOW, _ABOVE = tl.constexpr(-1.0), tl.constexpr(60.0)
+"""How far above the origin the largest logit may lie, in bits. Of 2^60 and less sums stay far from the largest number;
+what is lost at the other end, below 2^-126, is less than 2^-100 of the largest."""
 
 
 class Partials(NamedTuple):
@@ -53,6 +62,15 @@ class Partials(NamedTuple):
     sumexp_SN: torch.Tensor
     reference_SN: torch.Tensor
     weighted_SN: torch.Tensor | None = None
+
+
+class Stored(NamedTuple):
+    """Where exp2(z − origin) of the first ``columns`` goes; rows are ``stride`` apart."""
+
+    exp_NK: torch.Tensor
+    origin_N: torch.Tensor
+    columns: int
+    stride: int
 
 
 @triton.jit
@@ -75,14 +93,16 @@ def _block_logits(
         z = logits_in_8_bits(
             operands, in_8_bits, products, columns, row_scale_n, offset_n, variance_n, token_n, valid, PRECISION
         )
+        slope = 1.0
     else:
-        z, _slope = logits_of(operands, products, columns, n, valid)
-    return z
+        z, slope = logits_of(operands, products, columns, n, valid)
+    return z, slope
 
 
 @triton.jit
 def _absorb_block(
     z,
+    slope,
     max_n,
     sum_n,
     weighted_n,
@@ -93,17 +113,26 @@ def _absorb_block(
     block,
     n,
     n_valid,
+    stored,
+    origin_n,
     TILE: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ENTROPY: tl.constexpr,
+    SLOPED: tl.constexpr,
 ):
     """Adds a block of logits to the running max, Σ exp and, for the entropy, Σ exp(z − max)·(z − max); stores the
-    log-sum-exp of each of its tiles, without those of ``frequent_V``."""
+    log-sum-exp of each of its tiles, without those of ``frequent_V``, and what is kept of it."""
     z = tl.reshape(z, [z.shape[0], BLOCK_V // TILE, TILE])
     tile_max_nt = tl.max(z, 2)
     shift_nt = finite(tile_max_nt)
     # NaN logits do not survive the max but do reach this sum, and so the loss.
     e = tl.exp2(z - shift_nt[:, :, None])
+    if stored is not None:
+        # By the tile's max itself: where that is −inf, e is 0, and the power must not be infinite.
+        kept = e * tl.exp2(tile_max_nt - origin_n[:, None])[:, :, None]
+        if SLOPED:
+            kept *= tl.reshape(slope, kept.shape)
+        kept = kept.to(stored.exp_NK.dtype.element_ty)
     tile_sum_nt = tl.sum(e, 2)
     if tile_lse_TN is not None:
         stored_nt = tile_sum_nt
@@ -126,6 +155,11 @@ def _absorb_block(
         weighted_n = (weighted_n + sum_n * tl.maximum(max_n - shift_n, _FAR)) * tl.exp2(max_n - shift_n)
         weighted_n += tl.sum(below * tl.exp2(tile_max_nt - shift_n[:, None]), 1)
     sum_n = sum_n * tl.exp2(max_n - shift_n) + tl.sum(tile_sum_nt * tl.exp2(tile_max_nt - shift_n[:, None]), 1)
+    if stored is not None:
+        column = block * BLOCK_V + tl.arange(0, BLOCK_V // TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        pointers = stored.exp_NK + n.to(tl.int64)[:, None, None] * stored.stride + column[None, :, :]
+        inside = (n < n_valid)[:, None, None] & (column < stored.columns)[None, :, :]
+        tl.store(pointers, kept, mask=inside)
     return new_max_n, sum_n, weighted_n, reference_n
 
 
@@ -137,6 +171,8 @@ def _summarise_kernel(
     hidden,
     weight,
     in_8_bits,
+    stored,
+    earlier_N,
     splits,
     blocks_per_split,
     row_group,
@@ -149,7 +185,10 @@ def _summarise_kernel(
     STAGES: tl.constexpr,
     FLAT: tl.constexpr,
     ENTROPY: tl.constexpr,
+    SLOPED: tl.constexpr,
 ):
+    """With ``earlier_N`` it stores once more, and nothing else, for blocks of tokens whose origins are no longer
+    those."""
     N, V, D = operands.N, operands.V, operands.D
     if in_8_bits is None:
         apart = operands.frequent_V
@@ -175,6 +214,13 @@ def _summarise_kernel(
         reference_n = tl.full([BLOCK_N], -float("inf"), tl.float32)
         row_scale_n, offset_n, variance_n, weighted_n = sum_n, sum_n, sum_n, sum_n
         blocks = min(blocks_per_split, num_blocks - first_column_block)
+        origin_n = max_n
+        if stored is not None:
+            origin_n = tl.load(stored.origin_N + n, mask=n < n_valid, other=0.0)
+            if earlier_N is not None:
+                changed_n = origin_n != tl.load(earlier_N + n, mask=n < n_valid, other=0.0)
+                kept_blocks = tl.cdiv(stored.columns, BLOCK_V) - first_column_block
+                blocks = tl.where(tl.max(changed_n.to(tl.int32), 0) > 0, min(blocks, kept_blocks), 0)
         if in_8_bits is not None:
             row_scale_n = tl.load(in_8_bits.row_scale_N + n, mask=n < n_valid, other=0.0)
             offset_n = tl.load(in_8_bits.offset_N + n, mask=n < n_valid, other=0.0)
@@ -189,9 +235,9 @@ def _summarise_kernel(
                 d = step % d_steps * BLOCK_D
                 e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
                 c = load_block(weight, block * BLOCK_V, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
-                products = tl.dot(e, c.T, products, input_precision=PRECISION)
+                products = dot_rows(e, c, products, PRECISION)
                 if d + BLOCK_D >= D:
-                    z = _block_logits(
+                    z, slope = _block_logits(
                         operands,
                         in_8_bits,
                         products,
@@ -207,6 +253,7 @@ def _summarise_kernel(
                     )
                     max_n, sum_n, weighted_n, reference_n = _absorb_block(
                         z,
+                        slope,
                         max_n,
                         sum_n,
                         weighted_n,
@@ -217,9 +264,12 @@ def _summarise_kernel(
                         block,
                         n,
                         n_valid,
+                        stored,
+                        origin_n,
                         TILE,
                         BLOCK_V,
                         ENTROPY,
+                        SLOPED,
                     )
                     products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         else:
@@ -231,8 +281,8 @@ def _summarise_kernel(
                 for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
                     e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
                     c = load_block(weight, block * BLOCK_V, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
-                    products = tl.dot(e, c.T, products, input_precision=PRECISION)
-                z = _block_logits(
+                    products = dot_rows(e, c, products, PRECISION)
+                z, slope = _block_logits(
                     operands,
                     in_8_bits,
                     products,
@@ -248,6 +298,7 @@ def _summarise_kernel(
                 )
                 max_n, sum_n, weighted_n, reference_n = _absorb_block(
                     z,
+                    slope,
                     max_n,
                     sum_n,
                     weighted_n,
@@ -258,16 +309,56 @@ def _summarise_kernel(
                     block,
                     n,
                     n_valid,
+                    stored,
+                    origin_n,
                     TILE,
                     BLOCK_V,
                     ENTROPY,
+                    SLOPED,
                 )
-        tl.store(partials.max_SN + split * N + n, max_n, mask=n < n_valid)
-        tl.store(partials.sumexp_SN + split * N + n, sum_n, mask=n < n_valid)
-        if ENTROPY:
-            tl.store(partials.weighted_SN + split * N + n, weighted_n, mask=n < n_valid)
-        if tile_lse_TN is not None:
-            tl.store(partials.reference_SN + split * N + n, finite(reference_n), mask=n < n_valid)
+        if earlier_N is None:
+            tl.store(partials.max_SN + split * N + n, max_n, mask=n < n_valid)
+            tl.store(partials.sumexp_SN + split * N + n, sum_n, mask=n < n_valid)
+            if ENTROPY:
+                tl.store(partials.weighted_SN + split * N + n, weighted_n, mask=n < n_valid)
+            if tile_lse_TN is not None:
+                tl.store(partials.reference_SN + split * N + n, finite(reference_n), mask=n < n_valid)
+
+
+@triton.jit
+def _origin_kernel(
+    stored,
+    operands,
+    hidden,
+    weight,
+    TOKENS: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The largest of some logits of each token; 0 in what is kept of tokens that are not valid.
+
+    Grid: one program a block of TOKENS. FLOPs: 2·N·D·SAMPLED.
+    """
+    N, V, D = operands.N, operands.V, operands.D
+    n_valid = tl.load(operands.n_valid)
+    first = tl.program_id(0) * TOKENS
+    n = first + tl.arange(0, TOKENS)
+    if first < n_valid:
+        row = (tl.arange(0, SAMPLED).to(tl.int64) * V // SAMPLED).to(tl.int32)
+        products = tl.zeros([TOKENS, SAMPLED], tl.float32)
+        for d in range(0, D, BLOCK_D):
+            e = load_block(hidden, first, d, N, D, D, TOKENS, BLOCK_D, False)
+            c = load_rows(weight, row, row < V, d, D, operands.stride_weight, BLOCK_D)
+            products = dot_rows(e, c, products, PRECISION)
+        z, _slope = logits_of(operands, products, row, n, n < n_valid)
+        tl.store(stored.origin_N + n, finite(tl.max(z, 1)), mask=n < n_valid)
+    if first + TOKENS > n_valid:
+        rows = stored.exp_NK + n.to(tl.int64)[:, None] * stored.stride
+        for column in range(0, stored.columns, 128):
+            k = column + tl.arange(0, 128)
+            inside = ((n >= n_valid) & (n < N))[:, None] & (k < stored.columns)[None, :]
+            tl.store(rows + k[None, :], tl.zeros([TOKENS, 128], stored.exp_NK.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -276,11 +367,13 @@ def _finish_kernel(
     partials,
     operands,
     weight,
+    stored,
     splits,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Merges the splits and computes the targets' logits. Grid: one program a BLOCK_N tokens. Bytes: 2·N·D·2 read."""
+    """Merges the splits and computes the targets' logits; the last row, if anything is kept, are the origins that the
+    largest logits ask for. Grid: one program a BLOCK_N tokens. Bytes: 2·N·D·2 read."""
     N, D = operands.N, operands.D
     n_valid = tl.load(operands.n_valid)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -324,6 +417,11 @@ def _finish_kernel(
     tl.store(merged_4N + 2 * N + n, tl.where(owned, logit_n * _LN_2, 0.0), mask=n < N)
     if partials.weighted_SN is not None:
         tl.store(merged_4N + 3 * N + n, weighted_n, mask=n < N)
+    if stored is not None:
+        origin_n = tl.load(stored.origin_N + n, mask=valid, other=0.0)
+        is_near_n = (max_n - origin_n >= _BELOW) & (max_n - origin_n <= _ABOVE)
+        last = 3 if partials.weighted_SN is None else 4
+        tl.store(merged_4N + last * N + n, tl.where(is_near_n, origin_n, finite(max_n)), mask=n < N)
 
 
 @triton.jit
@@ -372,18 +470,52 @@ def join(others: Summary, part: Summary, share: Share | None) -> Summary:
     return others._replace(max_N=out_3N[0], sumexp_N=out_3N[1], target_N=out_3N[2])
 
 
-def summarise(logits: Logits, want_tiles: bool, want_entropy: bool = False) -> Summary:
+def summarise(logits: Logits, want_tiles: bool, want_entropy: bool = False, keep: Keep | None = None) -> Summary:
     """See `Summary`. Rows that are not valid get max 0, Σ exp S and target logit 0."""
-    tuning = tuning_for(logits.hidden_ND)
+    tuning = tuning_for(logits.hidden_ND, logits.weight_VD)
     num_blocks = triton.cdiv(logits.weight_VD.shape[0], tuning.block_v)
     blocks_per_split = triton.cdiv(num_blocks, tuning.splits)
     partials, lse_TN = empty_partials(logits, triton.cdiv(num_blocks, blocks_per_split), want_tiles)
     if want_entropy:
         partials = partials._replace(weighted_SN=torch.empty_like(partials.max_SN))
     dense = logits._replace(hidden_ND=compacted(logits))
-    launch(dense, None, partials, lse_TN, blocks_per_split, tuning)
+    stored = None if keep is None else _begin_storing(dense, keep)
+    sloped = keep is not None and keep.sloped and logits.softcap is not None
+    launch(dense, None, partials, lse_TN, blocks_per_split, tuning, stored, sloped=sloped)
     tiles_per_split = blocks_per_split * tuning.block_v // logits.tile
-    return finish(logits, partials, None if lse_TN is None else Tiles(lse_TN, partials.reference_SN, tiles_per_split))
+    tiles = None if lse_TN is None else Tiles(lse_TN, partials.reference_SN, tiles_per_split)
+    summary = finish(logits, partials, tiles, stored)
+    if stored is None or keep is None or summary.exponentials is None:
+        return summary
+    once_more = stored._replace(origin_N=summary.exponentials.origin_N)
+    partials = partials._replace(weighted_SN=None)
+    launch(dense, None, partials, None, blocks_per_split, tuning, once_more, stored.origin_N, sloped)
+    return summary._replace(exponentials=summary.exponentials._replace(sloped=keep.sloped))
+
+
+def _begin_storing(logits: Logits, keep: Keep) -> Stored:
+    """Memory for what is kept, and the tokens' origins; ``logits``: of compacted hidden states."""
+    hidden_ND, rows = logits.hidden_ND, logits.num_tokens
+    stride = triton.cdiv(keep.columns, logits.tile) * logits.tile  # so that the library's products find rows aligned
+    stored = Stored(
+        hidden_ND.new_empty((rows, stride)),
+        hidden_ND.new_empty(rows, dtype=torch.float32),
+        keep.columns,
+        stride,
+    )
+    _origin_kernel[(triton.cdiv(rows, _SAMPLED_TOKENS),)](
+        stored,
+        operands_of(logits),
+        hidden_ND,
+        logits.weight_VD,
+        TOKENS=_SAMPLED_TOKENS,
+        SAMPLED=_SAMPLED,
+        BLOCK_D=128 // hidden_ND.element_size(),
+        PRECISION=precision(logits),
+        num_warps=4,
+        **LAUNCH,
+    )
+    return stored
 
 
 def empty_partials(logits: Logits, splits: int, want_tiles: bool) -> tuple[Partials, torch.Tensor | None]:
@@ -407,8 +539,11 @@ def launch(
     lse_TN: torch.Tensor | None,
     blocks_per_split: int,
     tuning: Tuning,
+    stored: Stored | None = None,
+    earlier_N: torch.Tensor | None = None,
+    sloped: bool = False,
 ) -> None:
-    """Fills the partials of the splits of ``logits``, whose hidden states are compacted."""
+    """Fills the partials of the splits of ``logits``, whose hidden states are compacted; see `_summarise_kernel`."""
     hidden_ND, weight_VD, operands = logits.hidden_ND, logits.weight_VD, operands_of(logits)
     tma = tuning.tma and can_use_tma(hidden_ND, weight_VD)
     _summarise_kernel[(num_programs(hidden_ND),)](
@@ -418,6 +553,8 @@ def launch(
         descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
         descriptor(weight_VD, tuning.block_v, tuning.block_d, tma),
         in_8_bits,
+        stored,
+        earlier_N,
         triton.cdiv(operands.V, blocks_per_split * tuning.block_v),
         blocks_per_split,
         tuning.row_group,
@@ -430,19 +567,22 @@ def launch(
         STAGES=tuning.stages,
         FLAT=tuning.flat_below >= operands.D and logits.adapter_NR is None,
         ENTROPY=partials.weighted_SN is not None,
+        SLOPED=sloped,
         num_warps=tuning.warps,
         **LAUNCH,
     )
 
 
-def finish(logits: Logits, partials: Partials, tiles: Tiles | None) -> Summary:
+def finish(logits: Logits, partials: Partials, tiles: Tiles | None, stored: Stored | None = None) -> Summary:
     operands = operands_of(logits)
-    merged_4N = partials.max_SN.new_empty((3 if partials.weighted_SN is None else 4, operands.N))
+    of_sums = 3 if partials.weighted_SN is None else 4
+    merged_4N = partials.max_SN.new_empty((of_sums if stored is None else of_sums + 1, operands.N))
     _finish_kernel[(triton.cdiv(operands.N, _FINISH_TOKENS),)](
         merged_4N,
         partials,
         operands,
         logits.weight_VD,
+        stored,
         partials.max_SN.shape[0],
         BLOCK_N=_FINISH_TOKENS,
         BLOCK_D=256,
@@ -450,4 +590,7 @@ def finish(logits: Logits, partials: Partials, tiles: Tiles | None) -> Summary:
         **LAUNCH,
     )
     weighted_N = None if partials.weighted_SN is None else merged_4N[3]
-    return Summary(merged_4N[0], merged_4N[1], merged_4N[2], LN_2, tiles, weighted_N)
+    kept = None
+    if stored is not None:
+        kept = Exponentials(stored.exp_NK[:, : stored.columns], merged_4N[of_sums], merged_4N[2])
+    return Summary(merged_4N[0], merged_4N[1], merged_4N[2], LN_2, tiles, weighted_N, kept)

@@ -96,10 +96,10 @@ def tail_means(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(π_V in fp32, factor·c̃_TD in the dtype of hidden, the same of an adapter's B); ``factor``: one fp32 number."""
     weight_VD, operands = logits.weight_VD, operands_of(logits)
-    tuning = tuning_for(logits.hidden_ND)
+    tuning = tuning_for(logits.hidden_ND, weight_VD)
     tma = tuning.tma and can_use_tma(weight_VD)
     pi_V = torch.empty(operands.V, dtype=torch.float32, device=weight_VD.device)
-    mean_TD = torch.empty((logits.num_tiles, operands.D), dtype=weight_VD.dtype, device=weight_VD.device)
+    mean_TD = torch.empty((logits.num_tiles, operands.D), dtype=logits.hidden_ND.dtype, device=weight_VD.device)
     mean_TR = None
     if logits.adapter_VR is not None:
         mean_TR = mean_TD.new_empty((logits.num_tiles, logits.adapter_VR.shape[1]))

@@ -69,6 +69,16 @@ class Tuning(NamedTuple):
         flat = self._replace(flat_below=2 * self.flat_below)
         return flat._replace(block_d=2 * self.block_d) if self.tma else flat
 
+    def for_fp32_rows(self) -> "Tuning":
+        """The same for rows of the classifier in fp32 beside hidden states in 16 bits: as many of their bytes along D.
+
+        Their parts take registers: of several programs a multiprocessor's pairs are one's, of all their warps.
+        """
+        halved = self._replace(block_d=self.block_d // 2)
+        if self.pair_programs > 1:
+            return halved._replace(pair_warps=self.pair_programs * self.pair_warps, pair_programs=1)
+        return halved._replace(pair_block_d=self.pair_block_d // 2, hidden_block_d=self.hidden_block_d // 2)
+
     def for_few_pairs(self) -> "Tuning":
         """The same for a backward without frequent rows."""
         return self._replace(pair_rows=self.few_pair_rows, weight_blocks=self.few_weight_blocks)
@@ -87,11 +97,12 @@ class Row(NamedTuple):
 _forced: Tuning | None = None
 
 
-def tuning_for(hidden: torch.Tensor) -> Tuning:
-    """The launch parameters for hidden states [N, D]."""
+def tuning_for(hidden: torch.Tensor, weight: torch.Tensor) -> Tuning:
+    """The launch parameters for hidden states [N, D] and rows [V, D], which may be wider: in fp32 beside bf16."""
     if _forced is not None:
         return _forced
-    return choose(gpu_names(hidden.device), hidden.element_size(), hidden.shape[-1])
+    tuning = choose(gpu_names(hidden.device), hidden.element_size(), hidden.shape[-1])
+    return tuning if weight.element_size() == hidden.element_size() else tuning.for_fp32_rows()
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def plain(given: dict[str, Any], form: dict[str, Any], kind: str, beta: float = 
         teacher = (t[valid].double(), given["teacher_weight"].double(), given["teacher_bias"].double())
         log_t = all_logits(*teacher, **form_of("teacher", form)).log_softmax(-1)
         of_valid = plain_terms(log_s, log_t, kind, beta).sum(-1)
-        losses.append(torch.zeros(labels.shape).double().index_put((valid,), of_valid))
+        losses.append(of_valid.new_zeros(labels.shape).index_put((valid,), of_valid))
     mean = torch.cat(losses).sum() / sum(int((labels != -100).sum()) for labels in given["labels"])
     mean.backward()
     grads = {"dhidden": [grad_of(x) for x in hidden], "dweight": grad_of(weight), "dbias": grad_of(bias)}

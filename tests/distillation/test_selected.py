@@ -12,6 +12,7 @@ from teachers import all_logits, rows_of, runs_of
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._pytree import tree_map_only
 from watched import LargestTensor
 
 from cce_dist import VocabShard, linear_selected_logits
@@ -129,9 +130,10 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def _on_rank(
     given: dict[str, Any], layout: Layout, runs: Runs | None, form: dict[str, Any], return_lse: bool
 ) -> dict[str, Tensor]:
-    return computed(
-        given, part_of(dist.get_rank(), layout), shard_of(given["weight"].shape[0], layout, runs), form, return_lse
-    )
+    if form.get("backend") == "triton":
+        given = tree_map_only(Tensor, lambda x: x.to(DEVICE), given)
+    shard = shard_of(given["weight"].shape[0], layout, runs)
+    return computed(given, part_of(dist.get_rank(), layout), shard, form, return_lse)
 
 
 CASES: dict[str, tuple[int, Layout, tuple[int, ...], Runs | None]] = {

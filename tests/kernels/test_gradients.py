@@ -118,7 +118,8 @@ def test_chunks_of_hidden_columns_the_last_cut_off_follow_the_formula(
     chunks: int, dtype: torch.dtype, workspace: int
 ) -> None:
     """In one chunk P is added to dE where it is computed, in several it is read from the ring."""
-    base = tuning.tuning_for(torch.empty(1, 1, device=DEVICE, dtype=dtype))
+    like = torch.empty(1, 1, device=DEVICE, dtype=dtype)
+    base = tuning.tuning_for(like, like)
     logits = make_clear_logits(70, 4 * TILE - 40, 2 * base.weight_block_d + 5, EPS, dtype=dtype)
     expected = gradients(logits, dense(logits), make_upstream(logits), MODES["unbiased"])
     with tuning.forced(base._replace(chunk_d=4 * base.weight_block_d // chunks)):

@@ -18,7 +18,7 @@ def _file(folder: Path, content: Any) -> Path:
 
 
 def test_the_packaged_table_serves_the_interpreter_and_hopper_in_16_bits() -> None:
-    assert tuning.tuning_for(torch.empty(4, 16)) == Tuning(
+    assert tuning.tuning_for(torch.empty(4, 16), torch.empty(4, 16)) == Tuning(
         block_n=32, block_d=32, splits=3, flat_below=64, pair_rows=32, chunk_d=64, few_pair_rows=32
     )
     hopper = tuning.choose(("an unknown GPU", "sm_90"), 2, 4096)
@@ -78,7 +78,7 @@ def test_a_broken_table_is_refused_with_file_and_row(tmp_path: Path, content: An
 
 def test_a_forced_row_holds_inside_its_context_only() -> None:
     hidden = torch.empty(4, 16)
-    before = tuning.tuning_for(hidden)
+    before = tuning.tuning_for(hidden, hidden)
     with tuning.forced(Tuning(splits=5)):
-        assert tuning.tuning_for(hidden).splits == 5
-    assert tuning.tuning_for(hidden) == before
+        assert tuning.tuning_for(hidden, hidden).splits == 5
+    assert tuning.tuning_for(hidden, hidden) == before

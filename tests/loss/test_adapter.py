@@ -99,6 +99,14 @@ def test_an_adapter_in_triton_matches_full_logits() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_an_adapter_keeps_no_exponentials_whatever_the_budget(options: dict[str, Any]) -> None:
+    """Of a budget that holds those of all logits."""
+    problem = make_problem(((3, 7),), 200, D + R, **options)
+    _assert_no_worse(problem, backend="triton", workspace_mb=64, **MODES["exact"])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("dtype", TRITON_DTYPES[1:], ids=str)
 def test_an_adapter_in_16_bits_matches_full_logits(
@@ -317,6 +325,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "other rows": ({"adapter": (torch.zeros(31, R), torch.zeros(299, R))}, "one row of a for each token"),
     "more columns than hidden": ({"adapter": (torch.zeros(31, 25), torch.zeros(300, 25))}, "at most hidden's number"),
     "a weight that trains": ({"weight": torch.zeros(300, D, requires_grad=True)}, "adapter goes with a frozen weight"),
+    "rows in fp32": ({"fp32_head": True}, "adapter goes without fp32_head"),
+    "kept logits": ({"workspace_mb": "logits", "gradient": "exact"}, 'adapter goes without workspace_mb="logits"'),
     "an accumulator": ({"grad_accumulator": torch.zeros(300, D)}, "grad_accumulator goes with a weight that requires"),
 }
 

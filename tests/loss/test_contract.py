@@ -43,6 +43,8 @@ MODES: dict[str, dict[str, Any]] = {
     "filtered": {"gradient": "filtered"},
     "drop": {"gradient": "filtered", "tail": False},
 }
+KEPT: dict[str, Any] = {"gradient": "exact", "workspace_mb": 64}
+"""All logits of these cases fit: backward computes none again, but in fp16."""
 BACKENDS = ["torch", "triton"]
 # The interpreter on several ranks takes seconds.
 WORLDS_AND_BACKENDS = [
@@ -63,7 +65,7 @@ MODES_AND_BACKENDS = [
     )
     for backend in BACKENDS
     for name, mode in MODES.items()
-]
+] + [pytest.param(KEPT, "triton", id="logits kept-triton", marks=pytest.mark.full)]
 every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 every_mode_and_backend = pytest.mark.parametrize(("mode", "backend"), MODES_AND_BACKENDS)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -281,8 +281,8 @@ class TestProcesses:
         code = main(["doctor", *(["--config", config] if config else [])])
         said = capfd.readouterr().out
         if config is None:
-            readme = [_without_measurements(line) for line in shown("cce-dist doctor")]
-            assert missing(readme, "\n".join(map(_without_measurements, said.splitlines()))) == []
+            documented = [_without_measurements(line) for line in shown("cce-dist doctor")]
+            assert missing(documented, "\n".join(map(_without_measurements, said.splitlines()))) == []
             assert code == 0
         else:
             assert "FAULT config: ranks 0-1: cannot read /nowhere.json" in said

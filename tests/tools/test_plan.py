@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from cce_dist.kernels.problem import TILE
 from cce_dist.tools.plan import spread
 from cce_dist.tools.plan.calibration import STOCK, calibrate, compute_ms
 from cce_dist.tools.plan.job import ELEMENT, GPUS, Job, group_sizes
-from cce_dist.tools.plan.memory import OPTIMIZER, loss_bytes
+from cce_dist.tools.plan.memory import OPTIMIZER, budget_of, loss_bytes
 from cce_dist.tools.plan.spread import Setting
 
 ROOT = Path(__file__).parents[2]
@@ -261,6 +262,29 @@ class TestCommand:
         assert main(["plan", *WORDS, "--config", str(config), "--gradient", "exact"]) == 0
         assert capsys.readouterr().out == from_files
         assert "Gradient: exact" in from_files
+
+    def test_exact_shows_what_memory_buys(self, capsys: pytest.CaptureFixture[str]) -> None:
+        main(["plan", *WORDS, "--gradient", "exact"])
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Exact by workspace_mb")]
+        budgets = re.findall(r"(\d+|logits): (\d+) MB kept, ([\d.]+) ms", line)
+        assert [name for name, *_ in budgets] == ["256", "1024", "2048", "4096"]  # which is all, as "logits" would be
+        kept, ms = ([float(row[column]) for row in budgets] for column in (1, 2))
+        assert kept == sorted(kept) and ms == sorted(ms, reverse=True)
+        assert (kept[0], kept[-1]) == (0, round(2 * GEMMA.tokens * GEMMA.vocab / 1e6))
+        assert ms[-1] < 0.85 * ms[0]
+
+    @pytest.mark.parametrize("budget", [256, 300, 1024, 2048, 5000, "logits"])
+    @pytest.mark.parametrize("group", [1, 8])
+    def test_what_is_kept_and_the_workspace_fit_the_budget(self, budget: Any, group: int) -> None:
+        job = GEMMA._replace(gradient="exact", workspace_mb=budget)
+        if group not in group_sizes(job):
+            pytest.skip("one tile of all tokens is more")
+        of = spread.vocabulary_parallel(job, CALIBRATION, group).bytes
+        everything = 2 * job.tokens * job.vocab
+        split = budget_of(group * job.tokens, job.vocab // group, "exact", budget)
+        assert of.logits == 2 * group * job.tokens * split.columns <= everything
+        assert (of.logits == everything) == (budget in (5000, "logits"))
+        assert budget == "logits" or of.logits + split.workspace <= budget << 20
 
     def test_a_workspace_that_large_groups_would_refuse_leaves_them_out(self) -> None:
         assert group_sizes(GEMMA._replace(workspace_mb=64)) == [1, 2, 4, 8, 16, 32]

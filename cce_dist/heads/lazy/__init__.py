@@ -24,6 +24,7 @@ from cce_dist.heads.lazy.adapter import check_adapter, make_adapted, make_plain
 from cce_dist.heads.lazy.head import (
     fuse_evaluation_where,
     fused_evaluation,
+    is_in_fp32,
     is_lazy,
     lazy_calls,
     make_eager,
@@ -39,6 +40,7 @@ __all__ = [
     "check_adapter",
     "fuse_evaluation_where",
     "fused_evaluation",
+    "is_in_fp32",
     "is_lazy",
     "lazy_calls",
     "make_adapted",

@@ -20,7 +20,7 @@ from cce_dist.heads.find import registered
 from cce_dist.heads.lazy.generation import Loop, loop_around
 from cce_dist.heads.lazy.logits import LazyLogits
 from cce_dist.heads.lazy.materialize import report
-from cce_dist.heads.lazy.source import Binding, Source
+from cce_dist.heads.lazy.source import Binding, Source, wide
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
 from cce_dist.loss import TokenLogprobs
 from cce_dist.shard import VocabShard
@@ -107,6 +107,15 @@ def fused_evaluation(head: nn.Module) -> Iterator[None]:
         binding.in_evaluation = before
 
 
+def is_in_fp32(head: nn.Module) -> bool:
+    """Whether a lazy head's logits are those of fp32 products: the setting ``fp32_head``.
+
+    Raises:
+        ValueError: the head is not lazy.
+    """
+    return _binding(head).config.fp32_head
+
+
 def shard_of(head: nn.Module) -> VocabShard:
     """Which rows of the vocabulary this rank computes with.
 
@@ -147,13 +156,13 @@ class _LazyHead(nn.Module):
         if not (trains or binding.in_evaluation or self._is_fused_here()):
             if self.training and checkpoints.in_forward():
                 self._report("is called inside of a reentrant checkpoint", _NO_REENTRANT)
-            return super().__call__(*args, **kwargs)
+            return self._stock(args, kwargs)
         if trains and checkpoints.in_recomputation():
-            return super().__call__(*args, **kwargs)  # as in the forward that is recomputed
+            return self._stock(args, kwargs)  # as in the forward that is recomputed
         obstacle = self._obstacle()
         if obstacle is not None:
             self._report(*obstacle)
-            return super().__call__(*args, **kwargs)
+            return self._stock(args, kwargs)
         return hooks.call(self, self._lazy, args, kwargs, hooks.is_of_users)
 
     def logprobs(self, hidden: Tensor, labels: Tensor, **settings: Any) -> TokenLogprobs:
@@ -174,6 +183,14 @@ class _LazyHead(nn.Module):
             )
         return logits.logprobs(labels, **settings)
 
+    def _stock(self, args: Any, kwargs: Any) -> Any:
+        """The stock class's call: with ``fp32_head`` of hidden states in fp32, outside of autocast."""
+        if not self._cce.config.fp32_head:
+            return super().__call__(*args, **kwargs)
+        hidden: Tensor = args[0] if args else kwargs["input"]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().__call__(wide(self, hidden))
+
     def _lazy(self, input: Tensor, in_generation: bool = False) -> LazyLogits:
         if not torch.compiler.is_compiling():
             self._cce.calls += 1
@@ -191,7 +208,7 @@ class _LazyHead(nn.Module):
         others do where they choose a token."""
         choice = self._cce.choice
         if loop.has_finished and choice is None:  # the others need real logits
-            return super().__call__(*args, **kwargs)
+            return self._stock(args, kwargs)
         logits = hooks.call(self, partial(self._lazy, in_generation=True), args, kwargs, hooks.is_of_users)
         if loop.has_finished and choice is not None:
             logits._source.next_token(*choice)

@@ -24,6 +24,7 @@ from cce_dist.heads.lazy.form import LogitForm, LowRank
 from cce_dist.heads.lazy.materialize import report
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
 from cce_dist.loss import TokenLogprobs, linear_cross_entropy, linear_logprobs, linear_next_token
+from cce_dist.loss.settings import rows_dtype
 from cce_dist.loss.statistics import TokenStatistics, token_statistics
 from cce_dist.shard import VocabShard
 
@@ -75,8 +76,10 @@ class Source:
         self.head = head
         self.binding = binding
         self.in_generation = in_generation
-        self.autocast = torch.is_autocast_enabled(device) and hidden_XD.dtype != torch.float64
-        self.dtype = torch.get_autocast_dtype(device) if self.autocast else hidden_XD.dtype
+        in_fp32 = binding.config.fp32_head
+        self.autocast = torch.is_autocast_enabled(device) and hidden_XD.dtype != torch.float64 and not in_fp32
+        self.hidden_dtype = torch.get_autocast_dtype(device) if self.autocast else hidden_XD.dtype
+        self.dtype = torch.promote_types(self.hidden_dtype, torch.float32) if in_fp32 else self.hidden_dtype
         self.has_graph = torch.is_grad_enabled()
         self.passes_gradient = self.has_graph and hidden_XD.requires_grad
         self.rows = _RowsOfCall(head, binding.owner, self.has_graph)
@@ -123,7 +126,7 @@ class Source:
             )
         # What leads to the parameters alone needs no gradient of the hidden states.
         hidden_XD = self.hidden_XD if self.passes_gradient else self.hidden_XD.detach()
-        return LogitForm(hidden_XD.to(self.dtype), self.shard.vocab_size, self.dtype)
+        return LogitForm(hidden_XD.to(self.hidden_dtype), self.shard.vocab_size, self.dtype)
 
     def terms(self, form: LogitForm) -> dict[str, Any]:
         """What stands between the form's hidden states and its logits: the rank's rows, and what was done since."""
@@ -149,7 +152,7 @@ class Source:
         if form.adapters:
             a_XR, rows_VR = terms["adapter"]
             terms["adapter"] = a_XR.flatten(0, -2), rows_VR
-        flat = token_statistics(form.hidden_XD.flatten(0, -2), terms.pop("weight"), **terms)
+        flat = token_statistics(self._wide(form).flatten(0, -2), terms.pop("weight"), **terms)
         return TokenStatistics(*(x_n.view(tokens) for x_n in flat))
 
     def _of_all_tokens(self, form: LogitForm) -> LogitForm:
@@ -206,7 +209,8 @@ class Source:
         _check_takes_adapter(function, form)
         with torch.autocast(form.hidden_XD.device.type, enabled=False), torch.set_grad_enabled(self.with_graph()):
             terms = self.terms(form)
-            return function(form.hidden_XD, terms.pop("weight"), *arguments, **{**terms, **settings})
+            hidden_XD = form.hidden_XD if "fp32_head" in settings else self._wide(form)
+            return function(hidden_XD, terms.pop("weight"), *arguments, **{**terms, **settings})
 
     def divergence(
         self,
@@ -224,9 +228,9 @@ class Source:
         with torch.autocast(form.hidden_XD.device.type, enabled=False), torch.set_grad_enabled(self.with_graph()):
             own = self.terms(form)
             return linear_kl_div(
-                form.hidden_XD,
+                self._wide(form),
                 own.pop("weight"),
-                teacher_form.hidden_XD,
+                teacher._wide(teacher_form),
                 of_teacher.pop("weight"),
                 labels=labels_X,
                 shard=own.pop("shard"),
@@ -269,7 +273,12 @@ class Source:
         if self.in_generation:
             none_XD = form.hidden_XD.new_empty((0, form.hidden_XD.shape[-1]))
             self.binding.choice = Choice(form._replace(hidden_XD=none_XD), temperature)
-        return linear_next_token(form.hidden_XD, terms.pop("weight"), temperature=temperature, **terms)
+        return linear_next_token(self._wide(form), terms.pop("weight"), temperature=temperature, **terms)
+
+    def _wide(self, form: LogitForm) -> Tensor:
+        """The form's hidden states for what computes in their dtype, whatever that of the rows: with ``fp32_head`` in
+        fp32."""
+        return wide(self.head, form.hidden_XD) if self.binding.config.fp32_head else form.hidden_XD
 
     def forget_logits(self) -> None:
         self._real = None
@@ -291,9 +300,16 @@ class Source:
                 torch.set_grad_enabled(with_graph),
                 torch.autocast(self.hidden_XD.device.type, dtype=self.dtype, enabled=self.autocast),
             ):
-                real = self.rows.linear(self.form().hidden_XD)
+                real = self.rows.linear(self._wide(self.form())).to(self.dtype)
             self._real = (real, with_graph)
         return self._real[0]
+
+
+def wide(head: nn.Module, hidden_XD: Tensor) -> Tensor:
+    """Hidden states as ``fp32_head`` multiplies them with the head's rows in a library's product, of one dtype."""
+    weight = registered(head, "weight")  # not as an attribute, for which ZeRO-3 would gather it
+    dtype = torch.float32 if weight is None else weight.dtype
+    return hidden_XD.to(rows_dtype(hidden_XD.dtype, dtype, True))
 
 
 class _RowsOfCall:

@@ -7,7 +7,7 @@ values of vocab_parallel_size that it allows.
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from cce_dist.config import CCEConfig
 from cce_dist.loss.settings import least_workspace_mb
@@ -44,7 +44,7 @@ class Job(NamedTuple):
     gpu: str
     gpus_per_node: int = 8
     gradient: str = "unbiased"
-    workspace_mb: int | None = None
+    workspace_mb: int | Literal["logits"] | None = None
     network: float | None = None
 
 
@@ -68,7 +68,7 @@ def group_sizes(job: Job) -> list[int]:
     without those whose loss would refuse the job's ``workspace_mb``."""
     powers = [1 << bit for bit in range(job.gpus.bit_length())]
     divisors = sorted({size for size in (*powers, job.gpus_per_node, job.gpus) if job.gpus % size == 0})
-    given = math.inf if job.workspace_mb is None else job.workspace_mb
+    given = job.workspace_mb if isinstance(job.workspace_mb, int) else math.inf
     return [size for size in divisors if given >= least_workspace_mb(size * job.tokens, ELEMENT)]
 
 

@@ -4,13 +4,13 @@ In: a job and a calibration. Out: `Setting`s, the plain one first, and the recom
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from cce_dist.loss.settings import LARGE_VOCABULARY, MANY_FREQUENT
-from cce_dist.tools.plan.calibration import STOCK, Calibration, compute_ms
+from cce_dist.tools.plan.calibration import STOCK, Calibration, compute_ms, spared_ms
 from cce_dist.tools.plan.job import ELEMENT, GPUS, Job, group_sizes
 from cce_dist.tools.plan.links import exchange_ms, replicas_ms
-from cce_dist.tools.plan.memory import OPTIMIZER, Bytes, loss_bytes
+from cce_dist.tools.plan.memory import OPTIMIZER, Bytes, budget_of, loss_bytes
 
 
 class Setting(NamedTuple):
@@ -85,6 +85,8 @@ def vocabulary_parallel(job: Job, calibration: Calibration, group: int) -> Setti
     hidden, summaries, workspace = loss_bytes(tokens, rows, job.hidden, job.gradient, job.workspace_mb, group)
     own, all_states = job.tokens * job.hidden, tokens * job.hidden
     measured = compute_ms(calibration, method, job.gpu, tokens, rows, job.hidden, share=1 / group)
+    kept, _ = budget_of(tokens, rows, job.gradient, job.workspace_mb)
+    measured -= spared_ms(calibration, method, job.gpu, tokens, kept, job.hidden) if kept else 0.0
     passes = 1e3 * (all_states - own) * _BYTES_OF_PASSES / GPUS[job.gpu].bandwidth
     forward = exchange_ms(job, calibration.links, ELEMENT * all_states + 8 * tokens, group) + 2 * exchange_ms(
         job, calibration.links, 12 * tokens, group
@@ -110,6 +112,21 @@ def vocabulary_parallel(job: Job, calibration: Calibration, group: int) -> Setti
         measured + passes,
         forward + backward + 2 * replicas_ms(job, calibration.links, held, group),
     )
+
+
+BUDGETS: tuple[int | Literal["logits"], ...] = (256, 1024, 2048, 4096, "logits")
+
+
+def by_budget(job: Job, calibration: Calibration, group: int) -> list[tuple[int | Literal["logits"], Setting]]:
+    """The exact loss of one group size at each budget that its tokens allow and that changes something."""
+    found: list[tuple[int | Literal["logits"], Setting]] = []
+    for budget in BUDGETS:
+        with_budget = job._replace(workspace_mb=budget)
+        if group in group_sizes(with_budget):
+            setting = vocabulary_parallel(with_budget, calibration, group)
+            if not found or setting.bytes != found[-1][1].bytes:
+                found.append((budget, setting))
+    return found
 
 
 _BYTES_OF_PASSES = 32

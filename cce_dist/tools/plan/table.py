@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cce_dist.tools.plan.calibration import Calibration
-from cce_dist.tools.plan.job import Job
-from cce_dist.tools.plan.spread import Setting, recommend, settings
+from cce_dist.tools.plan.job import GPUS, Job
+from cce_dist.tools.plan.spread import Setting, by_budget, recommend, settings
 
 
 def print_plan(job: Job, calibration: Calibration, memory: float) -> Setting | None:
@@ -29,6 +29,9 @@ def print_plan(job: Job, calibration: Calibration, memory: float) -> Setting | N
     console.print(_table(found, best, memory))
     for line in _reasons(job, found, best, memory):
         console.print(line, soft_wrap=True)
+    if job.gradient == "exact":
+        own = min((setting for setting in found if setting.name.startswith("cce_dist")), key=lambda x: x.step)
+        console.print(_trade(job, calibration, int(own.name.split()[1])), soft_wrap=True)
     links = calibration.links
     said = f"as measured on {links.ranks} {links.gpu}, networks by datasheets" if links.ranks else "by datasheets"
     console.print(
@@ -110,6 +113,18 @@ def _reasons(job: Job, found: Sequence[Setting], best: Setting | None, memory: f
                 f'  Set it with "cce_dist": {{"vocab_parallel_size": {size}}} in DeepSpeed\'s JSON (ZeRO-3), or with '
                 f"CCEConfig(vocab_parallel_size={size}) for FSDP2."
             )
+
+
+def _trade(job: Job, calibration: Calibration, group: int) -> str:
+    """Memory against time: what forward keeps, backward need not compute again."""
+    product = 1e3 * 2 * job.tokens * job.vocab * job.hidden * calibration.product
+    product *= GPUS[calibration.gpu].flops / GPUS[job.gpu].flops
+    steps = [
+        f"{budget}: {setting.bytes.logits / 1e6:.0f} MB kept, "
+        f"{setting.compute:.1f} ms ({setting.compute / product:.2f}x)"
+        for budget, setting in by_budget(job, calibration, group)
+    ]
+    return f"Exact by workspace_mb, cce_dist {group} (x: of one product hidden · weightᵀ): {'; '.join(steps)}."
 
 
 def _short(setting: Setting) -> str:
