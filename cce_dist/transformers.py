@@ -19,7 +19,16 @@ from cce_dist.fsdp import adopt
 from cce_dist.heads import find, hooks, lazy
 from cce_dist.heads.announce import announce_active
 from cce_dist.heads.find import output_layer, take_off_fp32_forward
-from cce_dist.heads.lazy import is_lazy, lazy_calls, make_eager, make_lazy, report
+from cce_dist.heads.lazy import (
+    check_adapter,
+    is_lazy,
+    lazy_calls,
+    make_adapted,
+    make_eager,
+    make_lazy,
+    make_plain,
+    report,
+)
 from cce_dist.heads.liger import refuse_liger_forward
 from cce_dist.heads.owner import ModuleOwner
 
@@ -45,12 +54,13 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
     Raises:
         ValueError: a bad setting, both config and settings, no output layer, one that is patched already, or one that
             is sharded in a way that is not supported.
-        TypeError: an output layer that is not a plain nn.Linear (one with a LoRA adapter, for instance).
+        TypeError: an output layer that is not a plain nn.Linear, or has an adapter that is not plain LoRA.
     """
     config = choose_config(config, settings, where="patch")
     if config.enabled:
         refuse_liger_forward(model)
-        head = output_layer(model)
+        head, declared = output_layer(model), find.declared_layer(model)
+        check_adapter(declared)
         if config.fp32_head:
             take_off_fp32_forward(head)
         weight = getattr(head, "weight", None)
@@ -71,6 +81,7 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
             make_lazy(head, owner, config)
             gradient = config.gradient_on(owner.local_weight().device)
             announce_active(f"gradient={gradient}, all {owner.shard.vocab_size} vocabulary rows on every rank")
+        make_adapted(declared)
         _Watch.over(model, config, isinstance(weight, DTensor))
     return model
 
@@ -85,6 +96,8 @@ def unpatch(model: Model) -> Model:
     heads = [module for module in model.modules() if is_lazy(module)]  # copies of PEFT's among them
     if any("forward" in vars(module) for module in heads):
         raise ValueError("an output layer that FSDP2 has sharded cannot be unpatched: build the model anew.")
+    for module in model.modules():
+        make_plain(module)
     for module in heads or [head]:
         make_eager(module)
     _Watch.end(model)
@@ -164,10 +177,13 @@ class _Watch(_Hook):
         """Makes a new output layer lazy where it can be; warns or raises where it cannot."""
         model = self._model()
         head = None if model is None else find.running_layer(model)
+        make_adapted(head)
         if head is None or is_lazy(head):
             return
         inner = next((module for module in head.modules() if is_lazy(module)), None)
         if inner is not None:
+            if find.is_lora(head):
+                return  # what it does not compute by the layer within, such as DoRA, uses that one's lazy logits
             if not any(isinstance(hook, _PastTheLayer) for hook in hooks.after_hooks(head)):
                 head.register_forward_hook(_PastTheLayer(inner, self._config))
             return

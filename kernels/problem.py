@@ -42,6 +42,8 @@ class Logits(NamedTuple):
             are not in tiles, nor in what backward computes. Of forward's sums a first pass in 8 bits leaves them out; a
             full one has them. None: there are none.
         inverse_temperature_N: τ in the accumulator's dtype; None: 1. `Upstream` has it too. The 8-bit pass has none.
+        adapter_NR, adapter_VR: a and B of e_i·c_j + a_i·b_j, R small, contiguous, in the dtype of hidden; rows of a are
+            named as those of hidden_ND. None: there is no adapter. With one the gradient of rows is B's, never C's.
     """
 
     hidden_ND: Tensor
@@ -57,6 +59,16 @@ class Logits(NamedTuple):
     frequent_V: Tensor | None = None
     inverse_temperature_N: Tensor | None = None
     tile: int = TILE
+    adapter_NR: Tensor | None = None
+    adapter_VR: Tensor | None = None
+
+    @property
+    def trained(self) -> tuple[Tensor, Tensor]:
+        """(x [N, ·], rows [V, ·]), of which the gradient of rows is one: hidden states and C, or an adapter's a and
+        B."""
+        if self.adapter_NR is None or self.adapter_VR is None:
+            return self.hidden_ND, self.weight_VD
+        return self.adapter_NR, self.adapter_VR
 
     @property
     def num_tokens(self) -> int:
@@ -296,7 +308,8 @@ class Upstream(NamedTuple):
 class Wanted(NamedTuple):
     """Which gradients backward computes, dC's dtype, and the bytes that it may use for recomputed probabilities.
 
-    ``onto_VD``: what dC is added to, in place, in the accumulator's dtype; None: dC is new.
+    ``onto_VD``: what dC is added to, in place, in the accumulator's dtype; None: dC is new. ``adapter``: da of one.
+    ``weight`` is then about B in place of C.
     """
 
     hidden: bool
@@ -305,11 +318,14 @@ class Wanted(NamedTuple):
     weight_dtype: torch.dtype
     workspace_bytes: int
     onto_VD: Tensor | None = None
+    adapter: bool = False
 
 
 class Gradients(NamedTuple):
-    """dE_ND (fp32, a partial sum over shards, compacted order), dC_VD (weight_dtype), dbias_V (fp32); or None."""
+    """dE_ND (fp32, a partial sum over shards, compacted order), dC_VD (weight_dtype; with an adapter dB [V, R] in its
+    place), dbias_V (fp32), da_NR of an adapter (as dE); or None."""
 
     hidden_ND: Tensor | None
     weight_VD: Tensor | None
     bias_V: Tensor | None
+    adapter_NR: Tensor | None = None

@@ -145,19 +145,23 @@ def differentiate(
     wanted: Wanted,
     hidden_ready: Callable[[Tensor], None] | None = None,
     onto_ND: Tensor | None = None,
+    onto_NR: Tensor | None = None,
     exponentials: Exponentials | None = None,
 ) -> Gradients:
     """The gradient of what `Upstream` stands for; see `Filter` and `Gradients`.
 
-    ``onto_ND``: what dE is added to, in place. ``hidden_ready`` is not called: here dE is complete no sooner than dC.
+    ``onto_ND``, ``onto_NR``: what dE and an adapter's da are added to, in place. ``hidden_ready`` is not called: here
+    dE is complete no sooner than dC.
     """
     logits = _compacted(logits)
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
+    trained_ND, trained_VD = logits.trained
     dtype, scale = logits.accumulator, upstream.scale * logits.logit_scale
     dhidden_ND = torch.zeros_like(hidden_ND, dtype=dtype)
+    dadapter_NR = None if logits.adapter_NR is None else torch.zeros_like(logits.adapter_NR, dtype=dtype)
     dweight_VD, weight_scale = wanted.onto_VD, scale
     if wanted.weight and dweight_VD is None:
-        dweight_VD, weight_scale = torch.zeros_like(weight_VD, dtype=dtype), torch.ones_like(scale)
+        dweight_VD, weight_scale = torch.zeros_like(trained_VD, dtype=dtype), torch.ones_like(scale)
     dbias_V = torch.zeros(weight_VD.shape[0], dtype=dtype, device=hidden_ND.device)
     eps_N = None if tiles is None else drawing_eps(logits, tiles, normaliser.lse_N, filter_)
     for n, v, t in _chunks(logits, wanted.workspace_bytes):
@@ -173,19 +177,25 @@ def differentiate(
             p_nv = torch.where(weight_nv == 0, 0.0, p_nv * weight_nv)
         p_nv = torch.where(_valid(logits, n)[:, None], p_nv, 0.0)
         dhidden_ND[n] += p_nv @ weight_VD[v].to(dtype)
+        if dadapter_NR is not None and logits.adapter_VR is not None:
+            dadapter_NR[n] += p_nv @ logits.adapter_VR[v].to(dtype)
         if dweight_VD is not None:
-            dweight_VD[v] += weight_scale * (p_nv.T @ hidden_ND[n].to(dtype))
+            dweight_VD[v] += weight_scale * (p_nv.T @ trained_ND[n].to(dtype))
         dbias_V[v] += p_nv.sum(0)
     if eps_N is not None and tiles is not None and hidden_ND.shape[0] and (filter_.tail or filter_.mode == "unbiased"):
-        out = dhidden_ND, dweight_VD, dbias_V
+        out = dhidden_ND, dadapter_NR, dweight_VD, dbias_V
         _add_tail(logits, tiles, normaliser.lse_N, eps_N, upstream, filter_, *out, weight_scale)
     dhidden_ND.mul_(scale)
+    if dadapter_NR is not None:
+        dadapter_NR.mul_(scale)
+        dadapter_NR = (dadapter_NR if onto_NR is None else onto_NR.add_(dadapter_NR)) if wanted.adapter else None
     if dweight_VD is not None and wanted.onto_VD is None:
         dweight_VD = dweight_VD.mul_(scale).to(wanted.weight_dtype)
     return Gradients(
         (dhidden_ND if onto_ND is None else onto_ND.add_(dhidden_ND)) if wanted.hidden else None,
         dweight_VD,
         dbias_V.mul_(scale) if wanted.bias else None,
+        dadapter_NR,
     )
 
 
@@ -204,11 +214,13 @@ def add_rows(
     ``logits.target_N`` are places in ``row_K`` (int32), or −1.
     """
     bias_K = None if logits.bias_V is None else logits.bias_V[row_K]
-    part = logits._replace(weight_VD=logits.weight_VD[row_K], bias_V=bias_K, frequent_V=None)
+    adapter_KR = None if logits.adapter_VR is None else logits.adapter_VR[row_K]
+    part = logits._replace(weight_VD=logits.weight_VD[row_K], bias_V=bias_K, frequent_V=None, adapter_VR=adapter_KR)
     dtype = logits.weight_VD.dtype if out.weight_VD is None else out.weight_VD.dtype
-    hidden, weight, bias = (x is not None for x in out)
-    wanted = Wanted(hidden, weight, bias, dtype, workspace_bytes)
-    got = differentiate(part, None, normaliser, upstream, Filter("exact"), wanted, onto_ND=out.hidden_ND)
+    hidden, weight, bias, adapter = (x is not None for x in out)
+    wanted = Wanted(hidden, weight, bias, dtype, workspace_bytes, adapter=adapter)
+    onto = out.hidden_ND, out.adapter_NR
+    got = differentiate(part, None, normaliser, upstream, Filter("exact"), wanted, None, *onto)
     if got.weight_VD is not None and out.weight_VD is not None:
         write_rows(out.weight_VD, got.weight_VD, row_K, add_weight)
     if got.bias_V is not None and out.bias_V is not None:
@@ -287,6 +299,8 @@ def _compacted(logits: Logits) -> Logits:
     """With the hidden states in the order of the other tensors, 0 for tokens that are not valid."""
     hidden_ND = logits.hidden_ND[logits.token_N]
     valid_N = _valid(logits, slice(0, hidden_ND.shape[0]))
+    if logits.adapter_NR is not None:
+        logits = logits._replace(adapter_NR=logits.adapter_NR[logits.token_N].masked_fill_(~valid_N[:, None], 0))
     return logits._replace(hidden_ND=hidden_ND.masked_fill_(~valid_N[:, None], 0))
 
 
@@ -336,12 +350,13 @@ def _add_tail(
     upstream: Upstream,
     filter_: Filter,
     dhidden_ND: Tensor,
+    dadapter_NR: Tensor | None,
     dweight_VD: Tensor | None,
     dbias_V: Tensor,
     weight_scale: Tensor,
 ) -> None:
     """Adds R c̃ to dE, π RᵀE to dC, times ``weight_scale``, and π R to dbias; R_ti = a_i·mass_ti·(1 − k_ti), c̃_t = Σ π_j
-    c_j over tile t.
+    c_j over tile t. With an adapter the same of B: to da, and to dB in place of dC.
 
     With an upstream of the entropy, a_i + log_N·(the mean of log p over the tile, as if p lay over it like π).
     """
@@ -359,8 +374,10 @@ def _add_tail(
         tail_N = torch.where(_valid(logits, everything), tail_N, 0.0)
         weight_vD = logits.weight_VD[v].to(pi_v.dtype)
         dhidden_ND += torch.outer(tail_N, pi_v @ weight_vD)
+        if dadapter_NR is not None and logits.adapter_VR is not None:
+            dadapter_NR += torch.outer(tail_N, pi_v @ logits.adapter_VR[v].to(pi_v.dtype))
         if dweight_VD is not None:
-            dweight_VD[v] += torch.outer(pi_v, weight_scale * (tail_N @ logits.hidden_ND.to(tail_N.dtype)))
+            dweight_VD[v] += torch.outer(pi_v, weight_scale * (tail_N @ logits.trained[0].to(tail_N.dtype)))
         dbias_V[v] += pi_v * tail_N.sum()
 
 
@@ -419,7 +436,10 @@ def _chunks(logits: Logits, workspace_bytes: int) -> Iterator[tuple[slice, slice
 def _logits(logits: Logits, n: slice | Tensor, v: slice) -> tuple[Tensor, Tensor]:
     """z and f' of a chunk, accumulated in fp32 (fp64); the temperature is in z, not in f'."""
     dtype = logits.accumulator
-    return _of_products(logits, logits.hidden_ND[n].to(dtype) @ logits.weight_VD[v].to(dtype).T, n, v)
+    x_nv = logits.hidden_ND[n].to(dtype) @ logits.weight_VD[v].to(dtype).T
+    if logits.adapter_NR is not None and logits.adapter_VR is not None:
+        x_nv += logits.adapter_NR[n].to(dtype) @ logits.adapter_VR[v].to(dtype).T
+    return _of_products(logits, x_nv, n, v)
 
 
 def _of_products(logits: Logits, x_nv: Tensor, n: slice | Tensor, v: slice) -> tuple[Tensor, Tensor]:

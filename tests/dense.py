@@ -40,10 +40,11 @@ def make_logits(
     bias: bool = True,
     softcap: float | None = None,
     seed: int = 0,
+    adapter: int = 0,
 ) -> Logits:
     """Peaked logits, part of it ``shared`` by the rows of a tile: a good part of the (row, tile) pairs is small.
 
-    The hidden states of tokens that are not valid are NaN.
+    The hidden states of tokens that are not valid are NaN. ``adapter``: the rank of one; 0: there is none.
     """
     draw = torch.Generator().manual_seed(seed)
     num_valid = rows if num_valid is None else num_valid
@@ -57,6 +58,8 @@ def make_logits(
     target_N[num_valid:] = -1
     order_N = torch.randperm(rows, generator=draw)
     place_N = order_N.argsort()
+    adapter_NR, adapter_VR = torch.randn(rows, adapter, generator=draw), torch.randn(vocab, adapter, generator=draw)
+    adapter_NR[num_valid:] = torch.nan
     return Logits(
         hidden_ND[place_N].to(DEVICE, dtype),
         weight_VD.to(DEVICE, dtype),
@@ -68,6 +71,8 @@ def make_logits(
         torch.tensor([num_valid], dtype=torch.int32, device=DEVICE),
         spread / math.sqrt(hidden_size),
         softcap,
+        adapter_NR=adapter_NR[place_N].to(DEVICE, dtype) if adapter else None,
+        adapter_VR=(0.3 * adapter_VR).to(DEVICE, dtype) if adapter else None,
     )
 
 
@@ -108,11 +113,18 @@ def make_upstream(logits: Logits, seed: int = 1, entropy: bool = False) -> Upstr
 
 def valid_hidden(logits: Logits) -> Tensor:
     """The hidden states of the valid tokens, compacted."""
-    return logits.hidden_ND[logits.token_N[: int(logits.n_valid)].long()]
+    return compacted(logits, logits.hidden_ND)
+
+
+def compacted(logits: Logits, rows_ND: Tensor) -> Tensor:
+    """The rows of the valid tokens, compacted."""
+    return rows_ND[logits.token_N[: int(logits.n_valid)].long()]
 
 
 def dense(logits: Logits) -> Dense:
     x_NV = valid_hidden(logits).double() @ logits.weight_VD.double().T
+    if logits.adapter_NR is not None and logits.adapter_VR is not None:
+        x_NV = x_NV + compacted(logits, logits.adapter_NR).double() @ logits.adapter_VR.double().T
     if logits.bias_V is not None:
         x_NV = x_NV + logits.bias_V.double()
     x_NV = x_NV * logits.logit_scale
@@ -191,8 +203,9 @@ def shares(logits: Logits, d: Dense, upstream: Upstream, eps: float) -> tuple[Te
     return a_N1 + log_N1 * d.softmax_NV.log(), a_N1 + log_N1 * (d.mass_NT.log() - entropy_T)
 
 
-def gradients(logits: Logits, d: Dense, upstream: Upstream, filter_: Filter) -> tuple[Tensor, Tensor, Tensor]:
-    """(dE, dC, dbias) of the valid rows with the pair weights and the tail of ``filter_``, in fp64."""
+def gradients(logits: Logits, d: Dense, upstream: Upstream, filter_: Filter) -> tuple[Tensor, ...]:
+    """(dE, dC, dbias) of the valid rows, with an adapter (dE, dB, dbias, da), with the pair weights and the tail of
+    ``filter_``, in fp64."""
     num_valid, vocab = d.softmax_NV.shape
     b_N = upstream.target_N[:num_valid].double()
     share_NV, share_NT = shares(logits, d, upstream, filter_.eps)
@@ -206,8 +219,10 @@ def gradients(logits: Logits, d: Dense, upstream: Upstream, filter_: Filter) -> 
             p_NV = p_NV + tail_NT.repeat_interleave(logits.tile, 1)[:, :vocab] * profiles(logits, d, filter_.eps)
     p_NV = p_NV * float(upstream.scale)
     p_NV_scaled = p_NV * logits.logit_scale
+    of_adapter = () if logits.adapter_VR is None else (p_NV_scaled @ logits.adapter_VR.double(),)
     return (
         p_NV_scaled @ logits.weight_VD.double(),
-        p_NV_scaled.T @ valid_hidden(logits).double(),
+        p_NV_scaled.T @ compacted(logits, logits.trained[0]).double(),
         p_NV_scaled.sum(0),
+        *of_adapter,
     )

@@ -152,7 +152,7 @@ functions = pytest.mark.parametrize(
 @functions
 def test_the_signature_is_the_settings_fields(function: Callable[..., Any], kind: type[TokenSettings]) -> None:
     parameters = inspect.signature(function).parameters
-    own = ["hidden", "weight", "labels", "bias", "shard", *(["return_lse"] if kind is CallSettings else [])]
+    own = ["hidden", "weight", "labels", "bias", "shard", "adapter", *(["return_lse"] if kind is CallSettings else [])]
     assert list(parameters) == [*own, *kind.model_fields]
     defaults = {name: p.default for name, p in parameters.items() if name not in own}
     assert defaults == {name: field.default for name, field in kind.model_fields.items()}

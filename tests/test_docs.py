@@ -92,6 +92,7 @@ def test_every_python_example_is_tested() -> None:
     assert LOGPROBS.count("```python") == len(OF_LOGPROBS)
     assert set(OF_OPTIONS) == {
         "accumulator",
+        "adapter",
         "budget",
         "class_weights",
         "token_weights",
@@ -158,6 +159,11 @@ def _options() -> None:
     told = _run_example("statistics", **given)
     assert torch.equal(told["predicted"].flatten(), logits.argmax(-1))
     assert told["accuracy"] == (logits.argmax(-1) == labels.flatten()).float().mean()
+    adapter = {"lora_a": torch.randn(4, HIDDEN), "lora_b": torch.randn(VOCAB, 4), "scaling": 0.5}
+    lora_b_rows = adapter["lora_b"][shard.start : shard.stop]
+    merged = weight + 0.5 * adapter["lora_b"] @ adapter["lora_a"]
+    with_adapter = _run_example("adapter", **given, **adapter, dropout=lambda x: x, lora_b_rows=lora_b_rows)["loss"]
+    torch.testing.assert_close(with_adapter, F.cross_entropy((hidden @ merged.T).flatten(0, 1), labels.flatten()))
     ahead = [
         F.cross_entropy((hidden @ weight.T)[:, :-shift].flatten(0, 1), labels[:, shift:].flatten())
         for shift in (1, 2, 3)

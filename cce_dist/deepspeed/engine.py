@@ -26,8 +26,8 @@ from cce_dist.deepspeed.guard import (
 from cce_dist.deepspeed.sharded import CutClassifierOwner, GatheringOwner, cut_before
 from cce_dist.deepspeed.zero3 import ZeRO3Owner, ZeRO3Rows, vocab_group_size
 from cce_dist.heads.announce import announce_active
-from cce_dist.heads.find import declared_layer, output_layer, take_off_fp32_forward
-from cce_dist.heads.lazy import make_eager, make_lazy
+from cce_dist.heads.find import declared_layer, is_lora, output_layer, take_off_fp32_forward
+from cce_dist.heads.lazy import check_adapter, make_adapted, make_eager, make_lazy
 from cce_dist.heads.liger import refuse_liger_forward, watch_trl_forward
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
 
@@ -74,6 +74,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     check_version()
     refuse_liger_forward(model)
     head = _classifier(model)
+    _check_adapter(model, config, mpu)
     _check_cut_before(config, head, mpu, settings)
     refuse_untested(config, arguments, head, settings)
     if autotp_size(config) > 1:
@@ -152,9 +153,22 @@ def _classifier(model: nn.Module) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"{type(model).__name__} must have its classifier, an nn.Linear, as get_output_embeddings() or as lm_head; "
-            f"got {type(head).__name__}. Leave adapters such as LoRA off it, or {remedy}"
+            f"got {type(head).__name__}. Leave adapters other than LoRA off it, or {remedy}"
         )
     return head
+
+
+def _check_adapter(model: nn.Module, config: Mapping[str, Any], mpu: Any) -> None:
+    """A LoRA adapter on the classifier: its parameters' gradients are those that DeepSpeed averages over all ranks."""
+    layer = declared_layer(model)
+    check_adapter(layer)
+    if layer is None or not is_lora(layer):
+        return
+    if autotp_size(config) > 1 or tensor_parallel.tensor_parallel_size(mpu) > 1:
+        raise TypeError(
+            "a LoRA adapter on the output layer is not supported with tensor parallelism: leave the output layer out "
+            "of the adapter's target_modules."
+        )
 
 
 def _with_vocab_parallel_head(arguments: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,6 +241,7 @@ def _attach(engine: Any, cut: CutClassifierOwner | None, settings: CCEConfig) ->
         owner = ModuleOwner(head) if rows is None else rows
     if owner is not None:
         make_lazy(head, owner, settings, tensor_parallel.linear_class(head))
+        make_adapted(declared_layer(model))
         watch_trl_forward(model, head, settings.materialize)
     if trains and owner is not None:
         engine.compile = _refuse_compile

@@ -18,9 +18,9 @@ from cce_dist.fsdp.owner import FSDPOwner
 from cce_dist.fsdp.private import check_torch, fsdp_mesh, holding_group, is_of_tensor_parallelism, release, reshard
 from cce_dist.heads.announce import announce_active
 from cce_dist.heads.embedding import check_embedding, make_vocab_parallel
-from cce_dist.heads.find import holders, output_layer, tied_to
+from cce_dist.heads.find import holders, is_lora, lora_attribute, output_layer, tied_to
 from cce_dist.heads.hooks import after_hooks, pre_hooks, remove
-from cce_dist.heads.lazy import make_lazy
+from cce_dist.heads.lazy import check_adapter, make_adapted, make_lazy
 from cce_dist.heads.liger import refuse_liger_forward
 from cce_dist.shard.rows import even_parts
 
@@ -70,6 +70,8 @@ def shard_head(
     if tp is not None and tp.ndim != 1:
         raise ValueError(f"tp must be a 1-D mesh, got {tp.ndim} dimensions; take one of them, as in mesh['tp'].")
     _check_support(model, head, mesh, sequence_parallel)
+    if tp is not None and _lora_around(model, head) is not None:
+        raise TypeError(_NO_LORA)
     reshard(model)
     group = holding_group(model, head)
     if group is None:
@@ -163,6 +165,18 @@ def _find_head(model: nn.Module, head: nn.Module | None) -> nn.Linear:
     return head
 
 
+def _lora_around(model: nn.Module, head: nn.Module) -> nn.Module | None:
+    """PEFT's LoRA layer of which the head is the layer within."""
+    layers = (module for module in model.modules() if is_lora(module))
+    return next((layer for layer in layers if lora_attribute(layer, "base_layer") is head), None)
+
+
+_NO_LORA = (
+    "a LoRA adapter on the output layer is not supported with tp, over which nobody sums its gradients: leave the "
+    "output layer out of the adapter's target_modules."
+)
+
+
 def _described(head: nn.Linear) -> str:
     assert isinstance(head.weight, DTensor)
     mesh = head.weight.device_mesh
@@ -218,6 +232,9 @@ def _check_sizes(mesh: DeviceMesh, tp: DeviceMesh | None, sequence_parallel: boo
 
 def _check_support(model: nn.Module, head: nn.Linear, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     refuse_liger_forward(model)
+    check_adapter(_lora_around(model, head))
+    if sequence_parallel and _lora_around(model, head) is not None:
+        raise TypeError(_NO_LORA)
     for embedding in tied_to(model, head):
         check_embedding(embedding)
         if sequence_parallel:
@@ -284,6 +301,7 @@ def _install(
     assert isinstance(head.weight, DTensor)
     if head.weight.device_mesh.ndim > mesh.ndim:
         head.__class__ = type(type(head).__name__, (_OwnTokens, type(head)), {"_cce_owner": owner})
+    make_adapted(_lora_around(model, head))
     head.forward = owner.gathered_forward  # type: ignore[assignment,method-assign]
     for module in (head, *tied_to(model, head)):
         in_full_in_forward(module, owner.in_full)

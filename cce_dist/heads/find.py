@@ -5,6 +5,7 @@ One answer for plain models, DDP, PEFT's wrappers and every way into cce_dist.
 In goes a model; out come the module that is its head, and the modules that hold a parameter of it too.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ def output_layer(
 ) -> nn.Module:
     """The module that computes a model's logits: ``get_output_embeddings()``, or else ``lm_head``.
 
-    Of a layer that PEFT keeps copies of (``modules_to_save``) the copy of the active adapter, which is what runs.
+    Of a layer that PEFT keeps copies of (``modules_to_save``) the copy of the active adapter, which is what runs; of
+    one with LoRA adapters the layer within.
 
     Args:
         model: a Hugging Face model or one like it, also inside of DDP and PEFT.
@@ -33,6 +35,9 @@ def output_layer(
             "model must have an output layer that get_output_embeddings() returns, as ...ForCausalLM models do, or "
             f"that is its lm_head; {type(unwrapped(model)).__name__} has none. {remedy}"
         )
+    if is_lora(head):
+        inner: nn.Module = lora_attribute(head, "base_layer")
+        return inner
     copies = getattr(head, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         return head
@@ -73,6 +78,28 @@ def declared_layer(model: nn.Module) -> nn.Module | None:
     head = getter() if callable(getter) else None
     head = getattr(model, "lm_head", None) if head is None else head
     return head if isinstance(head, nn.Module) else None
+
+
+def is_lora(layer: nn.Module) -> bool:
+    """Whether a module is PEFT's LoRA layer around an nn.Linear that is not quantised."""
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(layer).__mro__}
+    return "peft.tuners.lora.layer.Linear" in names and isinstance(lora_attribute(layer, "base_layer"), nn.Linear)
+
+
+def lora_attribute(layer: nn.Module, name: str) -> Any:
+    """What PEFT's LoRA layer keeps under this name.
+
+    Raises:
+        RuntimeError: a PEFT whose layers keep it in another way.
+    """
+    try:
+        return getattr(layer, name)
+    except AttributeError as error:
+        version = getattr(sys.modules.get("peft"), "__version__", "of an unknown version")
+        raise RuntimeError(
+            f"cce_dist does not know how a LoRA layer of PEFT {version} works: it has no {name}. Use PEFT 0.21, which "
+            "it is tested on, or leave the output layer out of the adapter's target_modules."
+        ) from error
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

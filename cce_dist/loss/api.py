@@ -24,8 +24,9 @@ the 8-bit pass, and 2 numbers in the MAX, which compare the choice; backward: SU
 The 8-bit pass adds a MAX and a SUM of the same sizes before the refinement; a mean over ranks, a SUM of two fp64
 numbers in forward and of one in backward; label smoothing, a SUM [D + 2] in forward over the vocabulary group, and one
 number more of each token in backward; class weights, an all-gather of the labels over the token group and a SUM [N];
-statistics, another all-gather of hidden, a MAX, a SUM and a MIN of a few numbers a token, and for "rank" two SUMs
-more. Before all of them the hosts exchange seven integers.
+statistics, another all-gather of hidden, a MAX, a SUM and a MIN of a few numbers a token, and for "rank" two SUMs more.
+With an adapter a is gathered and da reduced as hidden and dE are, and there is a second SUM for label smoothing, [R +
+2], and for the frequent rows, [K, R]. Before all of them the hosts exchange seven integers.
 
 Shapes: n tokens of this rank, D hidden, V local rows of the classifier.
 """
@@ -51,6 +52,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     shard: VocabShard | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     return_lse: Literal[False] = False,
     statistics: Iterable[Statistic],
     **settings: Any,
@@ -63,6 +65,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     shard: VocabShard | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     return_lse: Literal[True],
     statistics: Iterable[Statistic],
     **settings: Any,
@@ -75,6 +78,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     shard: VocabShard | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     return_lse: Literal[False] = False,
     **settings: Any,
 ) -> Tensor: ...
@@ -86,6 +90,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     shard: VocabShard | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     return_lse: Literal[True],
     **settings: Any,
 ) -> tuple[Tensor, Tensor]: ...
@@ -97,6 +102,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     shard: VocabShard | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     return_lse: bool = False,
     **settings: Any,
 ) -> Any:
@@ -116,6 +122,10 @@ def linear_cross_entropy(
             same tokens must bring the same labels, which is checked (on CUDA by a device-side assertion).
         bias: [V], this rank's.
         shard: which global rows these are, and the process groups. None: all rows, in this process alone.
+        adapter: (a [..., R], B [V, R]) of a low-rank adapter (LoRA, arXiv 2106.09685), R at most D: hidden · weightᵀ +
+            a · Bᵀ takes the place of hidden · weightᵀ. a = scaling · hidden · Aᵀ is the caller's, in autograd, of this
+            rank's tokens (where ranks bring the same ones, the same on each); B has this rank's rows. Both are cast to
+            hidden's dtype and get gradients; weight must be frozen.
         ignore_index: the label of tokens that have none.
         shift: position l of hidden is compared with label l + shift, along labels' last axis.
         softcap, logit_scale: None leaves them out.
@@ -178,5 +188,5 @@ def linear_cross_entropy(
             rank. A ``shard`` that is none, and what happens in backward, concern the rank alone.
     """
     if torch.compiler.is_compiling():
-        return linear_cross_entropy_in_graph(hidden, weight, labels, bias, shard, return_lse, settings)
-    return cross_entropy(hidden, weight, labels, bias, shard, return_lse, settings)
+        return linear_cross_entropy_in_graph(hidden, weight, labels, bias, shard, return_lse, settings, adapter)
+    return cross_entropy(hidden, weight, labels, bias, shard, return_lse, settings, adapter=adapter)

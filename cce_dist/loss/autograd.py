@@ -134,6 +134,9 @@ class Saved(NamedTuple):
     mean_row_D: Tensor | None
     mean_class_weight: Tensor | None
     class_weights_V: Tensor | None
+    adapter_NR: Tensor | None = None
+    adapter_VR: Tensor | None = None
+    adapter_mean_R: Tensor | None = None
 
     @property
     def order(self) -> Order:
@@ -149,11 +152,18 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: Call
+        ctx: Any,
+        hidden_nD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        call: Call,
+        adapter_nR: Tensor | None = None,
+        adapter_VR: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         shard, settings, method = call.shard, call.settings, call.method
         num_tokens, most = call.labels_n.shape[0], call.padded_to
         hidden_ND, labels_N = gather(hidden_nD, call.labels_n, shard, most, settings.ignore_index)
+        adapter_NR = None if adapter_nR is None else gather_values(adapter_nR.contiguous(), shard, most, 0)
         workspace = workspace_bytes(settings.workspace_mb, method, labels_N.shape[0], hidden_ND.element_size())
         equal = {"labels": token_fingerprint(labels_N)} if shard.same_tokens else {}
         column_N = labels_N if shard.is_whole else shard.local_columns(labels_N)
@@ -165,13 +175,20 @@ class LinearCrossEntropy(torch.autograd.Function):
 
         mean: smoothing.MeanRow | None = None
         mean_logit_n: Tensor | None = None
+        adapter_mean: smoothing.MeanRow | None = None
         if call.is_smoothed:
             with torch.autocast(hidden_nD.device.type, enabled=False):
                 dtype = torch.promote_types(hidden_nD.dtype, torch.float32)
                 mean = smoothing.mean_row(weight_VD, bias_V, call.class_weights_V, shard, settings.scale, dtype)
-                mean_logit_n = smoothing.mean_logit(hidden_nD, call.labels_n != settings.ignore_index, mean)
+                valid_n = call.labels_n != settings.ignore_index
+                mean_logit_n = smoothing.mean_logit(hidden_nD, valid_n, mean)
+                if adapter_nR is not None and adapter_VR is not None:
+                    adapter_mean = smoothing.mean_row(
+                        adapter_VR, None, call.class_weights_V, shard, settings.scale, dtype
+                    )
+                    mean_logit_n += smoothing.mean_logit(adapter_nR, valid_n, adapter_mean)
 
-        needs_grad = call.grad_enabled and any(ctx.needs_input_grad[:3])
+        needs_grad = call.grad_enabled and any(ctx.needs_input_grad)
         inverse_temperature_N: Tensor | None = None
         if call.temperature_n is not None:
             temperature_N = gather_values(call.temperature_n, shard, most, 1.0)
@@ -181,6 +198,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 equal["temperatures"] = token_fingerprint(temperature_N.float().view(torch.int32))
             inverse_temperature_N = 1 / temperature_N[order.token_N]
         logits = logits_of(hidden_ND, weight_VD, bias_V, target_N, order, call, inverse_temperature_N)
+        logits = with_adapter(logits, adapter_NR, adapter_VR, shard)
         with torch.autocast(hidden_nD.device.type, enabled=False):
             frequent: Frequent | None = None
             exponentials: Exponentials | None = None
@@ -190,7 +208,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 frequent, target_N, equal["frequent rows"] = frequent_rows.find(
                     target_N, labels_N, settings.ignore_index, order, call.counts, method.frequent_rows, shard
                 )
-                exchange = frequent_rows.start_exchange(frequent, logits.weight_VD, logits.bias_V, shard)
+                exchange = frequent_rows.start_exchange(frequent, logits, shard)
                 others = logits._replace(target_N=target_N, frequent_V=frequent.slot_v)
             if call.exact_sums:
                 exact = exactly(logits, labels_N, order, shard, call.backend, workspace, equal)
@@ -247,8 +265,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 inverse_temperature_N,
                 *((None, None, None) if mean is None else (mean.row_D, mean.weight, call.class_weights_V)),
             )
+            if adapter_NR is not None:
+                mean_R = None if adapter_mean is None else adapter_mean.row_D
+                saved = saved._replace(adapter_NR=adapter_NR, adapter_VR=adapter_VR, adapter_mean_R=mean_R)
             if frequent is not None and shard.vocab_group is None:
-                frequent = frequent._replace(rows_KD=None, bias_K=None)  # they are here anyway
+                frequent = frequent._replace(rows_KD=None, bias_K=None, adapter_KR=None)  # they are here anyway
             ctx.save_for_backward(*saved, *(frequent or _NOT_FREQUENT))
             ctx.counted = False
 
@@ -270,7 +291,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         saved = Saved(*tensors[: len(Saved._fields)])
         frequent = None if call.counts is None else Frequent(*tensors[len(Saved._fields) :])
         shard, weight_VD, bias_V = call.shard, saved.weight_VD, saved.bias_V
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_hidden, wants_weight, wants_bias, _, wants_adapter, wants_adapter_rows = ctx.needs_input_grad
+        trained_VD = weight_VD
+        if saved.adapter_VR is not None:
+            wants_weight, trained_VD = wants_adapter_rows, saved.adapter_VR
         with torch.autocast(saved.hidden_ND.device.type, enabled=False):
             of_mean_n = None
             # Not by the labels, which may be others by now.
@@ -284,9 +308,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             upstream = _upstream(of_all_N, saved, call)
             order, inverse_temperature_N = saved.order, saved.inverse_temperature_N
             logits = logits_of(saved.hidden_ND, weight_VD, bias_V, saved.target_N, order, call, inverse_temperature_N)
+            logits = with_adapter(logits, saved.adapter_NR, saved.adapter_VR, shard)
             normaliser = Normaliser(saved.max_N, saved.log_sum_N, ctx.unit)
             onto_VD = call.grad_accumulator_VD if wants_weight else None
-            wanted = Wanted(wants_hidden, wants_weight, wants_bias, weight_VD.dtype, ctx.workspace, onto_VD)
+            wanted = Wanted(
+                wants_hidden, wants_weight, wants_bias, trained_VD.dtype, ctx.workspace, onto_VD, wants_adapter
+            )
             tiles = None
             if saved.tile_lse_TN is not None:
                 tiles = Tiles(saved.tile_lse_TN, saved.reference_SN, ctx.tiles_per_split)
@@ -299,9 +326,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 nonlocal finish
                 finish = _start_reduction(partial_ND, saved, call)
 
-            part, onto_ND = None, None
+            part, onto_ND, onto_NR = None, None, None
             if frequent is not None and shard.vocab_group is not None:
-                part, onto_ND = _start_frequent(logits, frequent, normaliser, upstream, wanted, call)
+                part, onto_ND, onto_NR = _start_frequent(logits, frequent, normaliser, upstream, wanted, call)
             others = logits if frequent is None else logits._replace(frequent_V=frequent.slot_v)
             gradients: Gradients = call.backend.differentiate(
                 others,
@@ -312,6 +339,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 wanted,
                 None if shard.vocab_group is None else reduce_hidden,
                 onto_ND,
+                onto_NR,
                 exponentials,
             )
             if frequent is not None:
@@ -321,7 +349,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     onto = onto_VD is not None
                     call.backend.add_rows(of_all, frequent.row_K, normaliser, upstream, gradients, workspace, onto)
                 else:
-                    _, rows_KD, rows_K = part()
+                    _, rows_KD, rows_K, _ = part()
                     if rows_KD is not None and gradients.weight_VD is not None:
                         call.backend.write_rows(gradients.weight_VD, rows_KD, frequent.row_K, onto_VD is not None)
                     if rows_K is not None and gradients.bias_V is not None:
@@ -334,35 +362,48 @@ class LinearCrossEntropy(torch.autograd.Function):
                     gradients.weight_VD,
                     gradients.bias_V,
                     of_mean_N.masked_fill(~valid_N, 0.0),
-                    saved.hidden_ND,
+                    saved.hidden_ND if saved.adapter_NR is None else saved.adapter_NR,
                     valid_N,
                     saved.class_weights_V,
                     call.settings.scale / shard.vocab_size,
                 )
             if gradients.hidden_ND is not None and finish is None:
                 reduce_hidden(gradients.hidden_ND)
+            finish_adapter = None
+            if gradients.adapter_NR is not None:
+                finish_adapter = _start_reduction(gradients.adapter_NR, saved, call)
             grad_hidden_nD = None if finish is None else finish()
+            grad_adapter_nR = None if finish_adapter is None else finish_adapter()
+            if grad_adapter_nR is not None and of_mean_n is not None and saved.adapter_mean_R is not None:
+                smoothing.add_to_hidden(grad_adapter_nR, of_mean_n, saved.adapter_mean_R)
             if grad_hidden_nD is not None and of_mean_n is not None and saved.mean_row_D is not None:
                 smoothing.add_to_hidden(grad_hidden_nD, of_mean_n, saved.mean_row_D)
         grad_bias_V = None if bias_V is None or gradients.bias_V is None else gradients.bias_V.to(bias_V.dtype)
-        grad_weight_VD = None if onto_VD is not None else _with_padding(gradients.weight_VD, weight_VD)
-        return grad_hidden_nD, grad_weight_VD, _with_padding(grad_bias_V, bias_V), None
+        grad_rows = None if onto_VD is not None else _with_padding(gradients.weight_VD, trained_VD)
+        of_rows = (grad_rows, None) if saved.adapter_VR is None else (None, grad_rows)
+        return grad_hidden_nD, of_rows[0], _with_padding(grad_bias_V, bias_V), None, grad_adapter_nR, of_rows[1]
 
 
 def _start_frequent(
     logits: Logits, frequent: Frequent, normaliser: Normaliser, upstream: Upstream, wanted: Wanted, call: Call
-) -> tuple[Callable[[], Gradients], Tensor | None]:
+) -> tuple[Callable[[], Gradients], Tensor | None, Tensor | None]:
     """The frequent rows' gradient of this rank's share of the tokens: starts summing dC over the ranks, and puts dE
-    into the partial [N, D] to which the others' is added."""
+    into the partial [N, D] to which the others' is added, an adapter's da into one [N, R]."""
     shard, backend = call.shard, call.backend
     place_M, share = frequent.place_M, frequent.share(call.shard)
     assert place_M is not None and share is not None
     only = frequent_rows.only(logits, frequent)
-    onto_ND = onto_MD = None
-    if wanted.hidden:
-        onto_ND = logits.hidden_ND.new_zeros(logits.hidden_ND.shape, dtype=normaliser.max_N.dtype)
-        if shard.token_group is None:  # the tokens in turn
-            onto_MD = onto_ND[share.turn :: share.turns]
+    turn = slice(share.turn, None, share.turns)
+
+    def zeros(like_ND: Tensor | None, is_wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+        """A partial of all tokens, and that of this rank's where the tokens are dealt in turn."""
+        if like_ND is None or not is_wanted:
+            return None, None
+        all_ND = like_ND.new_zeros(like_ND.shape, dtype=normaliser.max_N.dtype)
+        return all_ND, all_ND[turn] if shard.token_group is None else None
+
+    onto_ND, onto_MD = zeros(logits.hidden_ND, wanted.hidden)
+    onto_NR, onto_MR = zeros(logits.adapter_NR, wanted.adapter)
     part: Gradients = backend.differentiate(
         only,
         None,
@@ -370,13 +411,15 @@ def _start_frequent(
         Filter("exact"),
         wanted._replace(weight_dtype=normaliser.max_N.dtype, onto_VD=None),
         onto_ND=onto_MD,
+        onto_NR=onto_MR,
     )
-    if onto_ND is not None and onto_MD is None and onto_ND.shape[0]:
-        assert part.hidden_ND is not None
-        onto_ND.index_add_(0, place_M, part.hidden_ND)  # 0 of those that are not valid
+    for onto, onto_part, of_part in ((onto_ND, onto_MD, part.hidden_ND), (onto_NR, onto_MR, part.adapter_NR)):
+        if onto is not None and onto_part is None and onto.shape[0]:
+            assert of_part is not None
+            onto.index_add_(0, place_M, of_part)  # 0 of those that are not valid
     assert shard.vocab_group is not None
-    sums = [None if x is None else start_all_reduce(x, shard.vocab_group) for x in part[1:]]
-    return lambda: Gradients(None, *(None if finish is None else finish() for finish in sums)), onto_ND
+    sums = [None if x is None else start_all_reduce(x, shard.vocab_group) for x in part[1:3]]
+    return lambda: Gradients(None, *(None if finish is None else finish() for finish in sums)), onto_ND, onto_NR
 
 
 def logits_of(
@@ -406,9 +449,19 @@ def logits_of(
     )
 
 
+def with_adapter(logits: Logits, adapter_NR: Tensor | None, adapter_VR: Tensor | None, shard: VocabShard) -> Logits:
+    """The same with an adapter's operands, if there is one."""
+    if adapter_NR is None or adapter_VR is None:
+        return logits
+    rows_VR = adapter_VR[: shard.num_real_rows].to(logits.hidden_ND.dtype).contiguous()
+    return logits._replace(adapter_NR=adapter_NR, adapter_VR=rows_VR)
+
+
 def _what_to_keep(call: Call, logits: Logits, workspace: int) -> tuple[Keep | None, int]:
     """What forward keeps for an exact backward, and the bytes that are left."""
     if logits.weight_VD.dtype != logits.hidden_ND.dtype:  # rows in fp32: products with what is kept are the library's
+        return None, workspace
+    if logits.adapter_NR is not None:
         return None, workspace
     read = logits.bias_V is not None or call.entropy is True
     shape, dtype = (logits.num_tokens, logits.weight_VD.shape[0]), logits.hidden_ND.dtype

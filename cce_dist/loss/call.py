@@ -24,6 +24,7 @@ from cce_dist.loss.settings import (
     TokenSettings,
     alike_of,
     at_temperature,
+    check_adapter,
     check_head,
     check_labels,
     check_settings,
@@ -47,6 +48,8 @@ class Inputs(NamedTuple):
     weight_VD: Tensor
     bias_V: Tensor | None
     call: Call
+    adapter_nR: Tensor | None = None
+    adapter_VR: Tensor | None = None
 
 
 def begin(
@@ -59,6 +62,7 @@ def begin(
     kind: type[TokenSettings],
     what: str,
     counted: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Inputs, Tensor]:
     """What can be computed now, and the labels, all of them. See `linear_cross_entropy`, whose arguments and errors
     these are.
@@ -79,15 +83,17 @@ def begin(
         settings = check_settings(given, kind)
         hidden, labels, in_parts = held(hidden, labels, shard)
         check_tensors(hidden, weight_VD, labels, bias_V, shard)
+        if adapter is not None:
+            check_adapter(adapter, hidden, weight_VD, settings)
         tokens = labels.numel()
         hidden = hidden if settings.fp32_head else autocast(hidden)
-        needs_grad = any(x is not None and x.requires_grad for x in (hidden, weight_VD, bias_V))
+        needs_grad = any(x is not None and x.requires_grad for x in (hidden, weight_VD, bias_V, *(adapter or ())))
         method = resolve(settings, hidden, labels, shard, needs_grad and torch.is_grad_enabled())
         is_frozen = needs_grad and torch.is_grad_enabled() and not weight.requires_grad
         if getattr(settings, "grad_accumulator", None) is not None and is_frozen:
             raise ValueError("grad_accumulator goes with a weight that requires a gradient; got one that does not.")
         equal = {
-            **contract(hidden, weight_VD, bias_V, shard, settings, method),
+            **contract(hidden, weight_VD, bias_V, shard, settings, method, adapter),
             "tokens are in a DTensor's parts": in_parts,
         }
         if method.frequent_rows:
@@ -119,7 +125,11 @@ def begin(
     call = Call(labels_n, shard, settings, method, most, torch.is_grad_enabled(), counts, temperature_n=temperature_n)
     if isinstance(settings, LogprobSettings):
         call = call._replace(entropy=settings.entropy, exact_sums=settings.exact_sums)
-    return Inputs(hidden.reshape(-1, hidden.shape[-1]), weight_VD, bias_V, call), labels
+    inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight_VD, bias_V, call)
+    if adapter is not None:
+        adapter_nR = adapter[0].to(hidden.dtype).reshape(-1, adapter[0].shape[-1])
+        inputs = inputs._replace(adapter_nR=adapter_nR, adapter_VR=adapter[1])
+    return inputs, labels
 
 
 Kind = TypeVar("Kind", bound=FunctionSettings)

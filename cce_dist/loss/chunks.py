@@ -20,13 +20,15 @@ _TOKENS, _ROWS = 4096, 2048
 
 
 class Rows(NamedTuple):
-    """This rank's rows of the classifier, and what makes logits of their products."""
+    """This rank's rows of the classifier, and what makes logits of their products. With an adapter's rows beside,
+    hidden states are [.., D + R]: they and its a."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
     shard: VocabShard
     logit_scale: float
     softcap: float | None
+    adapter_VR: Tensor | None = None
 
 
 class Tokens(NamedTuple):
@@ -42,12 +44,18 @@ class Tokens(NamedTuple):
 
 
 def rows_of(
-    weight_VD: Tensor, bias_V: Tensor | None, shard: VocabShard, logit_scale: float | None, softcap: float | None
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    shard: VocabShard,
+    logit_scale: float | None,
+    softcap: float | None,
+    adapter_VR: Tensor | None = None,
 ) -> Rows:
     """The real rows of the shard."""
     real = shard.num_real_rows
     scale = 1.0 if logit_scale is None else logit_scale
-    return Rows(weight_VD[:real], None if bias_V is None else bias_V[:real], shard, scale, softcap)
+    bias_V, adapter_VR = (None if x is None else x[:real] for x in (bias_V, adapter_VR))
+    return Rows(weight_VD[:real], bias_V, shard, scale, softcap, adapter_VR)
 
 
 def split(tokens: Tokens) -> list[Tokens]:
@@ -61,7 +69,10 @@ def logits_of(tokens: Tokens, rows: Rows) -> Iterator[tuple[int, Tensor]]:
     """(first row, logits [c, v]) of each chunk of rows: the same bits each time."""
     for first in range(0, rows.weight_VD.shape[0], _ROWS):
         v = slice(first, min(first + _ROWS, rows.weight_VD.shape[0]))
-        z_cv = product(tokens.hidden_cD, rows.weight_VD[v].to(tokens.hidden_cD.dtype).T)
+        hidden_cD, a_cR = tokens.hidden_cD.tensor_split([rows.weight_VD.shape[1]], 1)
+        z_cv = product(hidden_cD, rows.weight_VD[v].to(hidden_cD.dtype).T)
+        if rows.adapter_VR is not None:
+            z_cv += product(a_cR, rows.adapter_VR[v].to(a_cR.dtype).T)
         if rows.bias_V is not None:
             z_cv += rows.bias_V[v].to(tokens.dtype)
         z_cv *= rows.logit_scale

@@ -32,9 +32,10 @@ def cross_entropy(
     return_lse: bool,
     settings: Mapping[str, Any],
     counted: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
 ) -> Any:
     """See `linear_cross_entropy`, whose arguments and errors these are; ``counted``: see `begin`."""
-    inputs, labels = begin(hidden, weight, labels, bias, shard, settings, CallSettings, A_LOSS, counted)
+    inputs, labels = begin(hidden, weight, labels, bias, shard, settings, CallSettings, A_LOSS, counted, adapter)
     call, chosen = inputs.call, inputs.call.settings
     assert isinstance(chosen, CallSettings)
     nll_n, lse_n, _, smoothed_n = LinearCrossEntropy.apply(*inputs)

@@ -157,6 +157,7 @@ class Frequent(NamedTuple):
         place_M, first, valid_M: see `problem.Share`; None where that is None, but for valid_M.
         rows_KD, bias_K: the rows of all ranks, once exchanged. None in a single process, which reads them anew.
         label_N: int64, V for tokens without one; in the order before compaction.
+        adapter_KR: an adapter's rows, as rows_KD.
     """
 
     row_K: Tensor
@@ -169,6 +170,7 @@ class Frequent(NamedTuple):
     rows_KD: Tensor | None
     bias_K: Tensor | None
     label_N: Tensor
+    adapter_KR: Tensor | None = None
 
     def share(self, shard: VocabShard) -> Share | None:
         if self.first is None:
@@ -221,18 +223,19 @@ def _dealt(valid_N: Tensor, order: Order, shard: VocabShard) -> tuple[Tensor, Te
     return (index_M + first).clamp(max=max(tokens - 1, 0)), first, valid_M
 
 
-def start_exchange(
-    frequent: Frequent, weight_vD: Tensor, bias_v: Tensor | None, shard: VocabShard
-) -> Callable[[], Frequent]:
+def start_exchange(frequent: Frequent, logits: Logits, shard: VocabShard) -> Callable[[], Frequent]:
     """Starts bringing the rows of all ranks together; when called, ``frequent`` with them."""
     group, row_K = shard.vocab_group, frequent.row_K
+    weight_vD, bias_v, adapter_vR = logits.weight_VD, logits.bias_V, logits.adapter_VR
     rows, bias = start_exchange_of_rows(weight_vD, row_K, group), None
     if bias_v is not None:  # of one dtype on all ranks, as the weight is by now
         dtype = torch.promote_types(weight_vD.dtype, torch.float32)
         bias = start_exchange_of_rows(bias_v.to(dtype), row_K, group)
+    adapter = None if adapter_vR is None else start_exchange_of_rows(adapter_vR, row_K, group)
 
     def finish_all() -> Frequent:
-        return frequent._replace(rows_KD=rows(), bias_K=None if bias is None else bias())
+        bias_K, adapter_KR = (None if finish is None else finish() for finish in (bias, adapter))
+        return frequent._replace(rows_KD=rows(), bias_K=bias_K, adapter_KR=adapter_KR)
 
     return finish_all
 
@@ -243,6 +246,7 @@ def only(logits: Logits, frequent: Frequent) -> Logits:
     return logits._replace(
         weight_VD=frequent.rows_KD,
         bias_V=frequent.bias_K,
+        adapter_VR=frequent.adapter_KR,
         target_N=frequent.slot_M,
         token_N=frequent.token_M,
         n_valid=frequent.valid_M,

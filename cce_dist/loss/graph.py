@@ -141,6 +141,7 @@ def linear_cross_entropy_in_graph(
     shard: VocabShard | None,
     return_lse: bool,
     settings: dict[str, Any],
+    adapter: tuple[Tensor, Tensor] | None = None,
 ) -> Any:
     """Traced by torch.compile. See `linear_cross_entropy`; numbers among the settings may change from call to call.
 
@@ -152,7 +153,9 @@ def linear_cross_entropy_in_graph(
     tensors = {name: x for name, x in settings.items() if isinstance(x, Tensor)}
     of_dtensors = isinstance(hidden, DTensor) or isinstance(weight, DTensor) or isinstance(bias, DTensor)
     others_train = any(x.requires_grad for x in tensors.values())
-    if of_dtensors or others_train or settings.get("statistics") or not set(tensors) <= set(_OF_TENSORS):
+    if adapter is not None or of_dtensors or others_train or settings.get("statistics"):
+        return cross_entropy(hidden, weight, labels, bias, shard, return_lse, settings, adapter=adapter)
+    if not set(tensors) <= set(_OF_TENSORS):
         return cross_entropy(hidden, weight, labels, bias, shard, return_lse, settings)
     casts = torch.is_autocast_enabled(hidden.device.type) and not settings.get("fp32_head", False)
     if casts and hidden.dtype != torch.float64:

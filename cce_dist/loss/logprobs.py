@@ -61,6 +61,7 @@ def linear_logprobs(
     *,
     bias: Tensor | None = None,
     shard: VocabShard | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     **settings: Any,
 ) -> TokenLogprobs:
     """log softmax(z / temperature) of labels, without forming z = softcap·tanh(logit_scale·(hidden · weightᵀ + bias) /
@@ -76,6 +77,7 @@ def linear_logprobs(
         labels: [...], global ids, or the ignored one.
         bias: [V], this rank's.
         shard: which global rows these are, and the process groups. None: all rows, in this process alone.
+        adapter: (a [..., R], B [V, R]), see `linear_cross_entropy`. Not with ``exact_sums``.
         ignore_index, shift, softcap, logit_scale, tail, seed, backend, fp32_head, frequent_rows, workspace_mb,
             max_tokens, agreement: see `linear_cross_entropy`.
         gradient: "exact", "unbiased" or "filtered", see there; of the entropy too. "filtered" is meant for losses: the
@@ -104,7 +106,7 @@ def linear_logprobs(
             device-side assertion.
     """
     inputs, labels = begin(
-        hidden, weight, labels, bias, shard, settings, LogprobSettings, "log-probabilities of tokens"
+        hidden, weight, labels, bias, shard, settings, LogprobSettings, "log-probabilities of tokens", None, adapter
     )
     nll_n, lse_n, entropy_n, _ = LinearCrossEntropy.apply(*inputs)
     checked = inputs.call.settings

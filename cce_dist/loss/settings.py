@@ -394,7 +394,13 @@ def _check_exact_sums(settings: LogprobSettings, vocab_size: int) -> None:
 
 
 def contract(
-    hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, shard: VocabShard, settings: TokenSettings, method: Method
+    hidden: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    shard: VocabShard,
+    settings: TokenSettings,
+    method: Method,
+    adapter: tuple[Tensor, Tensor] | None = None,
 ) -> Mapping[str, Any]:
     """What every rank of the vocabulary group must say alike in a call, by name."""
     alike = alike_of(settings)
@@ -409,6 +415,9 @@ def contract(
     if isinstance(settings, LogprobSettings):
         each = isinstance(settings.temperature, Tensor)
         alike["temperature"] = "one for each token" if each else settings.temperature
+    if adapter is not None:
+        grad = [torch.is_grad_enabled() and x.requires_grad for x in adapter]
+        alike["adapter"] = f"{adapter[1].shape[1]} columns, {adapter[1].dtype}, need of gradients {grad}"
     return {
         **contract_of_head(hidden, weight_VD, bias_V, shard),
         **alike,
@@ -498,6 +507,55 @@ def check_tensors(hidden: Any, weight_VD: Any, labels: Any, bias_V: Any, shard: 
         _require(list(bias_V.shape) == [rows], f"bias must be [{rows}], one entry per local row", bias_V)
     devices = {str(x.device) for x in (hidden, weight_VD, labels, bias_V) if x is not None}
     _require(len(devices) == 1, "hidden, weight, labels and bias must be on one device", sorted(devices))
+
+
+def check_adapter(given: Any, hidden: Tensor, weight_VD: Tensor, settings: TokenSettings) -> None:
+    """Raises TypeError or ValueError for an adapter's operands that do not fit, or go with what is given beside."""
+    rule = "adapter must be None or (a, B), two plain tensors of floats"
+    if not (isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(x, Tensor) for x in given)):
+        raise TypeError(f"{rule}; got {type(given).__name__}.")
+    _require(
+        not isinstance(hidden, DTensor), "adapter goes with plain hidden states; pass their to_local()", "a DTensor"
+    )
+    a, b = given
+    for x in (a, b):
+        if isinstance(x, DTensor) or x.dtype not in _DTYPES:
+            raise TypeError(f"{rule}, fp32, fp16, bf16 or fp64; got {type(x).__name__} of {x.dtype}.")
+        _require(x.device == hidden.device, f"adapter must be on {hidden.device}, as hidden is", str(x.device))
+    expected = [*hidden.shape[:-1], b.shape[-1] if b.ndim == 2 else "R"]
+    _require(
+        b.ndim == 2 and b.shape[0] == weight_VD.shape[0] and list(a.shape) == expected and b.shape[1] > 0,
+        f"adapter must be (a {expected}, B [{weight_VD.shape[0]}, R]): one row of a for each token, of B for each row "
+        "of weight",
+        f"a {list(a.shape)} and B {list(b.shape)}",
+    )
+    _require(
+        b.shape[1] <= hidden.shape[-1],
+        "adapter must have at most hidden's number of columns, of which a whole weight is better",
+        f"{b.shape[1]} columns beside {hidden.shape[-1]}",
+    )
+    _require(
+        not (torch.is_grad_enabled() and weight_VD.requires_grad),
+        "adapter goes with a frozen weight: only the adapter's gradient is computed. Call weight.requires_grad_(False) "
+        "or leave the adapter out",
+        "a weight that requires a gradient",
+    )
+    _require(
+        not (isinstance(settings, LogprobSettings) and settings.exact_sums),
+        "adapter goes without exact_sums=True: merge the adapter into the weight for that",
+        "both",
+    )
+    _require(
+        not settings.fp32_head,
+        "adapter goes without fp32_head=True, whose products it has no part in: merge the adapter into the weight, or "
+        "leave fp32_head out",
+        "both",
+    )
+    _require(
+        settings.workspace_mb != "logits",
+        'adapter goes without workspace_mb="logits": backward computes logits with one again; give a number or None',
+        "both",
+    )
 
 
 def legal_labels(ignore_index: int, vocab_size: int) -> str:

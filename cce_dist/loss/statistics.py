@@ -67,13 +67,13 @@ def label_statistics(inputs: Inputs, shaped: Callable[[Tensor], Tensor]) -> Labe
     Args:
         shaped: makes values [n] those of the labels, [..., L - shift].
     """
-    hidden_nD, weight_VD, bias_V, call = inputs
+    hidden_nD, weight_VD, bias_V, call, adapter_nR, adapter_VR = inputs
     labels_n, settings = call.labels_n, call.settings
     wanted, valid_n = settings.statistics, labels_n != settings.ignore_index
     hidden_nD = hidden_nD.to(rows_dtype(hidden_nD.dtype, weight_VD.dtype, settings.fp32_head))
     of_n, rank_n = statistics_of(
-        torch.where(valid_n[:, None], hidden_nD, 0),  # what is ignored may hold anything
-        rows_of(weight_VD, bias_V, call.shard, settings.logit_scale, settings.softcap),
+        torch.where(valid_n[:, None], beside(hidden_nD, adapter_nR), 0),  # what is ignored may hold anything
+        rows_of(weight_VD, bias_V, call.shard, settings.logit_scale, settings.softcap, adapter_VR),
         call.padded_to,
         temperature_n=call.temperature_n,
         ranked_n=torch.where(valid_n, labels_n, -1) if "rank" in wanted else None,
@@ -101,11 +101,14 @@ def token_statistics(
     shard: VocabShard,
     logit_scale: float,
     softcap: float | None,
+    adapter: tuple[Tensor, Tensor] | None = None,
 ) -> TokenStatistics:
     """One pass over the logits in chunks, each rank over its rows; the arguments are those of `linear_cross_entropy`.
 
     Every rank of ``shard.vocab_group`` must make the call, also with no token.
     """
+    adapter_nR, adapter_VR = (None, None) if adapter is None else adapter
+    hidden_nD = beside(hidden_nD, adapter_nR)
     alike = {
         "hidden's last dimension": hidden_nD.shape[1],
         "hidden's dtype": str(hidden_nD.dtype),
@@ -114,7 +117,13 @@ def token_statistics(
         "softcap": softcap,
     }
     most = agree(shard, "statistics of tokens", hidden_nD.shape[0], alike)
-    return statistics_of(hidden_nD, rows_of(weight_VD, bias, shard, logit_scale, softcap), most)[0]
+    rows = rows_of(weight_VD, bias, shard, logit_scale, softcap, adapter_VR)
+    return statistics_of(hidden_nD, rows, most)[0]
+
+
+def beside(hidden_nD: Tensor, adapter_nR: Tensor | None) -> Tensor:
+    """Hidden states and an adapter's a [n, D + R], as `chunks.Rows` takes them."""
+    return hidden_nD if adapter_nR is None else torch.cat((hidden_nD, adapter_nR.to(hidden_nD.dtype)), 1)
 
 
 @torch.no_grad()

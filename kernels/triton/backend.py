@@ -155,18 +155,20 @@ def differentiate(
     wanted: Wanted,
     hidden_ready: Callable[[torch.Tensor], None] | None = None,
     onto_ND: torch.Tensor | None = None,
+    onto_NR: torch.Tensor | None = None,
     exponentials: Exponentials | None = None,
 ) -> Gradients:
     """The gradient of what `Upstream` stands for; see `Filter` and `Gradients`.
 
     With ``hidden_ready`` the sparse backward makes dE first, hands it over, and computes the kept pairs' probabilities
     once more for dC: what the caller does with dE (its reduction over ranks) runs beside that. ``onto_ND``: fp32, what
-    dE is added to, in place; its rows may be apart.
+    dE is added to, in place; its rows may be apart. ``onto_NR``: the same of an adapter's da.
     ``exponentials``: what forward kept, for an exact gradient that is added to nothing; their labels' entries are
     written anew.
     """
     with torch.cuda.device_of(logits.hidden_ND):
-        return _differentiate(logits, tiles, normaliser, upstream, filter_, wanted, hidden_ready, onto_ND, exponentials)
+        onto = onto_ND, onto_NR
+        return _differentiate(logits, tiles, normaliser, upstream, filter_, wanted, hidden_ready, *onto, exponentials)
 
 
 def _differentiate(
@@ -178,6 +180,7 @@ def _differentiate(
     wanted: Wanted,
     hidden_ready: Callable[[torch.Tensor], None] | None,
     onto_ND: torch.Tensor | None,
+    onto_NR: torch.Tensor | None,
     exponentials: Exponentials | None,
 ) -> Gradients:
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
@@ -187,19 +190,24 @@ def _differentiate(
     make_weight = torch.zeros if empty else torch.empty
     dweight_VD, adds = wanted.onto_VD, wanted.onto_VD is not None
     if wanted.weight and not adds:
-        dweight_VD = make_weight(weight_VD.shape, dtype=wanted.weight_dtype, device=device)
+        dweight_VD = make_weight(logits.trained[1].shape, dtype=wanted.weight_dtype, device=device)
     scratch_VD = None if adds else dweight_VD
     assert not wanted.bias or logits.bias_V is not None
     dbias_V = make_weight(weight_VD.shape[0], dtype=torch.float32, device=device) if wanted.bias else None
     headroom = _PROBABILITY_HEADROOM.get(dtype, 1.0)
     pairs, dhidden_ND = None, onto_ND if wanted.hidden else None
+    dadapter_NR = onto_NR if wanted.adapter else None
     tail = Tail()
     if sparse and tiles is not None and not empty:
         pairs = select(logits, tiles, normaliser.max_N + normaliser.log_sum_N, filter_)
         if filter_.tail or filter_.mode == "unbiased":
-            dhidden_ND, tail = _tail(logits, pairs, upstream, headroom, wanted.hidden, dhidden_ND, scratch_VD)
+            onto = dhidden_ND, dadapter_NR
+            dhidden_ND, dadapter_NR, tail = _tail(logits, pairs, upstream, headroom, wanted, onto, scratch_VD)
     if wanted.hidden and dhidden_ND is None:
         dhidden_ND = torch.zeros((logits.num_tokens, hidden_ND.shape[1]), dtype=torch.float32, device=device)
+    if wanted.adapter and dadapter_NR is None:
+        shape = logits.num_tokens, logits.trained[1].shape[1]
+        dadapter_NR = torch.zeros(shape, dtype=torch.float32, device=device)
     if empty:
         pass
     elif pairs is None:
@@ -214,19 +222,21 @@ def _differentiate(
             wanted.workspace_bytes,
             hidden_begun=onto_ND is not None,
             add_weight=adds,
+            dadapter_NR=dadapter_NR,
+            adapter_begun=onto_NR is not None,
             exponentials=exponentials,
         )
     else:
-        passes = [Gradients(dhidden_ND, dweight_VD, dbias_V)]
+        passes = [Gradients(dhidden_ND, dweight_VD, dbias_V, dadapter_NR)]
         if hidden_ready is not None and dhidden_ND is not None and (wanted.weight or wanted.bias):
-            passes = [Gradients(dhidden_ND, None, None), Gradients(None, dweight_VD, dbias_V)]
+            passes = [Gradients(dhidden_ND, None, None, dadapter_NR), Gradients(None, dweight_VD, dbias_V)]
         for out in passes:
             differentiate_pairs(
                 logits, pairs, normaliser, upstream, out, tail, headroom, wanted.workspace_bytes, scratch_VD, adds
             )
             if hidden_ready is not None and out.hidden_ND is not None:
                 hidden_ready(out.hidden_ND)
-    return Gradients(dhidden_ND, dweight_VD, dbias_V)
+    return Gradients(dhidden_ND, dweight_VD, dbias_V, dadapter_NR)
 
 
 def add_rows(
@@ -254,11 +264,12 @@ def _tail(
     pairs: Pairs,
     upstream: Upstream,
     headroom: float,
-    wants_hidden: bool,
-    onto_ND: torch.Tensor | None,
+    wanted: Wanted,
+    onto: tuple[torch.Tensor | None, torch.Tensor | None],
     scratch_VD: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, Tail]:
-    """Rᵀ c̃, with which dE begins, or what is added to it; and what the weight items of `differentiate` add to dC.
+) -> tuple[torch.Tensor | None, torch.Tensor | None, Tail]:
+    """Rᵀ c̃, with which dE begins, or what is added to it; the same of an adapter's da; and what the weight items of
+    `differentiate` add to dC.
 
     In bf16 (R E) is rounded like R; fp16 has no range for it. ``scratch_VD``: dC, to be written later.
     """
@@ -267,22 +278,27 @@ def _tail(
     factor = upstream.scale.float() * logits.logit_scale
     # fp16 has no range for means times the gradient's scale.
     late = factor / own_headroom if dtype == torch.float16 else None
-    pi_V, mean_TD = tail_means(logits, pairs, factor if late is None else torch.ones_like(factor))
+    pi_V, mean_TD, mean_TR = tail_means(logits, pairs, factor if late is None else torch.ones_like(factor))
     tail_TN = tail_rows(logits, pairs, upstream, pi_V, dtype, own_headroom, scratch_VD)
     ratio = headroom / own_headroom
     if dtype == torch.bfloat16:  # before dE, so that the copy of the hidden states is gone then
-        tail_TD = tail_TN @ compact.compacted(logits)
+        tail_TD = tail_TN @ compact.compacted(logits, logits.trained[0])
     else:
-        tail_TD = product(tail_TN, compact.compacted(logits)).mul_(ratio)
-    dhidden_ND = None
-    if wants_hidden and onto_ND is not None and late is None:
-        dhidden_ND = onto_ND
-        add_product(onto_ND, tail_TN.T, mean_TD)
-    elif wants_hidden:
-        dhidden_ND = product(tail_TN.T, mean_TD)
-        if late is not None:
-            dhidden_ND *= late
-        if onto_ND is not None:
-            dhidden_ND = onto_ND.add_(dhidden_ND)
+        tail_TD = product(tail_TN, compact.compacted(logits, logits.trained[0])).mul_(ratio)
+    dhidden_ND = _add_means(onto[0], tail_TN, mean_TD, late) if wanted.hidden else None
+    dadapter_NR = _add_means(onto[1], tail_TN, mean_TR, late) if wanted.adapter and mean_TR is not None else None
     tail_T = None if logits.bias_V is None else tail_TN.sum(1, dtype=torch.float32) * ratio
-    return dhidden_ND, Tail(pi_V, tail_TD, tail_T)
+    return dhidden_ND, dadapter_NR, Tail(pi_V, tail_TD, tail_T)
+
+
+def _add_means(
+    onto_ND: torch.Tensor | None, tail_TN: torch.Tensor, mean_TD: torch.Tensor, late: torch.Tensor | None
+) -> torch.Tensor:
+    """Rᵀ c̃, times ``late`` if it is given; added to ``onto_ND``, in place, if there is one."""
+    if onto_ND is not None and late is None:
+        add_product(onto_ND, tail_TN.T, mean_TD)
+        return onto_ND
+    sum_ND = product(tail_TN.T, mean_TD)
+    if late is not None:
+        sum_ND *= late
+    return sum_ND if onto_ND is None else onto_ND.add_(sum_ND)

@@ -14,6 +14,8 @@ from ..problem import FAR, Logits
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = 0.6931471805599453
 _LN_2, _FAR = tl.constexpr(LN_2), tl.constexpr(FAR)
+BLOCK_R = tl.constexpr(16)
+"""Columns of an adapter at a time."""
 
 
 @triton.jit
@@ -59,6 +61,23 @@ def dot_rows(e, c, products, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_adapter(products, operands, token, use, columns, factor, PRECISION: tl.constexpr):
+    """Adds a·B·factor of an adapter, if there is one, to [ROWS, COLUMNS] of the given tokens and columns.
+
+    In steps of 16, the least that a product takes: B is small, and never copied. Before the products over D, while no
+    registers are full of these.
+    """
+    if operands.adapter_NR is not None:
+        for r in tl.range(0, operands.R, BLOCK_R, num_stages=1):
+            a = load_rows(operands.adapter_NR, token, use, r, operands.R, operands.R, BLOCK_R)
+            b = load_rows(operands.adapter_VR, columns, columns < operands.V, r, operands.R, operands.R, BLOCK_R)
+            if factor is not None:
+                a = (a.to(tl.float32) * factor).to(a.dtype)
+            products = tl.dot(a, b.T, products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
 def products_of_rows(
     operands,
     weight,
@@ -72,8 +91,9 @@ def products_of_rows(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """[ROWS, TILE] products e·c of the given hidden states with all rows of a classifier tile."""
+    """[ROWS, TILE] products e·c (and a·B) of the given hidden states with all rows of a classifier tile."""
     products = tl.zeros([ROWS, TILE], tl.float32)
+    products = add_adapter(products, operands, rows, use, tile * TILE + tl.arange(0, TILE), None, PRECISION)
     for d in tl.range(0, operands.D, BLOCK_D, num_stages=STAGES):
         e = load_rows(operands.hidden, rows, use, d, operands.D, operands.stride_hidden, BLOCK_D)
         c = load_block(weight, tile * TILE, d, operands.V, operands.D, operands.stride_weight, TILE, BLOCK_D, TMA)

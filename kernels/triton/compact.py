@@ -53,9 +53,10 @@ def _write_rows_kernel(
     tl.store(pointers, x.to(out_VD.dtype.element_ty), mask=inside)
 
 
-def compacted(logits: Logits) -> torch.Tensor:
-    """The hidden states in the order of the other tensors, 0 for tokens that are not valid."""
-    rows_ND = logits.hidden_ND
+def compacted(logits: Logits, rows_ND: torch.Tensor | None = None) -> torch.Tensor:
+    """The hidden states (or what else has a row for each of them) in the order of the other tensors, 0 for tokens that
+    are not valid."""
+    rows_ND = logits.hidden_ND if rows_ND is None else rows_ND
     rows, columns = logits.num_tokens, rows_ND.shape[1]
     out_ND = rows_ND.new_empty((rows, columns))
     if out_ND.numel():

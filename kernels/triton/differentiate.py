@@ -5,6 +5,7 @@ Programs take items from a queue (see schedule.py) with one atomic counter:
     with its tokens,
   - HIDDEN adds CHUNK_D columns of P C_tile to dE (fp32 atomics: rows of a tile lie anywhere),
   - WEIGHT computes some blocks of BLOCK_D columns of a tile's dC, products over its kept rows, and writes them once.
+With an adapter WEIGHT items compute dB in place of dC, and PAIR items add P B_tile to da from registers.
 Where one chunk holds all of D, a PAIR item adds to dE itself, from registers.
 Grid: on Hopper two programs of one warpgroup a multiprocessor, 128 x 128 accumulators each, so that one's additions,
 exponentials and waits run beside the other's products.
@@ -22,6 +23,7 @@ import triton.language as tl
 
 from ..problem import Gradients, Logits, Normaliser, Upstream
 from .blocks import (
+    BLOCK_R,
     can_use_tma,
     descriptor,
     load_block,
@@ -93,6 +95,27 @@ def _hidden_item(
 
 
 @triton.jit
+def _trained(operands):
+    """What the gradient of rows is a product with: (its rows, their length, their stride); see `Logits.trained`."""
+    if operands.adapter_NR is not None:
+        return operands.adapter_NR, operands.R, operands.R
+    else:
+        return operands.hidden, operands.D, operands.stride_hidden
+
+
+@triton.jit
+def _adapter_item(dadapter_NR, p, n, valid, columns, operands, factor, PRECISION: tl.constexpr):
+    """Adds P B to the tokens n of an adapter's da."""
+    R = operands.R
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        b = load_rows(operands.adapter_VR, columns, columns < operands.V, r, R, R, BLOCK_R)
+        part = tl.dot(p, b, input_precision=PRECISION) * factor
+        r_range = r + tl.arange(0, BLOCK_R)
+        pointers = dadapter_NR + n[:, None].to(tl.int64) * R + r_range[None, :]
+        tl.atomic_add(pointers, part, mask=valid[:, None] & (r_range < R)[None, :], sem="relaxed")
+
+
+@triton.jit
 def _weight_item(
     out,
     tile,
@@ -112,7 +135,8 @@ def _weight_item(
     BLOCK_K: tl.constexpr,
 ):
     """BLOCK_D columns of a tile's dC, from the ring's P and the tail; added to what is there if ADD."""
-    V, D = operands.V, operands.D
+    V = operands.V
+    x_ND, D, stride = _trained(operands)
     pi = tl.zeros([TILE], tl.float32)
     if tail.pi_V is not None:
         pi = tl.load(tail.pi_V + columns, mask=columns < V, other=0.0)
@@ -121,7 +145,7 @@ def _weight_item(
         listed = k + tl.arange(0, BLOCK_K)
         token = tl.load(ring.token + ring_row + listed)
         p = tl.load(_ring_pointers(ring, ring_row + k, BLOCK_K, TILE))
-        e = load_rows(operands.hidden, token, listed < count, d, D, operands.stride_hidden, BLOCK_D)
+        e = load_rows(x_ND, token, listed < count, d, D, stride, BLOCK_D)
         gradient = tl.dot(p.T, e, gradient, input_precision=PRECISION)
     d_range = d + tl.arange(0, BLOCK_D)
     if tail.pi_V is not None:
@@ -178,6 +202,7 @@ def _differentiate_kernel(
     block_items = queue.chunks * queue.hidden_items
     tile_items = queue.chunks * queue.weight_items
     ready_W, done_W = queue.counters + 1, queue.counters + 1 + T
+    _x, width, _stride = _trained(operands)
     num_items = tl.load(queue.total) * (1 + block_items) + T * tile_items
     factor = tl.load(upstream.scale).to(tl.float32) * operands.scale / headroom
     index = tl.atomic_add(queue.counters, 1, sem="relaxed")
@@ -203,6 +228,8 @@ def _differentiate_kernel(
             k, _ = pair_weight(operands, pairs, n, valid, tile, TILE)
             p = probabilities(operands, upstream, normaliser, z, slope, n, valid, columns, k * headroom)
             p = p.to(ring.p.dtype.element_ty)
+            if out.adapter_NR is not None:
+                _adapter_item(out.adapter_NR, p, n, valid, columns, operands, factor, PRECISION)
             if USE_RING:
                 if wave >= queue.waves_at_once:
                     old = wave - queue.waves_at_once
@@ -235,7 +262,7 @@ def _differentiate_kernel(
                 if out.weight_VD is not None:
                     first_d = chunk * CHUNK_D + sub * WEIGHT_BLOCKS * BLOCK_D
                     if WEIGHT_BLOCKS == 1:  # as a loop of one it takes more registers
-                        if first_d < operands.D:  # the last chunk may be cut off
+                        if first_d < width:  # the last chunk may be cut off
                             _weight_item(
                                 out,
                                 tile,
@@ -255,7 +282,7 @@ def _differentiate_kernel(
                                 BLOCK_K,
                             )
                     else:
-                        for d in range(first_d, min(first_d + WEIGHT_BLOCKS * BLOCK_D, operands.D), BLOCK_D):
+                        for d in range(first_d, min(first_d + WEIGHT_BLOCKS * BLOCK_D, width), BLOCK_D):
                             _weight_item(
                                 out,
                                 tile,
@@ -324,11 +351,13 @@ def differentiate(
         tuning = tuning.for_few_pairs()
     tma = tuning.tma and can_use_tma(weight_VD)
     wants_weight = out.weight_VD is not None or out.bias_V is not None
+    trained_VD = logits.trained[1]
     if wants_weight and out.weight_VD is None:  # dC is written along with dbias
-        out = out._replace(weight_VD=torch.empty_like(weight_VD))
+        out = out._replace(weight_VD=torch.empty_like(trained_VD))
     chunk_d = max(tuning.chunk_d, tuning.weight_block_d)
     chunks = triton.cdiv(hidden_size, chunk_d)
     weight_blocks = min(tuning.weight_blocks, chunk_d // tuning.weight_block_d)
+    weight_columns, few = weight_blocks * tuning.weight_block_d, logits.adapter_VR is not None
     add_at_once = out.hidden_ND is not None and chunks == 1
     block_elements = tuning.pair_rows * logits.tile
     ring_blocks = max(
@@ -342,7 +371,7 @@ def differentiate(
         ring_blocks,
         chunks,
         int(out.hidden_ND is not None and not add_at_once),
-        chunk_d // (weight_blocks * tuning.weight_block_d) if wants_weight else 0,
+        triton.cdiv(min(trained_VD.shape[1], chunk_d) if few else chunk_d, weight_columns) if wants_weight else 0,
     )
     ring_rows = queue.waves_at_once * queue.capacity * tuning.pair_rows
     ring = Ring(

@@ -55,6 +55,7 @@ def estimate(logits: Logits) -> Estimate:
                 weight_VD=weight.rows_VD,
                 bias_V=None,  # in the offsets
                 frequent_V=frequent_v,
+                adapter_VR=None if logits.adapter_VR is None else logits.adapter_VR[v],
             ),
             InEightBits(
                 hidden.scale_N,

@@ -21,7 +21,17 @@ import triton.language as tl
 
 from ..problem import KEPT_SUMS_BYTES, Exponentials, Gradients, Logits, Normaliser, Upstream
 from ..products import add_product, product, write_product
-from .blocks import LN_2, can_use_tma, descriptor, dot_rows, load_block, logits_of, precision, probabilities
+from .blocks import (
+    LN_2,
+    add_adapter,
+    can_use_tma,
+    descriptor,
+    dot_rows,
+    load_block,
+    logits_of,
+    precision,
+    probabilities,
+)
 from .compact import compacted, write_rows
 from .operands import LAUNCH, operands_of
 from .tuning import num_programs, tuning_for
@@ -117,6 +127,12 @@ def _probability_kernel(
         for unit in range(program, units, programs):
             row, column = _place_of(unit, row_blocks, blocks, ROW_GROUP, BLOCK_N, BLOCK_V)
             products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+            if operands.adapter_NR is not None:
+                n = row + tl.arange(0, BLOCK_N)
+                valid = n < tl.load(operands.n_valid)
+                token = tl.load(operands.token_N + n, mask=valid, other=0)
+                columns = first_column + column + tl.arange(0, BLOCK_V)
+                products = add_adapter(products, operands, token, valid, columns, None, PRECISION)
             for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
                 e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
                 c = load_block(weight, first_column + column, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
@@ -318,7 +334,7 @@ def _probabilities(
         TMA=tma,
         PRECISION=precision(logits),
         STAGES=tuning.stages,
-        FLAT=tuning.flat_below >= hidden_ND.shape[1],
+        FLAT=tuning.flat_below >= hidden_ND.shape[1] and logits.adapter_NR is None,
         num_warps=tuning.warps,
         **LAUNCH,
     )
@@ -465,17 +481,21 @@ def differentiate_exactly(
     workspace_bytes: int,
     hidden_begun: bool = False,
     add_weight: bool = False,
+    dadapter_NR: torch.Tensor | None = None,
+    adapter_begun: bool = False,
     exponentials: Exponentials | None = None,
 ) -> None:
     """Adds to ``dhidden_ND`` (fp32; zeros, unless ``hidden_begun``) and writes ``dweight_VD`` (or adds to it, in fp32)
-    and ``dbias_V``. ``exponentials``: what forward kept of the first columns, with ``dhidden_ND`` of zeros."""
+    and ``dbias_V``; adds to an adapter's ``dadapter_NR`` as to dE. ``exponentials``: what forward kept of the first
+    columns, with ``dhidden_ND`` of zeros and no adapter."""
     hidden_ND, weight_VD = compacted(logits), logits.weight_VD
+    trained_ND = hidden_ND if logits.adapter_NR is None else compacted(logits, logits.adapter_NR)
     rows, vocab = hidden_ND.shape[0], weight_VD.shape[0]
     factor = upstream.scale * (logits.logit_scale / headroom)
     kept = 0 if exponentials is None else exponentials.exp_NK.shape[1]
     begin = 0
     if exponentials is not None and exponentials.sloped:
-        assert dbias_V is None and upstream.log_N is None and not hidden_begun
+        assert dbias_V is None and upstream.log_N is None and not hidden_begun and dadapter_NR is None
         begin = kept
         of_all = exponentials, logits, hidden_ND, upstream, normaliser
         _differentiate_kept(*of_all, dhidden_ND, dweight_VD, factor, workspace_bytes, add_weight)
@@ -487,9 +507,11 @@ def differentiate_exactly(
     exact_factor = hidden_ND.dtype == torch.bfloat16 and logits.logit_scale == 1.0
     writes_bf16 = dweight_VD is not None and dweight_VD.dtype == torch.bfloat16
     if exact_factor and (add_weight or (writes_bf16 and vocab > rows)):
-        scaled_ND = hidden_ND * factor.to(torch.bfloat16)
+        scaled_ND = trained_ND * factor.to(torch.bfloat16)
     if dhidden_ND is not None and hidden_begun:
         dhidden_ND /= _not_zero(factor)
+    if dadapter_NR is not None and adapter_begun:
+        dadapter_NR /= _not_zero(factor)
     chunk = _chunk_size(logits, vocab - begin, workspace_bytes)
     workspace = torch.empty(rows * min(chunk, vocab - begin), dtype=hidden_ND.dtype, device=hidden_ND.device)
     parts = [(begin, kept), (kept, vocab)]
@@ -503,24 +525,28 @@ def differentiate_exactly(
         v = slice(first, first + columns)
         if dhidden_ND is not None:
             add_product(dhidden_ND, p_Nv, weight_VD[v].to(p_Nv.dtype))
+        if dadapter_NR is not None and logits.adapter_VR is not None:
+            add_product(dadapter_NR, p_Nv, logits.adapter_VR[v])
         if dweight_VD is not None and add_weight and scaled_ND is not None:
             add_product(dweight_VD[v], p_Nv.T, scaled_ND)
         elif dweight_VD is not None and add_weight:
-            dweight_VD[v] += product(p_Nv.T, hidden_ND).mul_(factor)
+            dweight_VD[v] += product(p_Nv.T, trained_ND).mul_(factor)
         elif dweight_VD is not None and scaled_ND is not None:
             torch.mm(p_Nv.T, scaled_ND, out=dweight_VD[v])
         elif dweight_VD is not None and exact_factor and writes_bf16:
-            torch.mm(p_Nv.T, hidden_ND, out=dweight_VD[v])
+            torch.mm(p_Nv.T, trained_ND, out=dweight_VD[v])
             dweight_VD[v] *= factor
         elif dweight_VD is not None and dweight_VD.dtype == torch.float32:
-            write_product(dweight_VD[v], p_Nv.T, hidden_ND)
+            write_product(dweight_VD[v], p_Nv.T, trained_ND)
             dweight_VD[v] *= factor
         elif dweight_VD is not None:
-            dweight_VD[v] = product(p_Nv.T, hidden_ND).mul_(factor)
+            dweight_VD[v] = product(p_Nv.T, trained_ND).mul_(factor)
         if dbias_V is not None:
             dbias_V[v] = p_Nv.sum(0, dtype=torch.float32) * factor
     if dhidden_ND is not None:
         dhidden_ND *= factor
+    if dadapter_NR is not None:
+        dadapter_NR *= factor
 
 
 def differentiate_rows(
@@ -538,6 +564,7 @@ def differentiate_rows(
     ``logits.target_N`` are places in ``row_K``. Of rows, P and dC there is never more than a chunk.
     """
     hidden_ND, dhidden_ND = compacted(logits), out.hidden_ND
+    trained_ND = hidden_ND if logits.adapter_NR is None else compacted(logits, logits.adapter_NR)
     rows, dtype = hidden_ND.shape[0], hidden_ND.dtype
     factor = upstream.scale * (logits.logit_scale / headroom)
     exact_factor = dtype == torch.bfloat16 and logits.logit_scale == 1.0  # see differentiate_exactly
@@ -550,11 +577,13 @@ def differentiate_rows(
         bias_k = None if logits.bias_V is None else logits.bias_V.index_select(0, row_k)
         target_N = logits.target_N - first if first else logits.target_N
         part = logits._replace(weight_VD=weight_kD, bias_V=bias_k, target_N=target_N, frequent_V=None)
+        adapter_kR = None if logits.adapter_VR is None else logits.adapter_VR.index_select(0, row_k)
+        part = part._replace(adapter_VR=adapter_kR)
         p_Nk = memory[: rows * row_k.shape[0]].view(rows, -1)
         _probabilities(p_Nk, part, hidden_ND, upstream, normaliser, 0, headroom)
         if out.weight_VD is not None:
             exact = exact_factor and out.weight_VD.dtype == dtype
-            dweight_kD = torch.mm(p_Nk.T, hidden_ND) if exact else product(p_Nk.T, hidden_ND)
+            dweight_kD = torch.mm(p_Nk.T, trained_ND) if exact else product(p_Nk.T, trained_ND)
             write_rows(out.weight_VD, dweight_kD.mul_(factor), row_k, add_weight)
             del dweight_kD
         if out.bias_V is not None:
@@ -563,6 +592,8 @@ def differentiate_rows(
             scaled_kD = weight_kD.mul_(factor) if exact_factor else weight_kD
             add_product(dhidden_ND, p_Nk, scaled_kD.to(dtype))
             del scaled_kD
+        if out.adapter_NR is not None and adapter_kR is not None:
+            out.adapter_NR.add_(product(p_Nk, adapter_kR).mul_(factor))
         del weight_kD, part  # before the next chunk's
     if dhidden_ND is not None and not exact_factor:
         dhidden_ND *= factor

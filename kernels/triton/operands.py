@@ -4,7 +4,7 @@ In: `Logits`, `Filter` and the like of `problem`. Out: tuples that ARE arguments
 A field that is None is known when a kernel is compiled: `if operands.bias is not None` chooses code, not at run time.
 Tensor descriptors cannot stand in a tuple (Triton 3.6), so a matrix that may be one is an argument of its own.
 
-Shapes: N tokens, D hidden, V local rows, T tiles, S splits.
+Shapes: N tokens, D hidden, V local rows, T tiles, S splits, R rank of an adapter.
 """
 
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ class Operands(NamedTuple):
     Attributes:
         hidden: [N, D], rows named by token_N; what is loaded in blocks is an argument of its own.
         softcap: None: f is the identity.
+        adapter_NR, adapter_VR, R: of an adapter, or all None; contiguous.
     """
 
     hidden: torch.Tensor
@@ -40,6 +41,9 @@ class Operands(NamedTuple):
     scale: float
     softcap: float | None
     inverse_temperature_N: torch.Tensor | None
+    adapter_NR: torch.Tensor | None
+    adapter_VR: torch.Tensor | None
+    R: int | None
 
 
 def operands_of(logits: Logits) -> Operands:
@@ -61,6 +65,9 @@ def operands_of(logits: Logits) -> Operands:
         logits.logit_scale,
         logits.softcap,
         logits.inverse_temperature_N,
+        logits.adapter_NR,
+        logits.adapter_VR,
+        None if logits.adapter_VR is None else logits.adapter_VR.shape[1],
     )
 
 

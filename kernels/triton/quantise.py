@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LOG2_E, softcapped, without_frequent
+from .blocks import LOG2_E, add_adapter, softcapped, without_frequent
 from .operands import LAUNCH
 
 LARGEST = tl.constexpr(448.0)
@@ -333,13 +333,29 @@ class InEightBits(NamedTuple):
 
 
 @triton.jit
-def logits_in_8_bits(operands, in_8_bits, products, columns, row_scale_n, offset_n, variance_n):
+def logits_in_8_bits(
+    operands,
+    in_8_bits,
+    products,
+    columns,
+    row_scale_n,
+    offset_n,
+    variance_n,
+    token_n,
+    valid,
+    PRECISION: tl.constexpr,
+):
     """Base-2 logits of a block of 8-bit products, without the known bias of their exponentials; −inf past the last
     column and in those of frequent rows, whose offsets are that."""
     inside = columns < operands.V
     column_scale = tl.load(in_8_bits.column_scale_V + columns, mask=inside, other=0.0)
     column_offset = tl.load(in_8_bits.offset_V + columns, mask=inside, other=-float("inf"))
     z = products * row_scale_n[:, None] * column_scale[None, :] + (offset_n[:, None] + column_offset[None, :])
+    if operands.adapter_NR is not None:  # in 16 bits: it is small, and so adds nothing to the error
+        unit = operands.scale
+        if operands.softcap is None:
+            unit = unit * LOG2_E
+        z = add_adapter(z, operands, token_n, valid, columns, unit, PRECISION)
     if operands.softcap is not None:
         z, slope = softcapped(z, operands.softcap)
         # The mean of exp(f(x + η)) is exp(f)·(1 + (f'² + f'')·σ²/2), and f'' = −2·f·f'/softcap².

@@ -27,7 +27,9 @@ import triton.language as tl
 
 from ..problem import FAR, Exponentials, Keep, Logits, Share, Summary, Tiles
 from .blocks import (
+    BLOCK_R,
     LN_2,
+    add_adapter,
     can_use_tma,
     descriptor,
     dot_rows,
@@ -81,12 +83,17 @@ def _block_logits(
     offset_n,
     variance_n,
     n,
+    token_n,
     valid,
     BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
     if in_8_bits is not None:
-        z, slope = logits_in_8_bits(operands, in_8_bits, products, columns, row_scale_n, offset_n, variance_n), 1.0
+        z = logits_in_8_bits(
+            operands, in_8_bits, products, columns, row_scale_n, offset_n, variance_n, token_n, valid, PRECISION
+        )
+        slope = 1.0
     else:
         z, slope = logits_of(operands, products, columns, n, valid)
     return z, slope
@@ -198,6 +205,9 @@ def _summarise_kernel(
         row = (first_block + within % blocks_in_group) * BLOCK_N
         split = within // blocks_in_group
         n = row + tl.arange(0, BLOCK_N)
+        token_n = n
+        if operands.adapter_NR is not None:
+            token_n = tl.load(operands.token_N + n, mask=n < n_valid, other=0)
         first_column_block = split * blocks_per_split
         max_n = tl.full([BLOCK_N], -float("inf"), tl.float32)
         sum_n = tl.zeros([BLOCK_N], tl.float32)
@@ -236,8 +246,10 @@ def _summarise_kernel(
                         offset_n,
                         variance_n,
                         n,
+                        token_n,
                         n < n_valid,
                         BLOCK_V,
+                        PRECISION,
                     )
                     max_n, sum_n, weighted_n, reference_n = _absorb_block(
                         z,
@@ -263,6 +275,9 @@ def _summarise_kernel(
         else:
             for block in range(first_column_block, first_column_block + blocks):
                 products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+                if in_8_bits is None:
+                    columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
+                    products = add_adapter(products, operands, token_n, n < n_valid, columns, None, PRECISION)
                 for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
                     e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
                     c = load_block(weight, block * BLOCK_V, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
@@ -276,8 +291,10 @@ def _summarise_kernel(
                     offset_n,
                     variance_n,
                     n,
+                    token_n,
                     n < n_valid,
                     BLOCK_V,
+                    PRECISION,
                 )
                 max_n, sum_n, weighted_n, reference_n = _absorb_block(
                     z,
@@ -385,6 +402,11 @@ def _finish_kernel(
         e = load_rows(operands.hidden, token_n, owned, d, D, operands.stride_hidden, BLOCK_D)
         c = load_rows(weight, target_n, owned, d, D, operands.stride_weight, BLOCK_D)
         product_n += tl.sum(e.to(tl.float32) * c.to(tl.float32), 1)
+    if operands.adapter_NR is not None:
+        for r in range(0, operands.R, BLOCK_R):
+            a = load_rows(operands.adapter_NR, token_n, owned, r, operands.R, operands.R, BLOCK_R)
+            b = load_rows(operands.adapter_VR, target_n, owned, r, operands.R, operands.R, BLOCK_R)
+            product_n += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
     if operands.bias is not None:
         product_n += tl.load(operands.bias + target_n, mask=owned, other=0.0).to(tl.float32)
     logit_n, _ = softcapped(product_n * operands.scale, operands.softcap)
@@ -543,7 +565,7 @@ def launch(
         TMA=tma,
         PRECISION=precision(logits),
         STAGES=tuning.stages,
-        FLAT=tuning.flat_below >= operands.D,
+        FLAT=tuning.flat_below >= operands.D and logits.adapter_NR is None,
         ENTROPY=partials.weighted_SN is not None,
         SLOPED=sloped,
         num_warps=tuning.warps,

@@ -16,10 +16,12 @@ import triton.language as tl
 
 from ..problem import Logits
 from .blocks import (
+    BLOCK_R,
     can_use_tma,
     descriptor,
     is_frequent,
     load_block,
+    load_rows,
     logits_of,
     precision,
     products_of_rows,
@@ -36,6 +38,7 @@ SAMPLED_TOKENS = 128
 def _tail_mean_kernel(
     pi_V,
     mean_TD,
+    mean_TR,
     operands,
     weight,
     pairs,
@@ -79,18 +82,31 @@ def _tail_mean_kernel(
         mean = tl.sum(c.to(tl.float32) * pi[:, None], 0) * factor
         d_range = d + tl.arange(0, BLOCK_D)
         tl.store(mean_TD + tile.to(tl.int64) * D + d_range, mean.to(mean_TD.dtype.element_ty), mask=d_range < D)
+    if mean_TR is not None:
+        R = operands.R
+        for r in range(0, R, BLOCK_R):
+            b = load_rows(operands.adapter_VR, columns, columns < V, r, R, R, BLOCK_R)
+            mean = tl.sum(b.to(tl.float32) * pi[:, None], 0) * factor
+            r_range = r + tl.arange(0, BLOCK_R)
+            tl.store(mean_TR + tile.to(tl.int64) * R + r_range, mean.to(mean_TR.dtype.element_ty), mask=r_range < R)
 
 
-def tail_means(logits: Logits, pairs: Pairs, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(π_V in fp32, factor·c̃_TD in the dtype of hidden); ``factor``: one fp32 number."""
+def tail_means(
+    logits: Logits, pairs: Pairs, factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(π_V in fp32, factor·c̃_TD in the dtype of hidden, the same of an adapter's B); ``factor``: one fp32 number."""
     weight_VD, operands = logits.weight_VD, operands_of(logits)
     tuning = tuning_for(logits.hidden_ND, weight_VD)
     tma = tuning.tma and can_use_tma(weight_VD)
     pi_V = torch.empty(operands.V, dtype=torch.float32, device=weight_VD.device)
     mean_TD = torch.empty((logits.num_tiles, operands.D), dtype=logits.hidden_ND.dtype, device=weight_VD.device)
+    mean_TR = None
+    if logits.adapter_VR is not None:
+        mean_TR = mean_TD.new_empty((logits.num_tiles, logits.adapter_VR.shape[1]))
     _tail_mean_kernel[(logits.num_tiles,)](
         pi_V,
         mean_TD,
+        mean_TR,
         operands,
         descriptor(weight_VD, logits.tile, tuning.pair_block_d, tma),
         pairs,
@@ -104,4 +120,4 @@ def tail_means(logits: Logits, pairs: Pairs, factor: torch.Tensor) -> tuple[torc
         num_warps=tuning.pair_warps,
         **LAUNCH,
     )
-    return pi_V, mean_TD
+    return pi_V, mean_TD, mean_TR

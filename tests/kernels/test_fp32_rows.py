@@ -74,7 +74,7 @@ def test_gradients_are_no_worse_than_those_of_rows_in_16_bits(backend: ModuleTyp
         of_softmax = normaliser(backend, logits, dense(logits))
         got = backend.differentiate(logits, tiles, of_softmax, make_upstream(logits), filter_, EVERYTHING)
         assert got.weight_VD.dtype == torch.float32
-        return [relative_error(x, y) for x, y in zip(got, truth, strict=True)]
+        return [relative_error(x, y) for x, y in zip(got[:3], truth, strict=True)]
 
     def truth(logits: Logits) -> tuple[Tensor, ...]:
         return gradients(logits, dense(logits), make_upstream(logits), filter_)

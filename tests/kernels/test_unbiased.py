@@ -60,7 +60,7 @@ def mean_gradient(
     norm, total = normaliser(backend, logits, d), list[Tensor]()
     for k in range(count):
         filter_ = Filter("unbiased", EPS, most_drawn=most_drawn, uniform=(k + 0.5) / count)
-        got = backend.differentiate(logits, tiles, norm, upstream, filter_, EVERYTHING)
+        got = backend.differentiate(logits, tiles, norm, upstream, filter_, EVERYTHING)[:3]
         total = (
             [x.double() / count for x in got]
             if not total

@@ -16,9 +16,11 @@ In evaluation the stock forward runs, but for the steps of transformers' ``gener
 sampled, each takes `linear_next_token` where nothing else is wanted of the logits.
 
 Imports run one way: form (what was done to logits) ← source (one call of a head) ← logits (what torch's functions make
-of lazy logits) ← head (the swapped class); generation (the loop that calls a head) ← head.
+of lazy logits) ← head (the swapped class) ← adapter (PEFT's LoRA around it); generation (the loop that calls a head) ←
+head.
 """
 
+from cce_dist.heads.lazy.adapter import check_adapter, make_adapted, make_plain
 from cce_dist.heads.lazy.head import (
     fuse_evaluation_where,
     fused_evaluation,
@@ -35,13 +37,16 @@ from cce_dist.heads.lazy.materialize import MaterializedLogitsWarning, report
 __all__ = [
     "LazyLogits",
     "MaterializedLogitsWarning",
+    "check_adapter",
     "fuse_evaluation_where",
     "fused_evaluation",
     "is_in_fp32",
     "is_lazy",
     "lazy_calls",
+    "make_adapted",
     "make_eager",
     "make_lazy",
+    "make_plain",
     "report",
     "shard_of",
 ]

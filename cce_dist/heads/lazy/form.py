@@ -22,6 +22,36 @@ class _Placeholder:
 LOGITS = _Placeholder()
 
 
+class LowRank(NamedTuple):  # type: ignore[misc]  # a tuple's product is another one
+    """factor·a·Bᵀ, not computed: what PEFT adds to the logits of a layer with a LoRA adapter. A tuple, since ZeRO-3
+    looks for the tensors in a module's output.
+
+    Attributes:
+        rows_VR: this rank's rows of B.
+        up: the module that has the whole of B, for real logits.
+        version: of rows_VR, see `source.version_of`.
+    """
+
+    a_XR: Tensor
+    rows_VR: Tensor
+    factor: float
+    up: Callable[[Tensor], Tensor]
+    version: int | None = None
+
+    def __mul__(self, factor: Any) -> Any:
+        if not isinstance(factor, (int, float)):
+            return NotImplemented
+        return self._replace(factor=self.factor * factor)
+
+    def __rmul__(self, factor: Any) -> Any:
+        return self * factor
+
+    def __radd__(self, logits: Tensor) -> Tensor:
+        """Real ones."""
+        dtype = self.rows_VR.dtype
+        return logits + self.up(self.a_XR.to(dtype)) * self.factor
+
+
 class Call(NamedTuple):
     """A torch function called on the logits."""
 
@@ -30,6 +60,9 @@ class Call(NamedTuple):
     kwargs: Mapping[str, Any]
 
     def on(self, logits: Tensor) -> Any:
+        other = self.operand()
+        if isinstance(other, LowRank):
+            return logits + other
         return self.function(*(logits if arg is LOGITS else arg for arg in self.args), **self.kwargs)
 
     def operand(self) -> Any:
@@ -43,8 +76,17 @@ class Call(NamedTuple):
         return self.kwargs.get("dim", self.args[1] if len(self.args) > 1 else None)
 
 
+class Adapter(NamedTuple):
+    """a·Bᵀ·ratio of a `LowRank`, beside hidden · weightᵀ; a_XR: of the form's tokens."""
+
+    a_XR: Tensor
+    term: LowRank
+    ratio: float
+
+
 class LogitForm(NamedTuple):
-    """Recorded logits in the terms of the loss: x = scale·(hidden · weightᵀ + biases), or cap·tanh(x) if cap is set.
+    """Recorded logits in the terms of the loss: x = scale·(hidden · weightᵀ + adapters + biases), or cap·tanh(x) if cap
+    is set.
 
     ``of`` says what was made of them since: nothing, their log-probabilities, also negated, probabilities, or the
     product of both.
@@ -57,6 +99,12 @@ class LogitForm(NamedTuple):
     cap: float | None = None
     biases: tuple[Tensor, ...] = ()
     of: Literal["logits", "log p", "-log p", "p", "p log p"] = "logits"
+    adapters: tuple[Adapter, ...] = ()
+
+    def at(self, move: Callable[[Tensor], Tensor]) -> "LogitForm":
+        """The form of other tokens; ``move``: of what has a row for each of them."""
+        adapters = tuple(adapter._replace(a_XR=move(adapter.a_XR)) for adapter in self.adapters)
+        return self._replace(hidden_XD=move(self.hidden_XD), adapters=adapters)
 
     @property
     def shape(self) -> torch.Size:
@@ -118,11 +166,20 @@ def _tanh(form: LogitForm, call: Call) -> LogitForm | None:
 
 def _add(form: LogitForm, call: Call) -> LogitForm | None:
     bias = call.operand()
+    if isinstance(bias, LowRank):
+        return _add_adapter(form, bias)
     is_bias = isinstance(bias, Tensor) and bias.ndim <= len(form.shape) and bias.shape[-1:] == form.shape[-1:]
     if not is_bias or bias.numel() != form.rows or form.cap is not None:
         return None
     biases = (*form.biases, bias.reshape(-1) / form.scale)
     return form._replace(biases=biases, dtype=torch.promote_types(form.dtype, bias.dtype))
+
+
+def _add_adapter(form: LogitForm, term: LowRank) -> LogitForm | None:
+    if form.cap is not None or term.a_XR.shape[:-1] != form.shape[:-1]:
+        return None
+    adapters = (*form.adapters, Adapter(term.a_XR, term, term.factor / form.scale))
+    return form._replace(adapters=adapters, dtype=torch.promote_types(form.dtype, term.a_XR.dtype))
 
 
 def _cast(form: LogitForm, call: Call) -> LogitForm | None:
@@ -136,7 +193,7 @@ def _reshape(form: LogitForm, call: Call) -> LogitForm | None:
     result = call.on(form.meta())
     if result.shape[-1:] != form.shape[-1:] or result.dtype != form.dtype:
         return None
-    return form._replace(hidden_XD=form.hidden_XD.reshape(*result.shape[:-1], form.hidden_XD.shape[-1]))
+    return form.at(lambda x: x.reshape(*result.shape[:-1], x.shape[-1]))
 
 
 def _log_softmax(form: LogitForm, call: Call) -> LogitForm | None:
@@ -174,15 +231,15 @@ def _index(form: LogitForm, call: Call) -> LogitForm | None:
     if index and index[-1] is ...:
         index = index[:-1]
     if used < len(form.shape) and not any(i is ... for i in index):
-        return form._replace(hidden_XD=form.hidden_XD[index])
+        return form.at(lambda x: x[index])
     rows = index[-1]
     if not isinstance(rows, slice) or form.of != "logits":
         return None
     start, stop, step = rows.indices(form.rows)
     if start != 0 or step != 1 or stop == 0:
         return None
-    hidden_XD = form.hidden_XD[index[:-1] + (slice(None),)]
-    return form._replace(hidden_XD=hidden_XD, rows=stop, biases=tuple(bias[:stop] for bias in form.biases))
+    moved = form.at(lambda x: x[index[:-1] + (slice(None),)])
+    return moved._replace(rows=stop, biases=tuple(bias[:stop] for bias in form.biases))
 
 
 _INDICES = (int, slice, type(None), type(...))

@@ -55,8 +55,14 @@ def make_lazy(head: nn.Module, owner: ShardOwner, config: CCEConfig, linear: typ
     if not isinstance(head, linear) or stock.forward is not linear.forward or "forward" in vars(head):
         raise TypeError(
             f"head must be an nn.Linear with the forward of nn.Linear, got {stock.__module__}.{stock.__qualname__}. "
-            "Adapters on the output layer (LoRA), quantisation and device_map replace that forward: leave the output "
-            "layer out of them, merge the adapter into it first, or train a copy of the layer (modules_to_save)."
+            "Adapters on the output layer other than LoRA, quantisation and device_map replace that forward: leave the "
+            "output layer out of them, merge the adapter into it first, or train a copy of the layer (modules_to_save)."
+        )
+    weight = registered(head, "weight")
+    if weight is not None and weight.dtype not in _DTYPES:
+        raise TypeError(
+            f"head has a weight of {weight.dtype}; taken are fp32, bf16, fp16 and fp64. Leave the output layer out of "
+            "quantisation."
         )
     head.__class__ = type(f"CCE{stock.__name__}", (_LazyHead, stock), {"_cce": Binding(stock, owner, config)})
 
@@ -274,6 +280,7 @@ def _all_tokens(hidden: DTensor, owner: ShardOwner) -> Tensor:
     return hidden.full_tensor()
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NO_REENTRANT = (
     "Its backward computes them again with a graph of its own, which lazy logits cannot cross: take "
     "checkpoint(..., use_reentrant=False), or leave the output layer and the loss out of the checkpoint."

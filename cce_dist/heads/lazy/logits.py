@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from cce_dist.distillation import linear_selected_logits, linear_topk_kl
-from cce_dist.heads.lazy.form import LOGITS, MULTIPLY, SOFTMAX, Call, LogitForm, is_last_dim, p_log_p, record
+from cce_dist.heads.lazy.form import LOGITS, MULTIPLY, SOFTMAX, Call, LogitForm, LowRank, is_last_dim, p_log_p, record
 from cce_dist.heads.lazy.pytree import register_pytree_node, tree_map
 from cce_dist.heads.lazy.source import Source
 from cce_dist.loss import TokenLogprobs, linear_cross_entropy
@@ -228,6 +228,9 @@ def _dispatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
         # A loss is made of probabilities, computed once here; without a graph they may be there to draw from.
         form = None if function in SOFTMAX and logits._source.with_graph() else record(logits._form, call)
         if form is not None:
+            if isinstance(term := call.operand(), LowRank):
+                source, term = logits._source.with_adapter(term)
+                return LazyLogits(source, (*logits._calls, Call(torch.add, (LOGITS, term), {})))
             return LazyLogits(logits._source, (*logits._calls, call), form)
         if function in _SPLIT and (parts := _split(logits, call)):
             return parts
@@ -252,6 +255,9 @@ def _dispatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
             why = f"{why} with {obstacle}"
     elif len(lazy) == 2 and function in MULTIPLY and not kwargs and (log_p := _factor_of_p_log_p(lazy)) is not None:
         return _dispatch(p_log_p, (log_p,), {})
+
+    if len(args) == 2 and isinstance(args[1], LowRank) and not kwargs and isinstance(args[0], LazyLogits):
+        return args[0]._materialize(why) + args[1]
 
     def real(x: Any) -> Any:
         return x._materialize(why) if isinstance(x, LazyLogits) else x
@@ -334,6 +340,8 @@ def _drawn(logits: LazyLogits, call: Call) -> Tensor | None:
     """One id for each token by its probabilities, [N, 1] or [1]; None for several, or with a generator of one's own."""
     named = dict(zip(("input", "num_samples", "replacement"), call.args, strict=False)) | dict(call.kwargs)
     others = {name for name, x in named.items() if x is not None} - {"input", "num_samples", "replacement"}
+    if logits._form.adapters:
+        return None
     if logits._form.of != "p" or named.get("num_samples") != 1 or others or logits.ndim > 2:
         return None
     return logits._source.next_token(logits._form, 1.0)[..., None]

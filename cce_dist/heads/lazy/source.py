@@ -20,10 +20,10 @@ from cce_dist.config import CCEConfig
 from cce_dist.distillation import linear_kl_div
 from cce_dist.heads import hooks
 from cce_dist.heads.find import registered
-from cce_dist.heads.lazy.form import LogitForm
+from cce_dist.heads.lazy.form import LogitForm, LowRank
 from cce_dist.heads.lazy.materialize import report
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
-from cce_dist.loss import TokenLogprobs, linear_logprobs, linear_next_token
+from cce_dist.loss import TokenLogprobs, linear_cross_entropy, linear_logprobs, linear_next_token
 from cce_dist.loss.settings import rows_dtype
 from cce_dist.loss.statistics import TokenStatistics, token_statistics
 from cce_dist.shard import VocabShard
@@ -87,7 +87,7 @@ class Source:
         self._real: tuple[Tensor, bool] | None = None
         self._statistics: list[tuple[LogitForm, TokenStatistics]] = []
         self._measured: list[tuple[LogitForm, bool, TokenLogprobs]] = []
-        self._version = _version(self.hidden_XD)
+        self._version = version_of(self.hidden_XD)
 
     @property
     def shard(self) -> VocabShard:
@@ -100,8 +100,18 @@ class Source:
         source = copy.copy(self)
         source.hidden_XD, source._real, source._statistics, source._measured = hidden_XD, None, [], []
         source.passes_gradient = hidden_XD.requires_grad
-        source._version = _version(hidden_XD)
+        source._version = version_of(hidden_XD)
         return source
+
+    def with_adapter(self, term: LowRank) -> "tuple[Source, LowRank]":
+        """The same call and an adapter of it, in one graph, as logits would have them: what waits for the gradient of
+        the hidden states, as FSDP2 does to gather the parameters again, waits for those of the adapter too."""
+        if not (self.has_graph and (term.a_XR.requires_grad or term.rows_VR.requires_grad)):
+            return self, term
+        hidden_XD, a_XR, rows_VR = _Joined.apply(self.hidden_XD, term.a_XR, term.rows_VR)
+        source = self.with_hidden(hidden_XD)
+        source.passes_gradient = self.passes_gradient
+        return source, term._replace(a_XR=a_XR, rows_VR=rows_VR)
 
     def form(self) -> LogitForm:
         """The call's logits, before anything was done to them.
@@ -131,6 +141,7 @@ class Source:
             "shard": shard,
             "softcap": None if form.cap is None else abs(form.cap),
             "logit_scale": form.scale if form.cap is None else form.scale * form.cap,
+            **({"adapter": _operands(form)} if form.adapters else {}),
         }
 
     @torch.no_grad()
@@ -138,8 +149,16 @@ class Source:
         """Of the form's tokens [X]; on every rank of the shard's group."""
         tokens = form.hidden_XD.shape[:-1]
         terms = self.terms(form)
+        if form.adapters:
+            a_XR, rows_VR = terms["adapter"]
+            terms["adapter"] = a_XR.flatten(0, -2), rows_VR
         flat = token_statistics(self._wide(form).flatten(0, -2), terms.pop("weight"), **terms)
         return TokenStatistics(*(x_n.view(tokens) for x_n in flat))
+
+    def _of_all_tokens(self, form: LogitForm) -> LogitForm:
+        """The form of all tokens of the call."""
+        adapters = tuple(adapter._replace(a_XR=adapter.term.a_XR) for adapter in form.adapters)
+        return form._replace(hidden_XD=self.form().hidden_XD, adapters=adapters)
 
     def statistics(self, form: LogitForm) -> TokenStatistics:
         """Of all tokens of the call [X], under the form's scale, softcap, biases and rows; computed once for those.
@@ -149,7 +168,7 @@ class Source:
         for known, statistics in self._statistics:
             if _same_terms(known, form):
                 return statistics
-        computed = self.statistics_of(form._replace(hidden_XD=self.form().hidden_XD))
+        computed = self.statistics_of(self._of_all_tokens(form))
         self._statistics.append((form._replace(hidden_XD=self.hidden_XD), computed))
         return computed
 
@@ -182,7 +201,12 @@ class Source:
     def call(
         self, function: Callable[..., Any], form: LogitForm, arguments: tuple[Tensor, ...], settings: dict[str, Any]
     ) -> Any:
-        """A function of hidden states, rows and ``arguments``, of the form's tokens; in the graph of the call."""
+        """A function of hidden states, rows and ``arguments``, of the form's tokens; in the graph of the call.
+
+        Raises:
+            ValueError: one that knows of no adapter, where there is one.
+        """
+        _check_takes_adapter(function, form)
         with torch.autocast(form.hidden_XD.device.type, enabled=False), torch.set_grad_enabled(self.with_graph()):
             terms = self.terms(form)
             hidden_XD = form.hidden_XD if "fp32_head" in settings else self._wide(form)
@@ -197,6 +221,8 @@ class Source:
         settings: dict[str, Any],
     ) -> Tensor:
         """`linear_kl_div` of the form's tokens from another call's, the teacher's; on every rank of the group."""
+        for given in (form, teacher_form):
+            _check_takes_adapter(linear_kl_div, given)
         with torch.no_grad():
             of_teacher = teacher.terms(teacher_form)
         with torch.autocast(form.hidden_XD.device.type, enabled=False), torch.set_grad_enabled(self.with_graph()):
@@ -231,7 +257,7 @@ class Source:
         for known, graph, found in self._measured:
             if _same_terms(known, form) and graph == self.with_graph() and (found.entropy is not None or not entropy):
                 return found
-        whole = form._replace(hidden_XD=self.form().hidden_XD)
+        whole = self._of_all_tokens(form)
         labels_X = torch.zeros(whole.shape[:-1], dtype=torch.int64, device=whole.hidden_XD.device)
         # Labels that are not to be counted; and more tokens than those of a loss, on which ranks agreed before.
         settings = {"frequent_rows": 0, "max_tokens": None, "agreement": "every_call"}
@@ -242,6 +268,7 @@ class Source:
     @torch.no_grad()
     def next_token(self, form: LogitForm, temperature: float) -> Tensor:
         """For each of the form's tokens [X], int64; on every rank of the shard's group. 0: the most likely one."""
+        _check_takes_adapter(linear_next_token, form)
         terms = self.terms(form)
         if self.in_generation:
             none_XD = form.hidden_XD.new_empty((0, form.hidden_XD.shape[-1]))
@@ -306,7 +333,7 @@ class _RowsOfCall:
             weight_RD, bias_R = self._read()
             self._whole = (weight_RD, bias_R)
             self.shard = self._owner.shard_of(weight_RD)
-            self._versions = [_version(x) for x in self._whole]
+            self._versions = [version_of(x) for x in self._whole]
         elif self._parameters[0] is None or (self._parameters[1] is None and getattr(head, "bias", None) is not None):
             raise RuntimeError(
                 "the weight or bias of this output layer is computed for each call (by a parametrization, pruning or "
@@ -379,19 +406,61 @@ class _WithParameters(torch.autograd.Function):
         return (grad, *[None] * ctx.parameters)
 
 
+class _Joined(torch.autograd.Function):
+    """Identity, with one backward for all."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(x.detach() for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
+
+
+def _operands(form: LogitForm) -> tuple[Tensor, Tensor]:
+    """(a [X, R], B [Vl, R]) of all adapters together, side by side.
+
+    Raises:
+        RuntimeError: B has been changed in place since the call.
+    """
+    if any(_is_changed(adapter.term.rows_VR, adapter.term.version) for adapter in form.adapters):
+        raise RuntimeError(
+            "lora_B of the output layer has been changed in place between its call and the use of its logits (by an "
+            "optimizer's step, for instance): use the logits before."
+        )
+    a = [adapter.a_XR if adapter.ratio == 1.0 else adapter.a_XR * adapter.ratio for adapter in form.adapters]
+    rows = [adapter.term.rows_VR for adapter in form.adapters]
+    return (a[0], rows[0]) if len(a) == 1 else (torch.cat(a, -1), torch.cat(rows, -1))
+
+
+def _check_takes_adapter(function: Callable[..., Any], form: LogitForm) -> None:
+    if form.adapters and function not in (linear_cross_entropy, linear_logprobs):
+        raise ValueError(
+            f"{function.__name__} of an output layer with a LoRA adapter is not supported: merge the adapter, or leave "
+            "the output layer out of its target_modules."
+        )
+
+
 def _same_terms(one: LogitForm, other: LogitForm) -> bool:
     """Whether two forms make the same logits of the same hidden states."""
     same_biases = [id(x) for x in one.biases] == [id(x) for x in other.biases]
-    return same_biases and (one.rows, one.scale, one.cap) == (other.rows, other.scale, other.cap)
+    adapters = [[(id(x.term.a_XR), id(x.term.rows_VR), x.ratio) for x in form.adapters] for form in (one, other)]
+    return (
+        same_biases
+        and adapters[0] == adapters[1]
+        and (one.rows, one.scale, one.cap) == (other.rows, other.scale, other.cap)
+    )
 
 
-def _version(x: Tensor | None) -> int | None:
+def version_of(x: Tensor | None) -> int | None:
     """Counts the changes of a tensor in place; None where that is not known."""
     return None if x is None or torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _is_changed(x: Tensor | None, before: int | None) -> bool:
-    return before is not None and _version(x) not in (before, None)
+    return before is not None and version_of(x) not in (before, None)
 
 
 def _local_rows(values_V: Tensor, shard: VocabShard) -> Tensor:
