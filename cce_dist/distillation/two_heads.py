@@ -1,19 +1,20 @@
-"""Two heads over one vocabulary: the divergence of each token, and its gradient.
+"""Two heads over one vocabulary, chunk by chunk: the divergence of each token, and its gradient.
 
-Forward goes over the vocabulary, student's and teacher's logits side by side, and leaves of each token the two
-log-sum-exps and the divergence; backward computes the logits again, of a chunk of rows at a time. With z the student's
-logits, r = log(s/t) in "reverse" and log(s/m) in "jsd", and R = Σ s·r, the gradient with respect to z is
+Forward goes over chunks of the vocabulary, student's and teacher's logits side by side, and leaves of each token the
+two log-sum-exps and the divergence; backward computes the logits again. With z the student's logits, r = log(s/t) in
+"reverse" and log(s/m) in "jsd", and R = Σ s·r, the gradient with respect to z is
 
     forward  s − t               reverse  s·(r − R)               jsd  (1 − β)·s·(r − R)
 
-(of the mixture's own derivative m' there remains −Σ m' = 0). Products are in the dtype of the hidden states with sums
-in fp32, dE's and dC's are the library's; in backward the gradient's factor is rounded to that dtype. Products of N·V·D,
-with equal widths: 2 in forward and 4 in backward; for "jsd" 2 more, since r needs both log-sum-exps.
+(of the mixture's own derivative m' there remains −Σ m' = 0). Products are the library's, in the dtype of the hidden
+states with sums in fp32; in backward the gradient's factor is rounded to that dtype. Products of N·V·D, with equal
+widths: 2 in forward and 4 in backward; for "jsd" 2 more, since r needs both log-sum-exps.
 
 Shapes: n tokens of this rank, N of the token group, D hidden of the student, E of the teacher, V local rows; v rows of
 a chunk.
 """
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -22,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cce_dist.kernels import two_heads as torch_heads
-from cce_dist.kernels.problem import largest_scale
+from cce_dist.kernels import two_heads as torch_chunks
+from cce_dist.kernels.problem import TILE, largest_scale
 from cce_dist.kernels.products import add_product, product
-from cce_dist.kernels.two_heads import Kind, Side, chunks_of_rows
+from cce_dist.kernels.two_heads import Kind, Side
 from cce_dist.loss.tokens import gather_values, own, start_sum
 from cce_dist.shard import VocabShard
 
@@ -49,7 +50,7 @@ class Job(NamedTuple):
     @property
     def kernels(self) -> ModuleType:
         if self.backend == "torch":
-            return torch_heads
+            return torch_chunks
         from cce_dist.kernels.triton import two_heads  # imports triton
 
         return two_heads
@@ -65,11 +66,32 @@ class _Heads(NamedTuple):
     teacher_VE: Tensor
     teacher_bias_V: Tensor | None
 
-    def sides(self, job: Job) -> tuple[Side, Side]:
-        """The student's and the teacher's, of the real rows."""
-        real = slice(job.shard.num_real_rows)
-        student = Side(self.hidden_ND, self.weight_VD, self.bias_V, *job.student_form).rows(real)
-        return student, Side(self.teacher_NE, self.teacher_VE, self.teacher_bias_V, *job.teacher_form).rows(real)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits."""
+        return torch.promote_types(torch.promote_types(self.hidden_ND.dtype, self.teacher_NE.dtype), torch.float32)
+
+    def chunks(self, job: Job) -> Iterator[tuple[slice, Side, Side]]:
+        """(rows, the student's side, the teacher's) of some real rows at a time: the same bits each time, and of equal
+        heads."""
+        row_bytes = max(self.hidden_ND.shape[0] * self.dtype.itemsize * job.kernels.ALIVE, 1)
+        number, most = job.shard.num_real_rows, max(job.workspace_bytes // row_bytes // TILE, 1) * TILE
+        # Of equal size: the last products would otherwise be thin ones.
+        parts = max(-(-number // most), 1)
+        size = max(-(-number // parts // TILE) * TILE, TILE)
+        for first in range(0, number, size):
+            v = slice(first, min(first + size, number))
+            yield (
+                v,
+                self._side(self.hidden_ND, self.weight_VD, self.bias_V, v, job.student_form),
+                self._side(self.teacher_NE, self.teacher_VE, self.teacher_bias_V, v, job.teacher_form),
+            )
+
+    def _side(
+        self, hidden: Tensor, weight: Tensor, bias_V: Tensor | None, v: slice, form: tuple[float, float | None]
+    ) -> Side:
+        products_Nv = product(hidden, weight[v].to(hidden.dtype).T).to(self.dtype)
+        return Side(products_Nv, None if bias_V is None else bias_V[v].contiguous(), *form)
 
 
 class Divergence(torch.autograd.Function):
@@ -121,8 +143,10 @@ class _Found(NamedTuple):
 
 
 def _forward(heads: _Heads, job: Job) -> _Found:
-    student, teacher = heads.sides(job)
-    sums_5N = _over_ranks(job.kernels.sums(student, teacher, job.kind, job.workspace_bytes), job)
+    sums_5N = torch_chunks.no_sums(heads.hidden_ND.shape[0], heads.dtype, heads.hidden_ND.device)
+    for _, student, teacher in heads.chunks(job):
+        job.kernels.add(sums_5N, student, teacher, job.kind)
+    sums_5N = _over_ranks(sums_5N, job)
     lse_2N = sums_5N[0:4:2] + sums_5N[1:4:2].log()
     lse_s, lse_t = lse_2N
     if job.kind == "forward":
@@ -130,7 +154,9 @@ def _forward(heads: _Heads, job: Job) -> _Found:
     if job.kind == "reverse":
         divergence_N = sums_5N[4] / sums_5N[1] - (lse_s - lse_t)
         return _Found(divergence_N, lse_2N, divergence_N)
-    parts_2N = job.kernels.mixture(student, teacher, lse_2N, job.beta, job.workspace_bytes)
+    parts_2N = torch.zeros_like(lse_2N)
+    for _, student, teacher in heads.chunks(job):
+        job.kernels.add_mixture(parts_2N, student, teacher, lse_2N, job.beta)
     if job.shard.vocab_group is not None:
         dist.all_reduce(parts_2N, group=job.shard.vocab_group)
     of_student_N, of_teacher_N = parts_2N
@@ -173,10 +199,9 @@ def _backward(
     scaled_ND = None
     if dtype == torch.bfloat16 and weight_VD.dtype == dtype and job.student_form[0] == 1.0 and hidden_ND.is_cuda:
         scaled_ND = hidden_ND * factor.to(dtype)
-    student, teacher = heads.sides(job)
-    for v in chunks_of_rows(real, job.kernels.gradient_bytes(student, teacher), job.workspace_bytes):
-        of_v = student.rows(v), teacher.rows(v)
-        p_Nv = job.kernels.slope(*of_v, lse_2N, mean_ratio_N, factor_N, job.kind, job.beta)
+    for v, student, teacher in heads.chunks(job):
+        p_Nv = job.kernels.slope(student, teacher, lse_2N, mean_ratio_N, factor_N, job.kind, job.beta, dtype)
+        del student, teacher  # their memory, for the products
         if dbias_V is not None:
             dbias_V[v] = p_Nv.sum(0, dtype=wide) * factor
         if dhidden_ND is not None:

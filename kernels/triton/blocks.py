@@ -183,11 +183,7 @@ def can_use_tma(*matrices: torch.Tensor) -> bool:
 
 
 def precision(logits: Logits) -> str:
-    return precision_of(logits.hidden_ND.dtype)
-
-
-def precision_of(dtype: torch.dtype) -> str:
     """How fp32 products are formed, as torch.set_float32_matmul_precision asks; 16-bit ones do not look at it."""
-    if dtype != torch.float32:
+    if logits.hidden_ND.dtype != torch.float32:
         return "tf32"
     return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
