@@ -234,7 +234,8 @@ def convergence_table(result: dict[str, Any]) -> str:
             cells += ["", "", ""]
         else:
             middle, low, high = interval(pairs)
-            cells += [", ".join(f"{x:+.4f}" for x in pairs), f"{middle:+.4f} [{low:+.4f}, {high:+.4f}]"]
+            shown = f"{middle:+.4f}" if len(pairs) == 1 else f"{middle:+.4f} [{low:+.4f}, {high:+.4f}]"
+            cells += [", ".join(f"{x:+.4f}" for x in pairs), shown]
             cells += [verdict(low, high)]
         cells += [f"{mean(row['held_out_tenths'][0] for row in rows.values()):.3f}"]
         last = [row["gradients"][-1] for row in rows.values() if row["gradients"]]
