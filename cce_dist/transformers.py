@@ -60,7 +60,7 @@ def patch(model: Model, config: CCEConfig | None = None, **settings: Any) -> Mod
     if config.enabled:
         refuse_liger_forward(model)
         head, declared = output_layer(model), find.declared_layer(model)
-        check_adapter(declared)
+        check_adapter(declared, config)
         if config.fp32_head:
             take_off_fp32_forward(head)
         weight = getattr(head, "weight", None)

@@ -228,6 +228,14 @@ def test_what_is_more_than_lora_on_the_output_layer_is_refused_by_name(settings:
         _step(_before("llama", settings))
 
 
+@pytest.mark.parametrize("setting", [{"fp32_head": True}, {"workspace_mb": "logits", "gradient": "exact"}], ids=str)
+def test_what_a_loss_with_an_adapter_refuses_is_refused_before_a_step(setting: dict[str, Any]) -> None:
+    model = _adapted(architectures.build("llama"), ON_HEAD)
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* does not go with a LoRA adapter"):
+        patch(model, **setting)
+    assert not is_lazy(output_layer(model))
+
+
 def test_a_head_in_fp8_is_refused_by_name() -> None:
     model = architectures.build("llama")
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().to(torch.float8_e4m3fn), False)

@@ -74,7 +74,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     check_version()
     refuse_liger_forward(model)
     head = _classifier(model)
-    _check_adapter(model, config, mpu)
+    _check_adapter(model, config, mpu, settings)
     _check_cut_before(config, head, mpu, settings)
     refuse_untested(config, arguments, head, settings)
     if autotp_size(config) > 1:
@@ -158,10 +158,10 @@ def _classifier(model: nn.Module) -> nn.Linear:
     return head
 
 
-def _check_adapter(model: nn.Module, config: Mapping[str, Any], mpu: Any) -> None:
+def _check_adapter(model: nn.Module, config: Mapping[str, Any], mpu: Any, settings: CCEConfig) -> None:
     """A LoRA adapter on the classifier: its parameters' gradients are those that DeepSpeed averages over all ranks."""
     layer = declared_layer(model)
-    check_adapter(layer)
+    check_adapter(layer, settings)
     if layer is None or not is_lora(layer):
         return
     if autotp_size(config) > 1 or tensor_parallel.tensor_parallel_size(mpu) > 1:

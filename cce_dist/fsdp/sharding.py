@@ -69,7 +69,7 @@ def shard_head(
         raise ValueError(f"mesh must be 1-D, or 2-D (replicas, shards) for HSDP, got {mesh.ndim} dimensions.")
     if tp is not None and tp.ndim != 1:
         raise ValueError(f"tp must be a 1-D mesh, got {tp.ndim} dimensions; take one of them, as in mesh['tp'].")
-    _check_support(model, head, mesh, sequence_parallel)
+    _check_support(model, head, mesh, sequence_parallel, config)
     if tp is not None and _lora_around(model, head) is not None:
         raise TypeError(_NO_LORA)
     reshard(model)
@@ -120,7 +120,7 @@ def adopt(
             "the head's weight is not sharded yet: call adopt after the framework has applied fully_shard "
             "(accelerate's prepare, the Trainer's on_train_begin), or call shard_head(model, mesh)."
         )
-    _check_support(model, head, _first_dimension(head.weight.device_mesh), sequence_parallel)
+    _check_support(model, head, _first_dimension(head.weight.device_mesh), sequence_parallel, config)
     group = holding_group(model, head)
     if group is None:
         raise ValueError(
@@ -230,9 +230,11 @@ def _check_sizes(mesh: DeviceMesh, tp: DeviceMesh | None, sequence_parallel: boo
         )
 
 
-def _check_support(model: nn.Module, head: nn.Linear, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+def _check_support(
+    model: nn.Module, head: nn.Linear, mesh: DeviceMesh, sequence_parallel: bool, config: CCEConfig
+) -> None:
     refuse_liger_forward(model)
-    check_adapter(_lora_around(model, head))
+    check_adapter(_lora_around(model, head), config)
     if sequence_parallel and _lora_around(model, head) is not None:
         raise TypeError(_NO_LORA)
     for embedding in tied_to(model, head):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from cce_dist.config import CCEConfig
 from cce_dist.heads.find import is_lora, lora_attribute
 from cce_dist.heads.lazy.form import LowRank
 from cce_dist.heads.lazy.head import fused_evaluation, is_lazy, lazy_calls, shard_of
@@ -30,10 +31,21 @@ from cce_dist.loss import TokenLogprobs
 from cce_dist.shard import VocabShard
 
 
-def check_adapter(layer: nn.Module | None) -> None:
-    """Raises TypeError for an output layer whose active adapter is more than LoRA; None, or no LoRA layer, is fine."""
+def check_adapter(layer: nn.Module | None, config: CCEConfig) -> None:
+    """Of an output layer with LoRA; None, or another layer, is fine.
+
+    Raises:
+        TypeError: its active adapter is more than LoRA.
+        ValueError: ``config`` has what a loss with an adapter refuses.
+    """
     if layer is None or not is_lora(layer):
         return
+    for key, asked in (("fp32_head", config.fp32_head), ("workspace_mb", config.workspace_mb == "logits")):
+        if asked:
+            raise ValueError(
+                f"{key}={getattr(config, key)!r} does not go with a LoRA adapter on the output layer: leave it out, "
+                "merge the adapter, or leave the output layer out of the adapter's target_modules."
+            )
     for name in lora_attribute(layer, "active_adapters"):
         if name not in lora_attribute(layer, "lora_B"):
             continue
