@@ -1,7 +1,7 @@
 """The loss: cross-entropy of hidden · weightᵀ whose logits are never formed, on a whole or a sharded vocabulary; and
 the log-probabilities of tokens.
 
-settings ← tokens ← autograd ← call, and chunks; call, chunks ← statistics, sampling; statistics, reduction ←
+settings ← tokens ← autograd ← call, and chunks; call, chunks ← statistics, sampling, capped_mean; these, reduction ←
 cross_entropy ← graph ← api; statistics ← logprobs.
 """
 

@@ -132,7 +132,7 @@ def linear_cross_entropy(
         reduction: "none": [..., L - shift], 0 where ignored. "sum": over this rank's tokens. "mean": over the valid
             tokens of ``shard.count_group``, the same value on every rank of it; NaN where there is no valid token.
         label_smoothing: of this share the loss is the mean over all labels, with their weights, as F.cross_entropy has
-            it; without a softcap.
+            it. Beside a softcap it takes four more products of the logits' size, chunk by chunk; not with an adapter.
         z_loss: times lse², this is added to the loss of each token (PaLM, arXiv 2204.02311, section 5; with
             ``return_lse`` it can be told apart).
         class_weights: [V], this rank's: a token's cross-entropy counts as much as its label's entry, and "mean" divides

@@ -89,7 +89,8 @@ class Call(NamedTuple):
 
     @property
     def is_smoothed(self) -> bool:
-        return bool(getattr(self.settings, "label_smoothing", 0.0))
+        """By the mean row of the classifier, which a softcap does not leave."""
+        return bool(getattr(self.settings, "label_smoothing", 0.0)) and self.settings.softcap is None
 
     @property
     def class_weights_V(self) -> Tensor | None:

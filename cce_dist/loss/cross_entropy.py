@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cce_dist.loss.autograd import Call, LinearCrossEntropy
 from cce_dist.loss.call import begin
+from cce_dist.loss.capped_mean import CappedMeanLogit
 from cce_dist.loss.reduction import reduced
 from cce_dist.loss.settings import CallSettings
 from cce_dist.loss.statistics import label_statistics
@@ -39,6 +40,9 @@ def cross_entropy(
     call, chosen = inputs.call, inputs.call.settings
     assert isinstance(chosen, CallSettings)
     nll_n, lse_n, _, smoothed_n = LinearCrossEntropy.apply(*inputs)
+    if chosen.label_smoothing and chosen.softcap is not None:
+        mean_logit_n, mean_weight = CappedMeanLogit.apply(*inputs[:4])
+        smoothed_n = mean_weight * lse_n - mean_logit_n
     class_n = None
     if chosen.class_weights is not None:
         class_n = weights_of_labels(chosen.class_weights, call, nll_n.dtype)

@@ -276,11 +276,6 @@ def resolve(settings: TokenSettings, hidden: Tensor, labels: Tensor, shard: Voca
             'num_valid_tokens goes with reduction="mean"',
             repr(settings.reduction),
         )
-        _require(
-            settings.label_smoothing == 0 or settings.softcap is None,
-            "label_smoothing goes without a softcap, which leaves no mean row of the classifier",
-            f"label_smoothing={settings.label_smoothing}, softcap={settings.softcap}",
-        )
         _check_weights("token_weights", settings.token_weights, labels.shape, "one for each label", hidden.device)
         rows = torch.Size([shard.num_rows])
         _check_weights("class_weights", settings.class_weights, rows, "one for each row of weight", hidden.device)
@@ -550,6 +545,11 @@ def check_adapter(given: Any, hidden: Tensor, weight_VD: Tensor, settings: Token
         "adapter goes without fp32_head=True, whose products it has no part in: merge the adapter into the weight, or "
         "leave fp32_head out",
         "both",
+    )
+    _require(
+        not (isinstance(settings, CallSettings) and settings.label_smoothing and settings.softcap is not None),
+        "adapter goes without label_smoothing beside a softcap: merge the adapter into the weight for that",
+        "all three",
     )
     _require(
         settings.workspace_mb != "logits",

@@ -37,7 +37,11 @@ def seeded(mode: dict[str, Any], device: str) -> dict[str, Any]:
 @every_mode
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("options", [{}, {"bias": True, "label_smoothing": 0.2, "shift": 1}], ids=["", "smoothing"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": True, "label_smoothing": 0.2, "shift": 1}, {"label_smoothing": 0.2, "softcap": 3.0}],
+    ids=["", "smoothing", "smoothing, softcap"],
+)
 def test_what_is_added_is_the_gradient_in_fp32(
     mode: dict[str, Any], dtype: torch.dtype, backend: str, options: dict[str, Any]
 ) -> None:

@@ -76,6 +76,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "with lse": {"return_lse": True, "bias": True, "shift": 1},
     "smoothing, z-loss": {"label_smoothing": 0.1, "z_loss": 1e-2, "reduction": "sum"},
     "of each token, softcap": {"reduction": "none", "softcap": 5.0, "shift": 1},
+    "smoothing, softcap": {"label_smoothing": 0.1, "softcap": 5.0},
     "class weights": {"class_weights": torch.rand(VOCAB, generator=torch.Generator().manual_seed(0))},
 }
 

@@ -49,6 +49,7 @@ def test_label_smoothing_is_that_of_torch() -> None:
 OPTIONS: dict[str, dict[str, Any]] = {
     "smoothing": {"label_smoothing": 0.1},
     "smoothing, scale, bias": {"label_smoothing": 0.3, "logit_scale": 0.7, "bias": True},
+    "smoothing, softcap, bias": {"label_smoothing": 0.3, "softcap": 5.0, "bias": True},
     "z-loss": {"z_loss": 1e-2},
     "z-loss, softcap": {"z_loss": 1e-2, "softcap": 5.0, "reduction": "none"},
     "both": {"label_smoothing": 0.1, "z_loss": 1e-3, "reduction": "sum", "shift": 1, "lse_gradient": True},
@@ -106,11 +107,19 @@ def test_weights_of_tokens_multiply_their_losses(backend: str) -> None:
         assert relative_error(got, expected) < 1e-5
 
 
-def _with_class_weights(problem: Problem, class_weights: torch.Tensor, layout: Layout, smoothing: float) -> Outcome:
+def _with_class_weights(
+    problem: Problem, class_weights: torch.Tensor, layout: Layout, smoothing: float, softcap: float | None
+) -> Outcome:
     shard, part = make_shard(problem, layout), part_of(dist.get_rank(), layout)
     hidden, weight = leaf(problem.hidden[part]), leaf(local_rows(problem.weight, shard))
     own = local_rows(class_weights, shard)
-    settings = {"class_weights": own, "label_smoothing": smoothing, "gradient": "exact", "backend": "torch"}
+    settings = {
+        "class_weights": own,
+        "label_smoothing": smoothing,
+        "softcap": softcap,
+        "gradient": "exact",
+        "backend": "torch",
+    }
     loss = linear_cross_entropy(hidden, weight, problem.labels[part], shard=shard, **settings)
     (loss * problem.upstream[part]).backward()
     return Outcome((loss.detach(),), (), (grad_of(hidden),), (grad_of(weight),), ())
@@ -119,19 +128,20 @@ def _with_class_weights(problem: Problem, class_weights: torch.Tensor, layout: L
 @pytest.mark.parametrize(
     ("world", "layout"), [(1, "replicated"), (2, "replicated"), (3, "sharded"), (4, "grid"), (4, "sharded")]
 )
-@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize(("smoothing", "softcap"), [(0.0, None), (0.3, None), (0.3, 2.0)])
 def test_class_weights_on_sharded_vocabularies_are_those_of_torch(
-    ranks: RankPool, world: int, layout: Layout, smoothing: float
+    ranks: RankPool, world: int, layout: Layout, smoothing: float, softcap: float | None
 ) -> None:
     problem = make_rank_problem(UNEVEN[: part_of(world - 1, layout) + 1], 61)
     class_weights = torch.rand(61) + 0.5
     weight, hidden = leaf(problem.weight.double()), [leaf(x.double()) for x in problem.hidden]
     logits = torch.cat([(x @ weight.T).flatten(0, -2) for x in hidden])
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     labels = torch.cat([x.flatten() for x in problem.labels])
     loss = F.cross_entropy(logits, labels, weight=class_weights.double(), label_smoothing=smoothing)
     # The mean of all tokens is on every rank; its gradient is that of the sum of the parts' losses.
     (loss * sum(float(u) for u in problem.upstream)).backward()
-    got = ranks.run(world, _with_class_weights, problem, class_weights, layout, smoothing)
+    got = ranks.run(world, _with_class_weights, problem, class_weights, layout, smoothing, softcap)
     rows = -(-61 // world)
     for rank, outcome in enumerate(got):
         assert float(outcome.loss[0]) == pytest.approx(float(loss), rel=1e-5)
@@ -156,7 +166,6 @@ def test_weights_that_follow_from_the_log_probability() -> None:
     ("given", "text"),
     [
         ({"label_smoothing": 1.5}, "label_smoothing must be a float in"),
-        ({"label_smoothing": 0.1, "softcap": 30.0}, "label_smoothing goes without a softcap"),
         ({"z_loss": -1.0}, "z_loss must be a finite float, 0 or more"),
         ({"class_weights": torch.ones(3)}, r"class_weights must be \[40\], one for each row"),
         ({"token_weights": torch.ones(4)}, r"token_weights must be \[3\], one for each label"),
@@ -277,7 +286,7 @@ def test_any_options_match_full_logits(data: st.DataObject) -> None:
         bias=data.draw(st.booleans(), "bias"),
         softcap=softcap,
         logit_scale=data.draw(st.sampled_from([None, 0.5, -1.5]), "scale"),
-        label_smoothing=0.0 if softcap else data.draw(st.sampled_from([0.0, 0.1, 1.0]), "smoothing"),
+        label_smoothing=data.draw(st.sampled_from([0.0, 0.1, 1.0]), "smoothing"),
         z_loss=data.draw(st.sampled_from([0.0, 1e-3]), "z_loss"),
         reduction=data.draw(st.sampled_from(["none", "sum", "mean"]), "reduction"),
         ignored=data.draw(st.sampled_from([0.0, 0.3]), "ignored"),
@@ -312,7 +321,7 @@ def test_any_options_on_ranks_match_full_logits(ranks: RankPool, data: st.DataOb
         padding_rows=data.draw(st.sampled_from([0, 5]), "padding"),
         softcap=softcap,
         logit_scale=data.draw(st.sampled_from([None, 0.5, -1.5]), "scale"),
-        label_smoothing=0.0 if softcap else data.draw(st.sampled_from([0.0, 0.1, 1.0]), "smoothing"),
+        label_smoothing=data.draw(st.sampled_from([0.0, 0.1, 1.0]), "smoothing"),
         z_loss=data.draw(st.sampled_from([0.0, 1e-3]), "z_loss"),
         reduction=data.draw(st.sampled_from(["none", "sum", "mean"]), "reduction"),
         lse_gradient=data.draw(st.booleans(), "lse"),

@@ -322,7 +322,9 @@ def _gathered(logits: LazyLogits, call: Call) -> Tensor | None:
 def _sum_of_log_p(logits: LazyLogits, call: Call) -> Tensor | None:
     """Σ log p over the vocabulary of each token, as label smoothing in steps takes it; None for another sum."""
     form, source = logits._form, logits._source
-    if call.function not in (torch.sum, Tensor.sum) or form.of not in ("log p", "-log p") or form.cap is not None:
+    if call.function not in (torch.sum, Tensor.sum) or form.of not in ("log p", "-log p"):
+        return None
+    if form.cap is not None and form.adapters:
         return None
     fits = is_last_dim(form, call.dim()) and not set(call.kwargs) - {"dim", "keepdim", "dtype"} and len(call.args) <= 2
     if not fits or source.misses_a_gradient(form):
@@ -382,8 +384,8 @@ def _obstacle(
     """What keeps this F.cross_entropy or F.nll_loss from being fused, if anything does."""
     if weight is not None and (weight.shape != logits.shape[-1:] or weight.requires_grad or label_smoothing != 0.0):
         return "class weights that are trained, of another shape, or beside label smoothing"
-    if label_smoothing != 0.0 and logits._form.cap is not None:
-        return f"label_smoothing={label_smoothing} with a softcap"
+    if label_smoothing != 0.0 and logits._form.cap is not None and logits._form.adapters:
+        return f"label_smoothing={label_smoothing} with a softcap and an adapter"
     if target.is_floating_point():
         return "class probabilities as target"
     if logits.ndim > 2 or target.shape != logits.shape[:-1]:
