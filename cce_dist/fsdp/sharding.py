@@ -128,6 +128,8 @@ def adopt(
             "the head's parameters not in ignored_params, or call shard_head(model, mesh)."
         )
     mesh = fsdp_mesh(group)
+    if _tp_of(head, mesh) is not None and _lora_around(model, head) is not None:
+        raise TypeError(_NO_LORA)
     _check_sizes(mesh, _tp_of(head, mesh), sequence_parallel, config)
     release(model, head)
     _install(model, head, mesh, group, sequence_parallel, config)

@@ -7,6 +7,7 @@ Shapes: D hidden, V rows of the whole classifier, R local rows.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,6 @@ from cce_dist.config import CCEConfig
 from cce_dist.heads.collective_logits import await_ranks
 from cce_dist.heads.owner import ModuleOwner
 from cce_dist.loss import TokenLogprobs, linear_cross_entropy, linear_logprobs, linear_next_token
-from cce_dist.loss.settings import rows_dtype
 from cce_dist.shard import Group, VocabShard, as_group
 
 
@@ -148,16 +148,17 @@ class ShardedCCEHead(nn.Module):
             temperature: 0: the most likely token.
             seed: of the draws.
         """
-        return linear_next_token(
-            self._wide(hidden),
-            self.weight,
-            bias=self.bias,
-            shard=self.shard,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            temperature=temperature,
-            seed=seed,
-        )
+        with self._in_fp32(hidden):
+            return linear_next_token(
+                self._wide(hidden),
+                self.weight,
+                bias=self.bias,
+                shard=self.shard,
+                softcap=self.softcap,
+                logit_scale=self.logit_scale,
+                temperature=temperature,
+                seed=seed,
+            )
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -178,7 +179,8 @@ class ShardedCCEHead(nn.Module):
             in_dtype = cast(DTensor, parameter.to(hidden.dtype))
             return in_dtype.to_local() if replicated else in_dtype.full_tensor()
 
-        logits_V = F.linear(hidden, rows(self.weight), None if self.bias is None else rows(self.bias))
+        with self._in_fp32(hidden):
+            logits_V = F.linear(hidden, rows(self.weight), None if self.bias is None else rows(self.bias))
         if replicated:
             logits_V = _join_columns(logits_V, cast(DTensor, self.weight))
         logits_V = logits_V[..., : self.shard.vocab_size]
@@ -190,7 +192,11 @@ class ShardedCCEHead(nn.Module):
 
     def _wide(self, hidden: Tensor) -> Tensor:
         """In the dtype that real logits are computed in, where `CCEConfig.fp32_head` asks for one."""
-        return hidden.to(rows_dtype(hidden.dtype, self.weight.dtype, self.config.fp32_head))
+        return hidden.to(torch.promote_types(hidden.dtype, torch.float32)) if self.config.fp32_head else hidden
+
+    def _in_fp32(self, hidden: Tensor) -> AbstractContextManager[object]:
+        """Without autocast, where `CCEConfig.fp32_head` asks for it."""
+        return torch.autocast(hidden.device.type, enabled=False) if self.config.fp32_head else nullcontext()
 
     def extra_repr(self) -> str:
         rows, hidden = self.weight.shape

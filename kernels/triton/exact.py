@@ -407,7 +407,7 @@ def _differentiate_kept(
             dhidden_ND, operands, logits.weight_VD, *now, kept, TOKENS=4, BLOCK_D=1024, **LAUNCH
         )
     if dweight_VD is not None:
-        scaled_ND = (hidden_ND * whole_N[:, None]).to(hidden_ND.dtype)
+        scaled_ND = torch.mul(hidden_ND, whole_N[:, None], out=torch.empty_like(hidden_ND))
         _write_kept(dweight_VD[:kept], exp_NK, scaled_ND, logits.target_N, whole_label_N, hidden_ND, add_weight)
 
 

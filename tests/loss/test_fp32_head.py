@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from cce_dist import CCEConfig, ShardedCCEHead, linear_cross_entropy, linear_logprobs
 from cce_dist.fsdp import adopt, shard_head
-from cce_dist.heads.lazy import LazyLogits, fused_evaluation, is_in_fp32, make_lazy
+from cce_dist.heads.lazy import LazyLogits, MaterializedLogitsWarning, fused_evaluation, is_in_fp32, make_lazy
 from cce_dist.heads.owner import ModuleOwner
 
 BF16 = torch.bfloat16
@@ -256,6 +256,23 @@ def test_a_lazy_head_in_fp32_takes_hidden_states_in_bf16(autocast: bool) -> None
     assert torch.equal(of_lazy[valid], -loss.detach()[valid])
 
 
+@pytest.mark.parametrize(("rows", "states"), [(BF16, BF16), (BF16, torch.float32), (torch.float16, BF16)], ids=str)
+def test_rows_that_are_16_bit_have_logits_in_fp32(rows: torch.dtype, states: torch.dtype) -> None:
+    """As DeepSpeed's bf16 leaves a head that TRL has cast to fp32."""
+    case = make_case()
+    head = _head(case.weight).to(rows)
+    make_lazy(head, ModuleOwner(head), CCEConfig(fp32_head=True, gradient="exact", materialize="warn"))
+    hidden = case.hidden[0].to(states)
+    wanted = F.linear(hidden.double(), head.weight.detach().double())
+    with torch.autocast("cpu", dtype=BF16, enabled=states == torch.float32):
+        with torch.no_grad():
+            assert relative_error(head.eval()(hidden), wanted) < 1e-6
+        logits: Any = head.train()(leaf(hidden))
+        with pytest.warns(MaterializedLogitsWarning):
+            found = logits.sort(-1).values
+    assert relative_error(found.detach(), wanted.sort(-1).values) < 1e-6
+
+
 def test_what_has_no_such_setting_computes_with_hidden_states_in_fp32() -> None:
     case, ids = make_case(), torch.arange(23)[:, None] + torch.arange(5)
     head = _head(case.weight)
@@ -274,7 +291,9 @@ def _sharded_head(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     head = ShardedCCEHead.from_linear(_head(case.weight), mesh, config=CCEConfig(fp32_head=True, gradient="exact"))
     hidden = case.hidden[0]
-    return head.logprobs(hidden, case.labels[0]).logprob.detach(), head.logits(hidden), head.next_token(hidden, 0.0)
+    logprob = head.logprobs(hidden, case.labels[0]).logprob.detach()
+    with torch.autocast("cpu", dtype=BF16):
+        return logprob, head.logits(hidden), head.next_token(hidden, 0.0)
 
 
 def test_a_sharded_head_in_fp32(ranks: RankPool) -> None:

@@ -20,7 +20,7 @@ from cce_dist.heads.find import registered
 from cce_dist.heads.lazy.generation import Loop, loop_around
 from cce_dist.heads.lazy.logits import LazyLogits
 from cce_dist.heads.lazy.materialize import report
-from cce_dist.heads.lazy.source import Binding, Source, wide
+from cce_dist.heads.lazy.source import Binding, Source, in_dtype_of_hidden, wide
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
 from cce_dist.loss import TokenLogprobs
 from cce_dist.shard import VocabShard
@@ -189,7 +189,7 @@ class _LazyHead(nn.Module):
             return super().__call__(*args, **kwargs)
         hidden: Tensor = args[0] if args else kwargs["input"]
         with torch.autocast(hidden.device.type, enabled=False):
-            return super().__call__(wide(self, hidden))
+            return hooks.call(self, partial(in_dtype_of_hidden, self), (wide(hidden),), {}, lambda hook: True)
 
     def _lazy(self, input: Tensor, in_generation: bool = False) -> LazyLogits:
         if not torch.compiler.is_compiling():

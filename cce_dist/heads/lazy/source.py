@@ -10,6 +10,7 @@ Shapes: X any leading dimensions, D hidden, V rows of the classifier, R local ro
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,7 +25,6 @@ from cce_dist.heads.lazy.form import LogitForm, LowRank
 from cce_dist.heads.lazy.materialize import report
 from cce_dist.heads.owner import ModuleOwner, ShardOwner
 from cce_dist.loss import TokenLogprobs, linear_cross_entropy, linear_logprobs, linear_next_token
-from cce_dist.loss.settings import rows_dtype
 from cce_dist.loss.statistics import TokenStatistics, token_statistics
 from cce_dist.shard import VocabShard
 
@@ -278,7 +278,7 @@ class Source:
     def _wide(self, form: LogitForm) -> Tensor:
         """The form's hidden states for what computes in their dtype, whatever that of the rows: with ``fp32_head`` in
         fp32."""
-        return wide(self.head, form.hidden_XD) if self.binding.config.fp32_head else form.hidden_XD
+        return wide(form.hidden_XD) if self.binding.config.fp32_head else form.hidden_XD
 
     def forget_logits(self) -> None:
         self._real = None
@@ -305,11 +305,19 @@ class Source:
         return self._real[0]
 
 
-def wide(head: nn.Module, hidden_XD: Tensor) -> Tensor:
-    """Hidden states as ``fp32_head`` multiplies them with the head's rows in a library's product, of one dtype."""
-    weight = registered(head, "weight")  # not as an attribute, for which ZeRO-3 would gather it
-    dtype = torch.float32 if weight is None else weight.dtype
-    return hidden_XD.to(rows_dtype(hidden_XD.dtype, dtype, True))
+def wide(hidden_XD: Tensor) -> Tensor:
+    """Hidden states as ``fp32_head`` multiplies them in a library's product, whose sums have their dtype."""
+    return hidden_XD.to(torch.promote_types(hidden_XD.dtype, torch.float32))
+
+
+def in_dtype_of_hidden(head: nn.Module, hidden_XD: Tensor) -> Tensor:
+    """The head's forward; of parameters of another dtype, which autocast is not there to cast, that of a copy."""
+    kept = registered(head, "weight")  # as an attribute it may be what FSDP's mixed precision makes of it
+    is_cast = torch.is_autocast_enabled(hidden_XD.device.type)
+    if kept is None or kept.dtype == hidden_XD.dtype or is_cast:
+        return cast(Tensor, head.forward(hidden_XD))
+    weight, bias = cast(Tensor, head.weight), cast("Tensor | None", head.bias)
+    return F.linear(hidden_XD, weight.to(hidden_XD.dtype), None if bias is None else bias.to(hidden_XD.dtype))
 
 
 class _RowsOfCall:
@@ -379,8 +387,13 @@ class _RowsOfCall:
         """The real logits; users' hooks have run in the call already."""
         self._check()
         if self._whole is None:
-            return cast(Tensor, hooks.call(self._head, self._head.forward, (hidden_XD,), {}, hooks.is_of_sharding))
-        return F.linear(hidden_XD, *self._whole)
+            forward = partial(in_dtype_of_hidden, self._head)
+            return cast(Tensor, hooks.call(self._head, forward, (hidden_XD,), {}, hooks.is_of_sharding))
+        weight_RD, bias_R = self._whole
+        if not torch.is_autocast_enabled(hidden_XD.device.type):
+            weight_RD = weight_RD.to(hidden_XD.dtype)
+            bias_R = None if bias_R is None else bias_R.to(hidden_XD.dtype)
+        return F.linear(hidden_XD, weight_RD, bias_R)
 
     def _read(self) -> tuple[Tensor, Tensor | None]:
         with torch.set_grad_enabled(self._has_graph and torch.is_grad_enabled()):
