@@ -79,6 +79,7 @@ def _refuse_trl_forward(head: Any, materialize: str, model: Any, args: Any, kwar
     what = "TRL's trainer computes the loss from lm_head.weight itself, past the output layer"
     remedy = "Give it callbacks=[CCECallback()], which takes effect when train() begins."
     rows = shard_of(head)
-    if head.weight.numel() and head.weight.shape[0] != rows.vocab_size:
+    is_gathered = hasattr(head.weight, "ds_id")  # by ZeRO-3, for each use
+    if not is_gathered and head.weight.shape[0] != rows.vocab_size:
         raise ValueError(f"{what}, of which this rank holds {head.weight.shape[0]} of {rows.vocab_size} rows. {remedy}")
     report(materialize, f"{what}, so that cce_dist does nothing for it.", remedy)
