@@ -32,7 +32,7 @@ from cce_dist.kernels import chosen_pairs as torch_sums
 from cce_dist.loss.autograd import LinearCrossEntropy
 from cce_dist.loss.call import Head, begin, begin_without_labels
 from cce_dist.loss.settings import LogprobSettings, choose_backend, takes_settings
-from cce_dist.loss.tokens import gather_values, start_sum
+from cce_dist.loss.tokens import gather_values, in_reduce_dtype, start_sum
 from cce_dist.shard import VocabShard
 
 _NO_LABEL = -100
@@ -261,9 +261,7 @@ class _PairLogits(torch.autograd.Function):
         finish, grad_bias_V = None, None
         if wants_hidden:
             sum_ND = chosen.sums.sum_of_tokens(grad_M, weight_VD, token_M, row_M, hidden_ND.shape[0], hidden_ND.dtype)
-            if shard.reduce_dtype is not None:
-                sum_ND = sum_ND.to(shard.reduce_dtype)
-            finish = start_sum(sum_ND, ctx.num_tokens, shard)
+            finish = start_sum(in_reduce_dtype(sum_ND, shard), ctx.num_tokens, shard)
         if wants_weight:
             # What the loss gives for the log-sum-exp is its own new tensor, and nobody else has it.
             grad_weight_VD = torch.zeros_like(weight_VD) if grad_weight_VD is None else grad_weight_VD

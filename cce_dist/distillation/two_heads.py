@@ -27,7 +27,7 @@ from cce_dist.kernels import two_heads as torch_chunks
 from cce_dist.kernels.problem import TILE, largest_scale
 from cce_dist.kernels.products import add_product, product
 from cce_dist.kernels.two_heads import Kind, Side
-from cce_dist.loss.tokens import gather_values, own, start_sum
+from cce_dist.loss.tokens import gather_values, in_reduce_dtype, own, start_sum
 from cce_dist.shard import VocabShard
 
 _HEADROOM = {torch.float16: 2.0**8}
@@ -128,9 +128,9 @@ class Divergence(torch.autograd.Function):
             dhidden_ND, dweight_VD, dbias_V = grads
             dhidden_nD = None
             if dhidden_ND is not None:
-                if job.shard.reduce_dtype is not None:
-                    dhidden_ND = dhidden_ND.to(job.shard.reduce_dtype)
-                dhidden_nD = start_sum(dhidden_ND, ctx.num_tokens, job.shard)().to(heads.hidden_ND.dtype)
+                dhidden_nD = start_sum(in_reduce_dtype(dhidden_ND, job.shard), ctx.num_tokens, job.shard)().to(
+                    heads.hidden_ND.dtype
+                )
         return dhidden_nD, dweight_VD, dbias_V, None, None, None, None
 
 

@@ -21,11 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from cce_dist.kernels.products import add_product, product
 from cce_dist.loss.autograd import Call
-from cce_dist.loss.chunks import Rows, Tokens, logits_of, rows_of, split
+from cce_dist.loss.chunks import Rows, Tokens, chunk_logits, rows_of, split, split_rows
 from cce_dist.loss.settings import rows_dtype
-from cce_dist.loss.tokens import gather_values, own, start_sum
-
-_ROWS = 2048
+from cce_dist.loss.tokens import gather_values, in_reduce_dtype, own, start_sum
 
 
 class CappedMeanLogit(torch.autograd.Function):
@@ -42,10 +40,9 @@ class CappedMeanLogit(torch.autograd.Function):
             rows, hidden_ND = _rows_and_tokens(given_ND, weight_VD, bias_V, call)
             weights_V = _class_weights(call, rows, hidden_ND)
             sums = torch.zeros(hidden_ND.shape[0] + 1, dtype=weights_V.dtype, device=hidden_ND.device)
-            for v, of_v in _chunks(rows):
+            for v, of_v in split_rows(rows):
                 for n, tokens in _chunks_of_tokens(hidden_ND):
-                    ((_, z_cv),) = logits_of(tokens, of_v)
-                    sums[n] += z_cv @ weights_V[v]
+                    sums[n] += chunk_logits(tokens, of_v) @ weights_V[v]
             sums[-1] = weights_V.sum()
             if shard.vocab_group is not None:
                 dist.all_reduce(sums, group=shard.vocab_group)
@@ -76,11 +73,11 @@ class CappedMeanLogit(torch.autograd.Function):
             dweight_VD = torch.zeros_like(weight_VD) if wants_weight and onto_VD is None else None
             sums_VD = onto_VD if wants_weight and dweight_VD is None else dweight_VD
             dbias_V = torch.zeros_like(bias_V) if wants_bias and bias_V is not None else None
-            for v, of_v in _chunks(rows):
+            for v, of_v in split_rows(rows):
                 sum_vD = torch.zeros_like(of_v.weight_VD, dtype=wide)
                 sum_v = torch.zeros_like(weights_V[v])
                 for n, tokens in _chunks_of_tokens(hidden_ND):
-                    ((_, z_cv),) = logits_of(tokens, of_v)
+                    z_cv = chunk_logits(tokens, of_v)
                     p_cv = (1 - (z_cv / cap).square_()).mul_(weights_V[v]).mul_(grad_N[n, None])
                     p_cv *= of_v.logit_scale / shard.vocab_size
                     sum_v += p_cv.sum(0)
@@ -95,9 +92,7 @@ class CappedMeanLogit(torch.autograd.Function):
                     dbias_V[v] = sum_v
             dhidden_nD = None
             if dhidden_ND is not None:
-                if shard.reduce_dtype is not None:
-                    dhidden_ND = dhidden_ND.to(shard.reduce_dtype)
-                dhidden_nD = start_sum(dhidden_ND, ctx.num_tokens, shard)().to(ctx.dtype)
+                dhidden_nD = start_sum(in_reduce_dtype(dhidden_ND, shard), ctx.num_tokens, shard)().to(ctx.dtype)
         return dhidden_nD, dweight_VD, dbias_V, None
 
 
@@ -114,12 +109,6 @@ def _class_weights(call: Call, rows: Rows, hidden_ND: Tensor, saved_V: Tensor | 
     if given_V is None:
         return torch.ones(number, dtype=dtype, device=hidden_ND.device)
     return given_V[:number].to(dtype)
-
-
-def _chunks(rows: Rows) -> Iterator[tuple[slice, Rows]]:
-    for first in range(0, rows.weight_VD.shape[0], _ROWS):
-        v = slice(first, min(first + _ROWS, rows.weight_VD.shape[0]))
-        yield v, rows._replace(weight_VD=rows.weight_VD[v], bias_V=None if rows.bias_V is None else rows.bias_V[v])
 
 
 def _chunks_of_tokens(hidden_ND: Tensor) -> Iterator[tuple[slice, Tokens]]:

@@ -65,22 +65,34 @@ def split(tokens: Tokens) -> list[Tokens]:
     return [Tokens(*chunk) for chunk in zip(*parts, strict=True)]
 
 
-def logits_of(tokens: Tokens, rows: Rows) -> Iterator[tuple[int, Tensor]]:
-    """(first row, logits [c, v]) of each chunk of rows: the same bits each time."""
+def split_rows(rows: Rows) -> Iterator[tuple[slice, Rows]]:
+    """(v, the rows v) of each chunk."""
     for first in range(0, rows.weight_VD.shape[0], _ROWS):
         v = slice(first, min(first + _ROWS, rows.weight_VD.shape[0]))
-        hidden_cD, a_cR = tokens.hidden_cD.tensor_split([rows.weight_VD.shape[1]], 1)
-        z_cv = product(hidden_cD, rows.weight_VD[v].to(hidden_cD.dtype).T)
-        if rows.adapter_VR is not None:
-            z_cv += product(a_cR, rows.adapter_VR[v].to(a_cR.dtype).T)
-        if rows.bias_V is not None:
-            z_cv += rows.bias_V[v].to(tokens.dtype)
-        z_cv *= rows.logit_scale
-        if rows.softcap is not None:
-            z_cv = rows.softcap * torch.tanh(z_cv / rows.softcap)
-        if tokens.temperature_c is not None:
-            z_cv /= tokens.temperature_c[:, None]
-        yield first, z_cv
+        bias_v, adapter_vR = (None if x is None else x[v] for x in (rows.bias_V, rows.adapter_VR))
+        yield v, rows._replace(weight_VD=rows.weight_VD[v], bias_V=bias_v, adapter_VR=adapter_vR)
+
+
+def logits_of(tokens: Tokens, rows: Rows) -> Iterator[tuple[int, Tensor]]:
+    """(first row, logits [c, v]) of each chunk of rows: the same bits each time."""
+    for v, of_v in split_rows(rows):
+        yield v.start, chunk_logits(tokens, of_v)
+
+
+def chunk_logits(tokens: Tokens, rows: Rows) -> Tensor:
+    """[c, v] of a chunk of rows."""
+    hidden_cD, a_cR = tokens.hidden_cD.tensor_split([rows.weight_VD.shape[1]], 1)
+    z_cv = product(hidden_cD, rows.weight_VD.to(hidden_cD.dtype).T)
+    if rows.adapter_VR is not None:
+        z_cv += product(a_cR, rows.adapter_VR.to(a_cR.dtype).T)
+    if rows.bias_V is not None:
+        z_cv += rows.bias_V.to(tokens.dtype)
+    z_cv *= rows.logit_scale
+    if rows.softcap is not None:
+        z_cv = rows.softcap * torch.tanh(z_cv / rows.softcap)
+    if tokens.temperature_c is not None:
+        z_cv /= tokens.temperature_c[:, None]
+    return z_cv
 
 
 def first_row(row_N: Tensor, wins_N: Tensor, shard: VocabShard) -> Tensor:

@@ -59,6 +59,11 @@ def start_sum(partial_N: Tensor, num_tokens: int, shard: VocabShard) -> Callable
     return finish
 
 
+def in_reduce_dtype(partial_N: Tensor, shard: VocabShard) -> Tensor:
+    """In what dtype the ranks' parts are summed."""
+    return partial_N if shard.reduce_dtype is None else partial_N.to(shard.reduce_dtype)
+
+
 def shifted(labels: Tensor, shift: int, ignore_index: int) -> Tensor:
     """Labels moved ``shift`` positions ahead; positions without a label are ignored."""
     if shift == 0:
