@@ -148,8 +148,9 @@ def linear_cross_entropy(
         tail: False: "filtered" drops the negligible parts, as the paper does.
         filter_eps: softmax mass below which 128 consecutive rows are negligible to a token; 0 makes any mode exact;
             None (or "auto"): chosen by mode and vocabulary.
-        seed: of the sampling. None: drawn from the default generator of the device, anew in each call. An int: the
-            start of a sequence, which all calls of this process with that int go on with, also those of a captured
+        seed: of the sampling. None: from the number of `torch.manual_seed` and the bits of the tokens' losses, so that
+            a call with the same inputs samples the same, any other one otherwise, and no generator is advanced. An int:
+            the start of a sequence, which all calls of this process with that int go on with, also those of a captured
             CUDA graph. A 0-d int64 tensor on hidden's device: its value at the time of the call; the caller changes it.
         backend: "triton" (CUDA), "torch" (any device), "auto": triton on CUDA.
         first_pass: "fp8": forward finds the parts of the softmax that matter from 8-bit copies of hidden and weight,

@@ -241,7 +241,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 values, tiles = call.backend.losses(normaliser, target_logit_N, order), summary.tiles
 
         if needs_grad:
-            seed = _draw_seed(settings.seed, hidden_nD.device) if method.gradient == "unbiased" else None
+            seed = _seed_of(settings.seed, values[0]) if method.gradient == "unbiased" else None
             tile_lse_TN, reference_SN, tiles_per_split = tiles or (None, None, 0)
             ctx.call, ctx.workspace = call, workspace
             ctx.unit, ctx.tiles_per_split = normaliser.unit, tiles_per_split
@@ -480,10 +480,17 @@ _NEXT_SEED = 0x9E3779B97F4A7C15 - 2**64  # as a signed number
 _seeds: dict[tuple[int, torch.device], Tensor] = {}
 
 
-def _draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """int64 [1], of this call alone: backward, and a recomputed forward's backward, get it with the saved tensors."""
+def _seed_of(seed: int | Tensor | None, nll_N: Tensor) -> Tensor:
+    """int64 [1], of this call alone: backward, and a recomputed forward's backward, get it with the saved tensors.
+
+    Without a given one it is the bits of the tokens' losses, which no two calls of a training have in common, summed on
+    the device to the number of `torch.manual_seed`. So the loss takes no number of torch's generator, where dropout
+    would then draw others than without it, and there is no state that a resumed run would have to read.
+    """
+    device = nll_N.device
     if seed is None:
-        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+        bits_N = nll_N.view(torch.int64 if nll_N.dtype == torch.float64 else torch.int32)
+        return bits_N.sum(0, keepdim=True, dtype=torch.int64).add_(torch.initial_seed() - 2**63)
     if isinstance(seed, Tensor):
         return seed.detach().reshape(1).clone()
     if (seed, device) not in _seeds:

@@ -21,7 +21,6 @@ from reference import (
     assert_repeats,
     cce_outcome,
     fixed_draws,
-    generator_state,
     grad_of,
     leaf,
     make_problem,
@@ -411,17 +410,33 @@ def test_a_huge_upstream_gradient_overflows_no_sooner_than_the_gradient(mode: di
 def test_seeds_decide_the_draws(backend: str) -> None:
     problem = peaked()
     settings = {"backend": backend, "gradient": "unbiased", "filter_eps": 0.2}
-    torch.manual_seed(11)
-    first = cce_outcome(problem, **settings)
-    other = cce_outcome(problem, **settings)
-    torch.manual_seed(11)
-    again = cce_outcome(problem, **settings)
-    assert_repeats(first.dweight[0], again.dweight[0])
-    assert not torch.equal(first.dweight[0], other.dweight[0])
-    state = generator_state()
+    found = {}
+    for number in (11, 12, -11):
+        torch.manual_seed(number)
+        found[number] = cce_outcome(problem, **settings).dweight[0]
+        torch.rand(3, device=DEVICE)  # what others draw is nothing to it
+        assert_repeats(cce_outcome(problem, **settings).dweight[0], found[number])
+    assert not torch.equal(found[11], found[12])
+    assert not torch.equal(found[11], found[-11])
     seeded = [cce_outcome(problem, seed=5, **settings).dweight[0] for _ in range(2)]
     assert_repeats(seeded[0], seeded[1])
-    assert torch.equal(state, generator_state()), "a given seed must not consume the generator"
+
+
+@every_backend
+def test_without_a_seed_averages_over_training_tend_to_the_exact_gradient(backend: str) -> None:
+    """Losses that a step has changed by a rounding are draws of their own."""
+    problem = peaked()
+    truth = plain_outcome(problem, torch.float64).dweight[0]
+    grads = []
+    for step in range(24):
+        hidden, weight = problem.hidden[0] * (1 + step * 2**-22), leaf(problem.weight)
+        loss = linear_cross_entropy(
+            hidden, weight, problem.labels[0], backend=backend, filter_eps=0.2, **problem.options
+        )
+        (loss * problem.upstream[0]).sum().backward()
+        grads.append(grad_of(weight).double())
+    alone = max(relative_error(grad, truth) for grad in grads)
+    assert relative_error(torch.stack(grads).mean(0), truth) < 2.5 * alone / 24**0.5
 
 
 @every_backend
