@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..problem import FAR, Logits
+from .parts import parts_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = 0.6931471805599453
@@ -44,16 +45,12 @@ def load_rows(source, rows, use, column, columns, stride, COLUMNS: tl.constexpr)
 def dot_rows(e, c, products, PRECISION: tl.constexpr):
     """products + e·cᵀ, of hidden states and rows of the classifier.
 
-    Rows in fp32 beside hidden states in bf16 are taken as the sum of three parts in bf16, which holds their 24 bits:
-    each part's product is exact, so that the sum is that of fp32 products. The smallest parts come first.
+    Rows in fp32 beside hidden states in bf16 are taken as the sum of three parts, the smallest first: see parts.py.
     """
     if c.dtype == e.dtype:
         products = tl.dot(e, c.T, products, input_precision=PRECISION)
     else:
-        high = c.to(e.dtype)
-        rest = c - high.to(tl.float32)
-        middle = rest.to(e.dtype)
-        low = (rest - middle.to(tl.float32)).to(e.dtype)
+        low, middle, high = parts_of(c, e.dtype)
         products = tl.dot(e, low.T, products)
         products = tl.dot(e, middle.T, products)
         products = tl.dot(e, high.T, products)

@@ -12,7 +12,7 @@ import triton
 
 from ..problem import Estimate, Logits, Tiles
 from .quantise import Common, InEightBits, moments, quantise_hidden, quantise_weight, storage_dtype
-from .summarise import Partials, empty_partials, finish, launch
+from .summarise import chunks_for, chunks_of, empty_partials, finish, launch
 from .tuning import tuning_for
 
 _COPY_BYTES = 128 << 20  # of the classifier's 8-bit copy: enough columns to fill the GPU several times over
@@ -24,12 +24,9 @@ def estimate(logits: Logits) -> Estimate:
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
     vocab, hidden_size = weight_VD.shape
     tuning = tuning_for(hidden_ND, weight_VD).for_8_bits()
-    num_blocks = triton.cdiv(vocab, tuning.block_v)
-    chunks = triton.cdiv(num_blocks, max(_COPY_BYTES // (tuning.block_v * hidden_size), tuning.splits))
-    # All chunks but the last hold the same number of splits, so that a tile's number tells its split.
-    blocks_per_split = triton.cdiv(num_blocks, chunks * tuning.splits)
-    rows_per_chunk = blocks_per_split * tuning.splits * tuning.block_v
-    partials, lse_TN = empty_partials(logits, triton.cdiv(num_blocks, blocks_per_split), want_tiles=True)
+    blocks_per_split, rows_per_chunk = chunks_for(logits, tuning, hidden_size, _COPY_BYTES)
+    splits = triton.cdiv(vocab, tuning.block_v * blocks_per_split)
+    partials, lse_TN = empty_partials(logits, splits, want_tiles=True, want_entropy=False)
     assert lse_TN is not None
     has_softcap = logits.softcap is not None
     of_weight, of_hidden = moments(weight_VD), moments(hidden_ND, logits.token_N, logits.n_valid)
@@ -42,20 +39,14 @@ def estimate(logits: Logits) -> Estimate:
         dtype=storage_dtype(hidden_ND),
         device=hidden_ND.device,
     )
-    for first_row in range(0, vocab, rows_per_chunk):
-        v = slice(first_row, first_row + rows_per_chunk)
-        first_split = first_row // (blocks_per_split * tuning.block_v)
-        weight_vD, bias_v = weight_VD[v], None if logits.bias_V is None else logits.bias_V[v]
-        memory_vD = copy_vD[: weight_vD.shape[0]]
-        frequent_v = None if logits.frequent_V is None else logits.frequent_V[v]
-        weight = quantise_weight(weight_vD, bias_v, frequent_v, common, *form, largest_norm, memory_vD)
+    for part, own_partials, own_lse_tN in chunks_of(logits, partials, lse_TN, rows_per_chunk, blocks_per_split, tuning):
+        memory_vD = copy_vD[: part.weight_VD.shape[0]]
+        weight = quantise_weight(part.weight_VD, part.bias_V, part.frequent_V, common, *form, largest_norm, memory_vD)
         launch(
-            logits._replace(
+            part._replace(
                 hidden_ND=hidden.rows_ND,
                 weight_VD=weight.rows_VD,
                 bias_V=None,  # in the offsets
-                frequent_V=frequent_v,
-                adapter_VR=None if logits.adapter_VR is None else logits.adapter_VR[v],
             ),
             InEightBits(
                 hidden.scale_N,
@@ -66,8 +57,8 @@ def estimate(logits: Logits) -> Estimate:
                 hidden.hopeless_N,
                 largest_norm,
             ),
-            Partials(*(x_SN[first_split:] for x_SN in partials[:3])),
-            lse_TN[first_row // logits.tile :],
+            own_partials,
+            own_lse_tN,
             blocks_per_split,
             tuning,
         )

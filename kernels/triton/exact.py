@@ -26,7 +26,6 @@ from .blocks import (
     add_adapter,
     can_use_tma,
     descriptor,
-    dot_rows,
     load_block,
     logits_of,
     precision,
@@ -34,6 +33,7 @@ from .blocks import (
 )
 from .compact import compacted, write_rows
 from .operands import LAUNCH, operands_of
+from .parts import PARTS, are_in_parts, columns_of_a_copy, hidden_column, high_part, in_parts, width_of
 from .tuning import num_programs, tuning_for
 
 _LN_2 = tl.constexpr(LN_2)
@@ -99,24 +99,32 @@ def _probability_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     FLAT: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
+    """``weight``: the whole classifier, or the chunk's copy in parts."""
     N, V, D = operands.N, operands.V, operands.D
+    first_row = first_column
+    if PARTS > 1:
+        V = chunk_columns
+        first_row = 0
+    width = width_of(D, BLOCK_D, PARTS)
     program, programs = tl.program_id(0), tl.num_programs(0)
     blocks = tl.cdiv(chunk_columns, BLOCK_V)
     row_blocks = tl.cdiv(tl.load(operands.n_valid), BLOCK_N)
     units = row_blocks * blocks
     if FLAT:
-        d_steps = tl.cdiv(D, BLOCK_D)
+        d_steps = tl.cdiv(width, BLOCK_D)
         own_units = tl.cdiv(tl.maximum(units - program, 0), programs)
         products = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         for step in tl.range(0, own_units * d_steps, num_stages=STAGES):
             unit = program + step // d_steps * programs
             row, column = _place_of(unit, row_blocks, blocks, ROW_GROUP, BLOCK_N, BLOCK_V)
             d = step % d_steps * BLOCK_D
-            e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
-            c = load_block(weight, first_column + column, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
-            products = dot_rows(e, c, products, PRECISION)
-            if d + BLOCK_D >= D:
+            of_hidden = hidden_column(d, D, BLOCK_D, PARTS)
+            e = load_block(hidden, row, of_hidden, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
+            c = load_block(weight, first_row + column, d, V, width, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
+            products = tl.dot(e, c.T, products, input_precision=PRECISION)
+            if d + BLOCK_D >= width:
                 of_all = first_column + column
                 p = _block_probabilities(
                     operands, upstream, normaliser, products, row, of_all, headroom, BLOCK_N, BLOCK_V
@@ -133,10 +141,11 @@ def _probability_kernel(
                 token = tl.load(operands.token_N + n, mask=valid, other=0)
                 columns = first_column + column + tl.arange(0, BLOCK_V)
                 products = add_adapter(products, operands, token, valid, columns, None, PRECISION)
-            for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-                e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
-                c = load_block(weight, first_column + column, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
-                products = dot_rows(e, c, products, PRECISION)
+            for d in tl.range(0, width, BLOCK_D, num_stages=STAGES):
+                of_hidden = hidden_column(d, D, BLOCK_D, PARTS)
+                e = load_block(hidden, row, of_hidden, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
+                c = load_block(weight, first_row + column, d, V, width, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
+                products = tl.dot(e, c.T, products, input_precision=PRECISION)
             of_all = first_column + column
             p = _block_probabilities(operands, upstream, normaliser, products, row, of_all, headroom, BLOCK_N, BLOCK_V)
             _store_block(p_Nv, p, row, column, N, chunk_columns, BLOCK_N, BLOCK_V)
@@ -312,16 +321,20 @@ def _probabilities(
     normaliser: Normaliser,
     first: int,
     headroom: float,
-) -> None:
-    """Fills p_Nv with P of the columns from ``first`` on; ``hidden_ND``: compacted."""
-    columns, weight_VD = p_Nv.shape[1], logits.weight_VD
-    tuning = tuning_for(hidden_ND, weight_VD)
-    tma = tuning.tma and can_use_tma(hidden_ND, weight_VD)
+    copy_vC: torch.Tensor | None,
+) -> torch.Tensor:
+    """Fills p_Nv with P of the columns from ``first`` on; ``hidden_ND``: compacted. ``copy_vC``: memory for a copy of
+    rows in fp32. Returns these columns' rows in the hidden states' dtype."""
+    columns = p_Nv.shape[1]
+    rows_vD = logits.weight_VD[first : first + columns]
+    weight = logits.weight_VD if copy_vC is None else in_parts(rows_vD, copy_vC[:columns])
+    tuning = tuning_for(hidden_ND, hidden_ND)
+    tma = tuning.tma and can_use_tma(hidden_ND, weight)
     _probability_kernel[(num_programs(hidden_ND),)](
         p_Nv,
-        operands_of(logits._replace(hidden_ND=hidden_ND)),
+        operands_of(logits._replace(hidden_ND=hidden_ND))._replace(stride_weight=weight.stride(0)),
         descriptor(hidden_ND, tuning.block_n, tuning.block_d, tma),
-        descriptor(weight_VD, tuning.block_v, tuning.block_d, tma),
+        descriptor(weight, tuning.block_v, tuning.block_d, tma),
         upstream,
         normaliser,
         first,
@@ -334,10 +347,25 @@ def _probabilities(
         TMA=tma,
         PRECISION=precision(logits),
         STAGES=tuning.stages,
-        FLAT=tuning.flat_below >= hidden_ND.shape[1] and logits.adapter_NR is None,
+        FLAT=tuning.flat_below >= weight.shape[1] and logits.adapter_NR is None,
+        PARTS=1 if copy_vC is None else PARTS,
         num_warps=tuning.warps,
         **LAUNCH,
     )
+    return rows_vD if copy_vC is None else high_part(weight, hidden_ND.shape[1])
+
+
+def _columns_of_a_copy(logits: Logits) -> int:
+    """Of what `_probabilities` takes memory for; 0: none."""
+    hidden_ND = logits.hidden_ND
+    if not are_in_parts(logits):
+        return 0
+    return columns_of_a_copy(hidden_ND.shape[1], tuning_for(hidden_ND, hidden_ND).block_d)
+
+
+def _memory_for_copies(logits: Logits, rows: int) -> torch.Tensor | None:
+    columns = _columns_of_a_copy(logits)
+    return logits.hidden_ND.new_empty((rows, columns)) if columns else None
 
 
 def _read_probabilities(
@@ -455,9 +483,11 @@ def _write_kept(
 
 
 def _chunk_size(logits: Logits, columns: int, workspace_bytes: int) -> int:
-    """Columns of a chunk: P of it, and where dC is not bf16 its dC in fp32, fit the workspace."""
+    """Columns of a chunk: P of it, with a copy of rows in fp32, and where dC is not bf16 its dC in fp32, fit the
+    workspace."""
     hidden_ND = logits.hidden_ND
-    row_bytes = max(logits.num_tokens * hidden_ND.element_size(), 4 * hidden_ND.shape[1])
+    row_bytes = (logits.num_tokens + _columns_of_a_copy(logits)) * hidden_ND.element_size()
+    row_bytes = max(row_bytes, 4 * hidden_ND.shape[1])
     most = max(workspace_bytes // row_bytes // logits.tile, 1)
     # The product that makes dC has few blocks of 128 x 256 where D is short: fewer than fill the multiprocessors a
     # second time take as long as two rounds.
@@ -514,17 +544,19 @@ def differentiate_exactly(
         dadapter_NR /= _not_zero(factor)
     chunk = _chunk_size(logits, vocab - begin, workspace_bytes)
     workspace = torch.empty(rows * min(chunk, vocab - begin), dtype=hidden_ND.dtype, device=hidden_ND.device)
+    copy_vC = _memory_for_copies(logits, min(chunk, vocab - begin))
     parts = [(begin, kept), (kept, vocab)]
     for first, stop in [(x, min(x + chunk, end)) for start, end in parts for x in range(start, end, chunk)]:
         columns = stop - first
         p_Nv = workspace[: rows * columns].view(rows, columns)
+        v = slice(first, first + columns)
         if exponentials is not None and first < kept:
             _read_probabilities(p_Nv, exponentials, logits, upstream, normaliser, first)
+            weight_vD = weight_VD[v]
         else:
-            _probabilities(p_Nv, logits, hidden_ND, upstream, normaliser, first, headroom)
-        v = slice(first, first + columns)
+            weight_vD = _probabilities(p_Nv, logits, hidden_ND, upstream, normaliser, first, headroom, copy_vC)
         if dhidden_ND is not None:
-            add_product(dhidden_ND, p_Nv, weight_VD[v].to(p_Nv.dtype))
+            add_product(dhidden_ND, p_Nv, weight_vD)
         if dadapter_NR is not None and logits.adapter_VR is not None:
             add_product(dadapter_NR, p_Nv, logits.adapter_VR[v])
         if dweight_VD is not None and add_weight and scaled_ND is not None:
@@ -570,8 +602,10 @@ def differentiate_rows(
     exact_factor = dtype == torch.bfloat16 and logits.logit_scale == 1.0  # see differentiate_exactly
     if dhidden_ND is not None and not exact_factor:
         dhidden_ND /= _not_zero(factor)
-    chunk = max(workspace_bytes // max(rows * hidden_ND.element_size(), 1) // logits.tile, 1) * logits.tile
+    row_bytes = max((rows + _columns_of_a_copy(logits)) * hidden_ND.element_size(), 1)
+    chunk = max(workspace_bytes // row_bytes // logits.tile, 1) * logits.tile
     memory = torch.empty(rows * min(chunk, row_K.shape[0]), dtype=dtype, device=hidden_ND.device)
+    copy_kC = _memory_for_copies(logits, min(chunk, row_K.shape[0]))
     for row_k, first in zip(row_K.split(chunk), range(0, row_K.shape[0], chunk), strict=True):
         weight_kD = logits.weight_VD.index_select(0, row_k)
         bias_k = None if logits.bias_V is None else logits.bias_V.index_select(0, row_k)
@@ -580,7 +614,7 @@ def differentiate_rows(
         adapter_kR = None if logits.adapter_VR is None else logits.adapter_VR.index_select(0, row_k)
         part = part._replace(adapter_VR=adapter_kR)
         p_Nk = memory[: rows * row_k.shape[0]].view(rows, -1)
-        _probabilities(p_Nk, part, hidden_ND, upstream, normaliser, 0, headroom)
+        rounded_kD = _probabilities(p_Nk, part, hidden_ND, upstream, normaliser, 0, headroom, copy_kC)
         if out.weight_VD is not None:
             exact = exact_factor and out.weight_VD.dtype == dtype
             dweight_kD = torch.mm(p_Nk.T, trained_ND) if exact else product(p_Nk.T, trained_ND)
@@ -589,11 +623,11 @@ def differentiate_rows(
         if out.bias_V is not None:
             write_rows(out.bias_V, p_Nk.sum(0, dtype=torch.float32).mul_(factor), row_k)
         if dhidden_ND is not None:
-            scaled_kD = weight_kD.mul_(factor) if exact_factor else weight_kD
-            add_product(dhidden_ND, p_Nk, scaled_kD.to(dtype))
+            scaled_kD = rounded_kD.mul_(factor) if exact_factor else rounded_kD
+            add_product(dhidden_ND, p_Nk, scaled_kD)
             del scaled_kD
         if out.adapter_NR is not None and adapter_kR is not None:
             out.adapter_NR.add_(product(p_Nk, adapter_kR).mul_(factor))
-        del weight_kD, part  # before the next chunk's
+        del weight_kD, rounded_kD, part  # before the next chunk's
     if dhidden_ND is not None and not exact_factor:
         dhidden_ND *= factor

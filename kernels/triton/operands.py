@@ -48,7 +48,6 @@ class Operands(NamedTuple):
 
 def operands_of(logits: Logits) -> Operands:
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
-    vocab, hidden_size = weight_VD.shape
     return Operands(
         hidden_ND,
         logits.bias_V,
@@ -58,8 +57,8 @@ def operands_of(logits: Logits) -> Operands:
         logits.place_N,
         logits.n_valid,
         logits.num_tokens,
-        vocab,
-        hidden_size,
+        weight_VD.shape[0],
+        hidden_ND.shape[1],
         hidden_ND.stride(0),
         weight_VD.stride(0),
         logits.logit_scale,

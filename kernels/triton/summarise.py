@@ -19,6 +19,7 @@ In: `Logits`. Out: a `Summary`. estimate.py launches the same kernel on 8-bit co
 Shapes: N tokens, D hidden, V local rows, T tiles, t tiles of a block of columns, S splits, K kept columns.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,6 @@ from .blocks import (
     add_adapter,
     can_use_tma,
     descriptor,
-    dot_rows,
     finite,
     load_block,
     load_rows,
@@ -42,6 +42,7 @@ from .blocks import (
 )
 from .compact import compacted
 from .operands import LAUNCH, operands_of
+from .parts import PARTS, are_in_parts, columns_of_a_copy, hidden_column, in_parts, width_of
 from .quantise import InEightBits, logits_in_8_bits
 from .tuning import Tuning, num_programs, tuning_for
 
@@ -49,6 +50,7 @@ _LN_2, _FAR = tl.constexpr(LN_2), tl.constexpr(FAR)
 _FINISH_TOKENS = 16
 _JOINED = 256
 _SAMPLED, _SAMPLED_TOKENS = 64, 64
+_COPY_BYTES = 192 << 20  # of a copy of fp32 rows, see parts.py: 16 splits of 512 rows at D = 4096
 _BELOW, _ABOVE = tl.constexpr(-1.0), tl.constexpr(60.0)
 """How far above the origin the largest logit may lie, in bits. Of 2^60 and less sums stay far from the largest number;
 what is lost at the other end, below 2^-126, is less than 2^-100 of the largest."""
@@ -186,6 +188,7 @@ def _summarise_kernel(
     FLAT: tl.constexpr,
     ENTROPY: tl.constexpr,
     SLOPED: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """With ``earlier_N`` it stores once more, and nothing else, for blocks of tokens whose origins are no longer
     those."""
@@ -197,7 +200,8 @@ def _summarise_kernel(
     n_valid = tl.load(operands.n_valid)
     row_blocks = tl.cdiv(n_valid, BLOCK_N)
     num_blocks = tl.cdiv(V, BLOCK_V)
-    d_steps = tl.cdiv(D, BLOCK_D)
+    width = width_of(D, BLOCK_D, PARTS)
+    d_steps = tl.cdiv(width, BLOCK_D)
     for unit in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
         first_block = unit // (row_group * splits) * row_group
         blocks_in_group = min(row_blocks - first_block, row_group)
@@ -233,10 +237,11 @@ def _summarise_kernel(
             for step in tl.range(0, blocks * d_steps, num_stages=STAGES):
                 block = first_column_block + step // d_steps
                 d = step % d_steps * BLOCK_D
-                e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
-                c = load_block(weight, block * BLOCK_V, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
-                products = dot_rows(e, c, products, PRECISION)
-                if d + BLOCK_D >= D:
+                of_hidden = hidden_column(d, D, BLOCK_D, PARTS)
+                e = load_block(hidden, row, of_hidden, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
+                c = load_block(weight, block * BLOCK_V, d, V, width, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
+                products = tl.dot(e, c.T, products, input_precision=PRECISION)
+                if d + BLOCK_D >= width:
                     z, slope = _block_logits(
                         operands,
                         in_8_bits,
@@ -278,10 +283,11 @@ def _summarise_kernel(
                 if in_8_bits is None:
                     columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
                     products = add_adapter(products, operands, token_n, n < n_valid, columns, None, PRECISION)
-                for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-                    e = load_block(hidden, row, d, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
-                    c = load_block(weight, block * BLOCK_V, d, V, D, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
-                    products = dot_rows(e, c, products, PRECISION)
+                for d in tl.range(0, width, BLOCK_D, num_stages=STAGES):
+                    of_hidden = hidden_column(d, D, BLOCK_D, PARTS)
+                    e = load_block(hidden, row, of_hidden, N, D, operands.stride_hidden, BLOCK_N, BLOCK_D, TMA)
+                    c = load_block(weight, block * BLOCK_V, d, V, width, operands.stride_weight, BLOCK_V, BLOCK_D, TMA)
+                    products = tl.dot(e, c.T, products, input_precision=PRECISION)
                 z, slope = _block_logits(
                     operands,
                     in_8_bits,
@@ -350,7 +356,7 @@ def _origin_kernel(
         for d in range(0, D, BLOCK_D):
             e = load_block(hidden, first, d, N, D, D, TOKENS, BLOCK_D, False)
             c = load_rows(weight, row, row < V, d, D, operands.stride_weight, BLOCK_D)
-            products = dot_rows(e, c, products, PRECISION)
+            products = tl.dot(e, c.T, products, input_precision=PRECISION)
         z, _slope = logits_of(operands, products, row, n, n < n_valid)
         tl.store(stored.origin_N + n, finite(tl.max(z, 1)), mask=n < n_valid)
     if first + TOKENS > n_valid:
@@ -472,12 +478,14 @@ def join(others: Summary, part: Summary, share: Share | None) -> Summary:
 
 def summarise(logits: Logits, want_tiles: bool, want_entropy: bool = False, keep: Keep | None = None) -> Summary:
     """See `Summary`. Rows that are not valid get max 0, Σ exp S and target logit 0."""
+    if are_in_parts(logits):
+        assert keep is None
+        return _summarise_in_parts(logits, want_tiles, want_entropy)
     tuning = tuning_for(logits.hidden_ND, logits.weight_VD)
     num_blocks = triton.cdiv(logits.weight_VD.shape[0], tuning.block_v)
     blocks_per_split = triton.cdiv(num_blocks, tuning.splits)
-    partials, lse_TN = empty_partials(logits, triton.cdiv(num_blocks, blocks_per_split), want_tiles)
-    if want_entropy:
-        partials = partials._replace(weighted_SN=torch.empty_like(partials.max_SN))
+    splits = triton.cdiv(num_blocks, blocks_per_split)
+    partials, lse_TN = empty_partials(logits, splits, want_tiles, want_entropy)
     dense = logits._replace(hidden_ND=compacted(logits))
     stored = None if keep is None else _begin_storing(dense, keep)
     sloped = keep is not None and keep.sloped and logits.softcap is not None
@@ -491,6 +499,56 @@ def summarise(logits: Logits, want_tiles: bool, want_entropy: bool = False, keep
     partials = partials._replace(weighted_SN=None)
     launch(dense, None, partials, None, blocks_per_split, tuning, once_more, stored.origin_N, sloped)
     return summary._replace(exponentials=summary.exponentials._replace(sloped=keep.sloped))
+
+
+def _summarise_in_parts(logits: Logits, want_tiles: bool, want_entropy: bool) -> Summary:
+    """`summarise` of rows in fp32, by copies of chunks of them."""
+    hidden_ND, vocab = compacted(logits), logits.weight_VD.shape[0]
+    tuning = tuning_for(hidden_ND, hidden_ND)
+    columns = columns_of_a_copy(hidden_ND.shape[1], tuning.block_d)
+    blocks_per_split, rows = chunks_for(logits, tuning, columns * hidden_ND.element_size(), _COPY_BYTES)
+    splits = triton.cdiv(vocab, tuning.block_v * blocks_per_split)
+    partials, lse_TN = empty_partials(logits, splits, want_tiles, want_entropy)
+    copy_vC = hidden_ND.new_empty((min(rows, vocab), columns))
+    for part, own_partials, own_lse_tN in chunks_of(logits, partials, lse_TN, rows, blocks_per_split, tuning):
+        rows_vC = in_parts(part.weight_VD, copy_vC[: part.weight_VD.shape[0]])
+        copied = part._replace(hidden_ND=hidden_ND, weight_VD=rows_vC)
+        launch(copied, None, own_partials, own_lse_tN, blocks_per_split, tuning, parts=PARTS)
+    tiles_per_split = blocks_per_split * tuning.block_v // logits.tile
+    tiles = None if lse_TN is None else Tiles(lse_TN, partials.reference_SN, tiles_per_split)
+    return finish(logits, partials, tiles)
+
+
+def chunks_for(logits: Logits, tuning: Tuning, row_bytes: int, most_bytes: int) -> tuple[int, int]:
+    """(Blocks of columns of a split, rows of a chunk whose copy takes about ``most_bytes``).
+
+    All chunks but the last hold the same number of splits, so that a tile's number tells its split.
+    """
+    num_blocks = triton.cdiv(logits.weight_VD.shape[0], tuning.block_v)
+    chunks = triton.cdiv(num_blocks, max(most_bytes // (tuning.block_v * row_bytes), tuning.splits))
+    blocks_per_split = triton.cdiv(num_blocks, chunks * tuning.splits)
+    return blocks_per_split, blocks_per_split * tuning.splits * tuning.block_v
+
+
+def chunks_of(
+    logits: Logits, partials: Partials, lse_TN: torch.Tensor | None, rows: int, blocks_per_split: int, tuning: Tuning
+) -> Iterator[tuple[Logits, Partials, torch.Tensor | None]]:
+    """Of each chunk its logits, and where its partials and its tiles' log-sum-exps go."""
+    for first in range(0, logits.weight_VD.shape[0], rows):
+        v, split = slice(first, first + rows), first // (blocks_per_split * tuning.block_v)
+        part = logits._replace(
+            weight_VD=logits.weight_VD[v],
+            bias_V=None if logits.bias_V is None else logits.bias_V[v],
+            frequent_V=None if logits.frequent_V is None else logits.frequent_V[v],
+            adapter_VR=None if logits.adapter_VR is None else logits.adapter_VR[v],
+        )
+        own_partials = Partials(
+            partials.max_SN[split:],
+            partials.sumexp_SN[split:],
+            partials.reference_SN[split:],
+            None if partials.weighted_SN is None else partials.weighted_SN[split:],
+        )
+        yield part, own_partials, None if lse_TN is None else lse_TN[first // logits.tile :]
 
 
 def _begin_storing(logits: Logits, keep: Keep) -> Stored:
@@ -518,14 +576,16 @@ def _begin_storing(logits: Logits, keep: Keep) -> Stored:
     return stored
 
 
-def empty_partials(logits: Logits, splits: int, want_tiles: bool) -> tuple[Partials, torch.Tensor | None]:
-    """(max, Σ exp and reference of each split; the tiles' log-sum-exps [T, N] if wanted)."""
+def empty_partials(
+    logits: Logits, splits: int, want_tiles: bool, want_entropy: bool
+) -> tuple[Partials, torch.Tensor | None]:
+    """(Those of each split; the tiles' log-sum-exps [T, N] if wanted)."""
     hidden_ND = logits.hidden_ND
     # Apart, since backward keeps the references alone.
     max_SN, sumexp_SN, reference_SN = (
         hidden_ND.new_empty((splits, logits.num_tokens), dtype=torch.float32) for _ in range(3)
     )
-    partials = Partials(max_SN, sumexp_SN, reference_SN)
+    partials = Partials(max_SN, sumexp_SN, reference_SN, torch.empty_like(max_SN) if want_entropy else None)
     if not want_tiles:
         return partials, None
     lse_dtype = torch.float32 if hidden_ND.dtype == torch.float32 else torch.float16
@@ -542,6 +602,7 @@ def launch(
     stored: Stored | None = None,
     earlier_N: torch.Tensor | None = None,
     sloped: bool = False,
+    parts: int = 1,
 ) -> None:
     """Fills the partials of the splits of ``logits``, whose hidden states are compacted; see `_summarise_kernel`."""
     hidden_ND, weight_VD, operands = logits.hidden_ND, logits.weight_VD, operands_of(logits)
@@ -565,9 +626,10 @@ def launch(
         TMA=tma,
         PRECISION=precision(logits),
         STAGES=tuning.stages,
-        FLAT=tuning.flat_below >= operands.D and logits.adapter_NR is None,
+        FLAT=tuning.flat_below >= weight_VD.shape[1] and logits.adapter_NR is None,
         ENTROPY=partials.weighted_SN is not None,
         SLOPED=sloped,
+        PARTS=parts,
         num_warps=tuning.warps,
         **LAUNCH,
     )

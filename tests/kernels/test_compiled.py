@@ -54,8 +54,8 @@ def compile_only(self, *arguments, grid, warmup, **options):
 
 jit.JITFunction.run = compile_only
 from cce_dist.kernels.triton import (
-    chosen_pairs, compact, differentiate, exact, exact_sums, quantise, refine, select, summarise, tail, tokens, tuning,
-    two_heads,
+    chosen_pairs, compact, differentiate, exact, exact_sums, parts, quantise, refine, select, summarise, tail, tokens,
+    tuning, two_heads,
 )
 from cce_dist.kernels.triton.operands import Tail
 from cce_dist.kernels.problem import (
@@ -142,6 +142,7 @@ with tuning.forced(table):
     tokens.losses(normaliser, floats(N), order)
     tokens.upstream(OutputGradients(floats(N), None), order, DTYPE)
     tokens.upstream(OutputGradients(floats(N), floats(N), floats(N)), order, DTYPE, floats(N), floats(N))
+    parts.in_parts(floats(V, D), floats(V, 3 * D).to(DTYPE))
     compact.compacted(logits)
     compact.scatter_rows(floats(N, D), ints(N), ints(1), DTYPE)
     compact.write_rows(weight, floats(N, D), ints(N))
@@ -187,13 +188,14 @@ if arch == 90 and D > 1000:
         differentiate.differentiate(logits, pairs, normaliser, upstream, onto, whole_tail, 1.0, 1 << 20, None, True)
     compiled.clear()
     wide = logits._replace(weight_VD=floats(V, D))
-    with tuning.forced(table.for_fp32_rows()):  # beside hidden states in bf16: one program a multiprocessor
+    with tuning.forced(table):  # beside hidden states in bf16: of copies in bf16
         summarise.summarise(wide, True)
+        exact.differentiate_exactly(wide, normaliser, upstream, None, None, floats(V), 1.0, 1 << 20)
+    with tuning.forced(table.for_fp32_rows()):  # of the rows themselves: one program a multiprocessor
         refine.refine(wide, Estimate(summary, floats(N)), normaliser, 0.01)
         tail.tail_means(wide, pairs, torch.ones(()))
         out = Gradients(floats(N, D), floats(V, D), floats(V) if BIAS else None)
         differentiate.differentiate(wide, pairs, normaliser, upstream, out, whole_tail, 1.0, 1 << 20)
-        exact.differentiate_exactly(wide, normaliser, upstream, None, None, floats(V), 1.0, 1 << 20)
         exact_sums.sum_tiles(wide, GlobalTiles(((0, TILE),), ints(1), ints(1)))
     for name, kernels in compiled.items():
         for kernel in kernels.values():

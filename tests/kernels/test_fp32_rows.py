@@ -14,9 +14,9 @@ from reference import DEVICE, ROUNDING, relative_error
 from torch import Tensor
 
 from cce_dist.kernels import torch_backend
-from cce_dist.kernels.problem import TILE, Filter, GlobalTiles, Gradients, Logits
+from cce_dist.kernels.problem import TILE, Filter, GlobalTiles, Gradients, Logits, Summary
 from cce_dist.kernels.triton import backend as triton_backend
-from cce_dist.kernels.triton import tuning
+from cce_dist.kernels.triton import summarise, tuning
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 EPS = 2.0**-4
@@ -49,6 +49,32 @@ def test_sums_and_targets_are_those_of_fp32_products(backend: ModuleType, hidden
     )
     assert relative_error(lse_N, d.lse_N) < 1e-6
     assert relative_error(summary.target_N[:33], target_N) < 1e-6
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_copies_of_chunks_leave_each_tile_and_bias_in_its_place(monkeypatch: pytest.MonkeyPatch, entropy: bool) -> None:
+    monkeypatch.setattr(summarise, "_COPY_BYTES", 1)
+    logits = rows_in_fp32(rows=20, vocab=6 * TILE, hidden_size=45, softcap=9.0)
+    with tuning.forced(tuning.Tuning(block_n=32, block_v=TILE, splits=2, block_d=16)):  # three chunks
+        got = triton_backend.summarise(logits, True, 1 << 20, entropy)
+    wanted = torch_backend.summarise(logits, True, 1 << 20, entropy)
+    valid = slice(int(logits.n_valid))
+    lse_N = [(x.max_N * x.unit + x.sumexp_N.log())[valid] for x in (got, wanted)]
+    assert relative_error(*lse_N) < 1e-6
+    assert relative_error(got.target_N[valid], wanted.target_N[valid]) < 1e-6
+    assert relative_error(*(_tile_lse(x)[:, valid] for x in (got, wanted))) < 2e-3  # of 16 bits
+    if entropy:
+        assert got.weighted_N is not None and wanted.weighted_N is not None
+        assert relative_error(got.weighted_N[valid] * got.unit, wanted.weighted_N[valid] * wanted.unit) < 1e-5
+
+
+def _tile_lse(summary: Summary) -> Tensor:
+    tiles = summary.tiles
+    assert tiles is not None
+    if tiles.reference_SN is None:
+        return tiles.lse_TN
+    split_T = torch.arange(tiles.lse_TN.shape[0], device=DEVICE) // tiles.tiles_per_split
+    return (tiles.lse_TN.float() + tiles.reference_SN[split_T]) * summary.unit
 
 
 @every_backend
