@@ -120,6 +120,13 @@ FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "label smoothing with a softcap": lambda z, y: _flat(torch.tanh(z), y, label_smoothing=0.1),
     "class weights": lambda z, y: _flat(z, y, weight=_vocab_vector().abs()),
     "class weights by their place": lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten(), _vocab_vector().abs()),
+    "class weights, smoothed": lambda z, y: _flat(z, y, weight=_vocab_vector().abs(), label_smoothing=0.1),
+    "class weights, smoothed, with a softcap": lambda z, y: _flat(
+        torch.tanh(z), y, weight=_vocab_vector().abs(), label_smoothing=0.1, reduction="sum"
+    ),
+    "class weights, smoothed, of a truncated vocabulary": lambda z, y: _flat(
+        z[..., :40], y.clamp(max=39), weight=_vocab_vector()[:40].abs(), label_smoothing=0.1
+    ),
     "class weights, sum": lambda z, y: _flat(z, y, weight=_vocab_vector().abs(), reduction="sum"),
     "another ignore_index": lambda z, y: _flat(z, y.clamp(min=5), ignore_index=5),
     "shift": _shifted,
@@ -201,7 +208,6 @@ NOT_FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "another shape": lambda z, _: z.view(-1),
     "bits": lambda z, _: z.detach().view(torch.int32).float(),
     "class dimension in the middle": lambda z, y: F.cross_entropy(z.transpose(1, 2), y),
-    "class weights, smoothed": lambda z, y: _flat(z, y, weight=_vocab_vector().abs(), label_smoothing=0.1),
     "class probabilities": lambda z, _: F.cross_entropy(z[0], torch.full((LENGTH, VOCAB), 1 / VOCAB, device=DEVICE)),
     "written in place": _masked_in_place,
     "scaled in place": _scaled_in_place,
@@ -904,7 +910,10 @@ class _Slices:
         return self._rows(self.head.bias)
 
 
-SHARDED = ("mean", "none", "shift", "softcap", "bias after a scale", "truncated after a bias", "bias after truncation")
+SHARDED = (
+    *("mean", "none", "shift", "softcap", "bias after a scale", "truncated after a bias", "bias after truncation"),
+    *("class weights, smoothed", "class weights, smoothed, of a truncated vocabulary"),
+)
 RUNS = {
     2: ([(0, 20)], [(20, VOCAB)]),
     3: ([(0, 10), (45, VOCAB)], [], [(10, 45)]),

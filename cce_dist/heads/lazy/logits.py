@@ -382,8 +382,8 @@ def _obstacle(
     label_smoothing: float = 0.0,
 ) -> str | None:
     """What keeps this F.cross_entropy or F.nll_loss from being fused, if anything does."""
-    if weight is not None and (weight.shape != logits.shape[-1:] or weight.requires_grad or label_smoothing != 0.0):
-        return "class weights that are trained, of another shape, or beside label smoothing"
+    if weight is not None and (weight.shape != logits.shape[-1:] or weight.requires_grad):
+        return "class weights that are trained or of another shape"
     if label_smoothing != 0.0 and logits._form.cap is not None and logits._form.adapters:
         return f"label_smoothing={label_smoothing} with a softcap and an adapter"
     if target.is_floating_point():
@@ -413,11 +413,14 @@ def _cross_entropy(
     # Always "none": the ranks of a shard agree on one reduction, and a caller may change between mean and sum.
     given = {"ignore_index": ignore_index, "reduction": "none", "label_smoothing": label_smoothing}
     settings = {**source.binding.config.loss_kwargs(), **given}
-    loss_N: Tensor = source.compute(linear_cross_entropy, logits._form, target, settings)
     count_N: Tensor = target != ignore_index
     if weight is not None:  # of all rows, on every rank
         weights_N = weight.index_select(0, target.masked_fill(~count_N, 0).reshape(-1)).view(target.shape)
         count_N = weights_N.masked_fill(~count_N, 0.0)
+        if label_smoothing:
+            settings["class_weights"] = source.own_entries(weight, logits._form)
+    loss_N: Tensor = source.compute(linear_cross_entropy, logits._form, target, settings)
+    if weight is not None and not label_smoothing:
         loss_N = loss_N * count_N
     if reduction == "none":
         return loss_N

@@ -133,7 +133,7 @@ class Source:
         weight_RD, bias_R = self.rows.local()
         shard = self.binding.cut(self.shard, form.rows)
         for bias_V in form.biases:
-            rows_R = _local_rows(bias_V, shard)
+            rows_R = self.own_entries(bias_V, form)
             bias_R = rows_R if bias_R is None else bias_R + rows_R
         return {
             "weight": weight_RD,
@@ -143,6 +143,12 @@ class Source:
             "logit_scale": form.scale if form.cap is None else form.scale * form.cap,
             **({"adapter": _operands(form)} if form.adapters else {}),
         }
+
+    def own_entries(self, values_V: Tensor, form: LogitForm) -> Tensor:
+        """The rank's rows' entries of a vector over the form's vocabulary; zero on padding rows."""
+        shard = self.binding.cut(self.shard, form.rows)
+        values_R = torch.cat([values_V[:0], *(values_V[start:stop] for start, stop in shard.runs)])
+        return F.pad(values_R, (0, shard.num_rows - values_R.shape[0]))
 
     @torch.no_grad()
     def statistics_of(self, form: LogitForm) -> TokenStatistics:
@@ -476,13 +482,7 @@ def _is_changed(x: Tensor | None, before: int | None) -> bool:
     return before is not None and version_of(x) not in (before, None)
 
 
-def _local_rows(values_V: Tensor, shard: VocabShard) -> Tensor:
-    """This shard's entries of a vector over the vocabulary; zero on its padding rows."""
-    values_R = torch.cat([values_V[:0], *(values_V[start:stop] for start, stop in shard.runs)])
-    return F.pad(values_R, (0, shard.num_rows - values_R.shape[0]))
-
-
 _NO_LOGITS = (
-    "What needs no logits is F.cross_entropy with class indices (label smoothing and class weights not together); "
+    "What needs no logits is F.cross_entropy with class indices (label smoothing and class weights too); "
     "log_softmax, gathered at one id a token or summed; logsumexp; argmax; the entropy; and logits.logprobs(labels)."
 )
