@@ -3,6 +3,8 @@
 From fp16, bf16 or fp32 the result is in fp32, from fp64 in fp64.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,3 +31,25 @@ def add_product(sum_: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(sum_, a, b, out_dtype=sum_.dtype, out=sum_)
     else:
         sum_.addmm_(a.to(sum_.dtype), b.to(sum_.dtype))
+
+
+def rounds(rows: int, columns: int, device: torch.device) -> int:
+    """How often the multiprocessors compute a block each of a product [rows, columns].
+
+    A last round that is nearly empty takes as long as a full one. The library's blocks are 128 x 256 on Hopper.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return -(-(-(-rows // 128) * -(-columns // 256)) // processors)
+
+
+def columns_at_once(total: int, most: int, step: int, time: Callable[[int], int]) -> int:
+    """Of a vocabulary of ``total`` columns so many, a multiple of ``step``, at most ``most`` (or one step), that all of
+    them take the least time; ``time`` is what a chunk of so many takes."""
+    if total <= max(most, step):
+        return max(total, 1)
+
+    def of_all(columns: int) -> int:
+        rest = total % columns
+        return total // columns * time(columns) + (time(rest) if rest else 0)
+
+    return min(range(max(most // step, 1) * step, 0, -step), key=of_all)  # the largest of equal ones

@@ -15,7 +15,7 @@ from torch import Tensor
 Kind = Literal["forward", "reverse", "jsd"]
 
 ALIVE = 6
-"""Tensors of a chunk's size that are alive at a time."""
+"""Tensors of a chunk's size, in the dtype of logits, that are alive at a time."""
 LOWEST = -1e30
 """What stands for −∞ among logits: differences of two are numbers still."""
 
@@ -67,10 +67,10 @@ def slope(
     factor_N: Tensor,
     kind: Kind,
     beta: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """[N, v] in ``dtype``: ``factor`` times the gradient of each token's divergence with respect to the student's
-    scaled products.
+    out_Nv: Tensor,
+) -> None:
+    """``out_Nv`` becomes ``factor`` times the gradient of each token's divergence with respect to the student's scaled
+    products; its rows may be apart.
 
     ``mean_ratio_N``: Σ s·r over all rows, r = log(s/t) for "reverse" and log(s/m) for "jsd".
     """
@@ -86,7 +86,7 @@ def slope(
         slope_Nv = ratio.sub_(mean_ratio_N[:, None]).mul_(1 - beta).mul_(log_s.exp_())
     if chain is not None:
         slope_Nv.mul_(chain)
-    return slope_Nv.mul_(factor_N[:, None]).to(dtype)
+    out_Nv.copy_(slope_Nv.mul_(factor_N[:, None]))
 
 
 def log_to_mixture(difference: Tensor, beta: float) -> Tensor:

@@ -11,7 +11,7 @@ states with sums in fp32; in backward the gradient's factor is rounded to that d
 widths: 2 in forward and 4 in backward; for "jsd" 2 more, since r needs both log-sum-exps.
 
 Shapes: n tokens of this rank, N of the token group, D hidden of the student, E of the teacher, V local rows; v rows of
-a chunk.
+a chunk, w of the chunks that are multiplied together.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from cce_dist.kernels import two_heads as torch_chunks
 from cce_dist.kernels.problem import TILE, largest_scale
-from cce_dist.kernels.products import add_product, product
+from cce_dist.kernels.products import add_product, columns_at_once, product, rounds
 from cce_dist.kernels.two_heads import Kind, Side
 from cce_dist.loss.tokens import gather_values, in_reduce_dtype, own, start_sum
 from cce_dist.shard import VocabShard
@@ -33,6 +33,9 @@ from cce_dist.shard import VocabShard
 _HEADROOM = {torch.float16: 2.0**8}
 """The gradient's factor is multiplied with it before it is rounded: fp16 has no range for small ones, and those of
 "reverse" may be some hundred times as large as a probability."""
+
+_AN_ADDITION = 1024
+"""To a sum in fp32: as long as a product of this depth takes (8 bytes and 2 FLOPs a number, on an H100)."""
 
 
 class Job(NamedTuple):
@@ -71,16 +74,27 @@ class _Heads(NamedTuple):
         """Of logits."""
         return torch.promote_types(torch.promote_types(self.hidden_ND.dtype, self.teacher_NE.dtype), torch.float32)
 
-    def chunks(self, job: Job) -> Iterator[tuple[slice, Side, Side]]:
-        """(rows, the student's side, the teacher's) of some real rows at a time: the same bits each time, and of equal
-        heads."""
-        row_bytes = max(self.hidden_ND.shape[0] * self.dtype.itemsize * job.kernels.ALIVE, 1)
-        number, most = job.shard.num_real_rows, max(job.workspace_bytes // row_bytes // TILE, 1) * TILE
-        # Of equal size: the last products would otherwise be thin ones.
-        parts = max(-(-number // most), 1)
-        size = max(-(-number // parts // TILE) * TILE, TILE)
-        for first in range(0, number, size):
-            v = slice(first, min(first + size, number))
+    def sizes(self, job: Job) -> tuple[int, int]:
+        """(Rows of a chunk, and of the chunks whose gradients are multiplied together: half of the workspace each.)
+
+        Both so that products fill the GPU in whole rounds. For each of the latter dE is read and written in fp32.
+        """
+        tokens, hidden_size, device = *self.hidden_ND.shape, self.hidden_ND.device
+        depth, number, half = hidden_size + self.teacher_NE.shape[1], job.shard.num_real_rows, job.workspace_bytes // 2
+        most = half // max(tokens * self.dtype.itemsize * job.kernels.ALIVE, 1)
+        size = columns_at_once(number, most, TILE, lambda v: rounds(tokens, v, device) * depth)
+        most = half // max(tokens * self.hidden_ND.element_size(), 1)
+        adds = rounds(tokens, hidden_size, device) * _AN_ADDITION
+        together = columns_at_once(number, most, size, lambda v: rounds(v, hidden_size, device) * tokens + adds)
+        return size, together
+
+    def chunks(self, job: Job, rows: slice = slice(None)) -> Iterator[tuple[slice, Side, Side]]:
+        """(v, the student's side, the teacher's) of some of the real rows at a time, by default of all: the same bits
+        each time where ``rows`` are of whole chunks, and of equal heads."""
+        size, _ = self.sizes(job)
+        first, stop, _ = rows.indices(job.shard.num_real_rows)
+        for start in range(first, stop, size):
+            v = slice(start, min(start + size, stop))
             yield (
                 v,
                 self._side(self.hidden_ND, self.weight_VD, self.bias_V, v, job.student_form),
@@ -199,17 +213,23 @@ def _backward(
     scaled_ND = None
     if dtype == torch.bfloat16 and weight_VD.dtype == dtype and job.student_form[0] == 1.0 and hidden_ND.is_cuda:
         scaled_ND = hidden_ND * factor.to(dtype)
-    for v, student, teacher in heads.chunks(job):
-        p_Nv = job.kernels.slope(student, teacher, lse_2N, mean_ratio_N, factor_N, job.kind, job.beta, dtype)
-        del student, teacher  # their memory, for the products
+    _, together = heads.sizes(job)
+    memory_Nw = hidden_ND.new_empty((hidden_ND.shape[0], together))
+    for first in range(0, real, together):
+        w = slice(first, min(first + together, real))
+        p_Nw = memory_Nw[:, : w.stop - first]
+        for v, *sides in heads.chunks(job, w):
+            out_Nv = p_Nw[:, v.start - first : v.stop - first]
+            job.kernels.slope(*sides, lse_2N, mean_ratio_N, factor_N, job.kind, job.beta, out_Nv)
+            del sides  # their memory, for the next one's
         if dbias_V is not None:
-            dbias_V[v] = p_Nv.sum(0, dtype=wide) * factor
+            dbias_V[w] = p_Nw.sum(0, dtype=wide) * factor
         if dhidden_ND is not None:
-            add_product(dhidden_ND, p_Nv, weight_VD[v].to(dtype))
+            add_product(dhidden_ND, p_Nw, weight_VD[w].to(dtype))
         if dweight_VD is not None and scaled_ND is not None:
-            torch.mm(p_Nv.T, scaled_ND, out=dweight_VD[v])
+            torch.mm(p_Nw.T, scaled_ND, out=dweight_VD[w])
         elif dweight_VD is not None:
-            dweight_VD[v] = product(p_Nv.T, hidden_ND).mul_(factor)
+            dweight_VD[w] = product(p_Nw.T, hidden_ND).mul_(factor)
     if dhidden_ND is not None:
         dhidden_ND *= factor
     return dhidden_ND, dweight_VD, dbias_V

@@ -114,8 +114,9 @@ def assert_close(
 
 @every_kind
 @pytest.mark.parametrize("form", [PLAIN, FORM], ids=["plain", "softcap"])
-def test_it_is_that_of_all_logits(form: dict[str, Any], kind: dict[str, Any]) -> None:
-    given = problem((600,))  # at most 128 rows of so many tokens fit the workspace
+@pytest.mark.parametrize("tokens", [600, 300])  # chunks of 128 rows; their gradients one by one, and all together
+def test_it_is_that_of_all_logits(tokens: int, form: dict[str, Any], kind: dict[str, Any]) -> None:
+    given = problem((tokens,))
     got = computed(given, 0, VocabShard.whole(VOCAB), **form, **kind)
     assert_close(got, plain(given, form, **kind), 0, ((0, VOCAB),))
 
@@ -260,7 +261,7 @@ def test_neither_logits_nor_ignored_tokens_exist() -> None:
     for kind in ("forward", "jsd"):
         with LargestTensor() as seen:
             linear_kl_div(hidden, weight, *teacher, labels=labels, kind=kind, workspace_mb=1).backward()
-        assert seen.largest <= max(valid * 128 * 4, vocab * 8 * 4) < valid * vocab * 4
+        assert seen.largest <= 1 << 19 < valid * vocab * 4  # half of the workspace
 
 
 def test_sums_counts_and_shifted_labels_are_those_of_the_losses() -> None:

@@ -154,7 +154,7 @@ with tuning.forced(table):
     side = two_heads.Side(floats(N, V), floats(V) if BIAS else None, 1.0, cap)
     for divergence in ("forward", "reverse", "jsd"):
         two_heads.add(floats(5, N), side, side, divergence)
-        two_heads.slope(side, side, floats(2, N), floats(N), floats(N), divergence, 0.5, DTYPE)
+        two_heads.slope(side, side, floats(2, N), floats(N), floats(N), divergence, 0.5, floats(N, V).to(DTYPE))
     two_heads.add_mixture(floats(2, N), side, side, floats(2, N), 0.5)
 
 
