@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from cce_dist.device_check import check_token_ids, device_check
-from cce_dist.distillation.selected import check_ids, check_integers, legal_ids, logits_of_pairs, selected
+from cce_dist.distillation.selected import check_ids, legal_ids, logits_of_pairs, selected
 from cce_dist.distillation.settings import KeptSettings
 from cce_dist.kernels.problem import FAR
 from cce_dist.loss.call import begin_without_labels
-from cce_dist.loss.settings import choose_backend, takes_settings
+from cce_dist.loss.settings import check_integers, choose_backend, takes_settings
 from cce_dist.shard import VocabShard
 from cce_dist.shard.agreement import agree
 

@@ -22,14 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from cce_dist.collectives import check_same_tokens
 from cce_dist.distillation.settings import KLDivSettings
 from cce_dist.distillation.two_heads import Divergence, Job
 from cce_dist.loss.call import autocast, begin_without_labels
 from cce_dist.loss.reduction import reduced
-from cce_dist.loss.settings import check_head, choose_backend, takes_settings
+from cce_dist.loss.settings import check_head, check_label_tensor, check_plain, choose_backend, takes_settings
 from cce_dist.loss.tokens import gather_values, shifted, unflatten
 from cce_dist.shard import VocabShard
 from cce_dist.shard.rows import local_rows
@@ -103,7 +102,8 @@ def linear_kl_div(
             if chosen.shift:
                 raise ValueError(f"shift goes with labels; got {chosen.shift}.")
         else:
-            _check_labels(labels, student_hidden)
+            check_plain("labels", labels)
+            check_label_tensor(labels, student_hidden, torch.device("cpu"), student_hidden.device, of="student_")
             valid_n = shifted(labels.long(), chosen.shift, chosen.ignore_index).reshape(-1) != chosen.ignore_index
             if not valid_n.is_cuda:
                 place_n = valid_n.nonzero()[:, 0]
@@ -173,6 +173,7 @@ def _check_teacher(
             f"teacher_shard must hold the rows of shard but for padding, {_real_runs(shard)} of {shard.vocab_size}; "
             f"got {_real_runs(teacher_shard)} of {teacher_shard.vocab_size}. Split both heads alike."
         )
+    check_plain("teacher_hidden", hidden)
     check_head(hidden, weight_VE, bias_V, teacher_shard, "teacher_")
     if hidden.shape[:-1] != student_hidden.shape[:-1] or hidden.device != student_hidden.device:
         expected = ", ".join(map(str, [*student_hidden.shape[:-1], "E"]))
@@ -185,20 +186,6 @@ def _check_teacher(
 def _real_runs(shard: VocabShard) -> list[tuple[int, int]]:
     size = shard.vocab_size
     return [(start, min(stop, size)) for start, stop in shard.runs if start < size]
-
-
-def _check_labels(labels: Any, hidden: Tensor) -> None:
-    if not isinstance(labels, Tensor) or isinstance(labels, DTensor):
-        raise TypeError(f"labels must be a plain tensor or None, got {type(labels).__name__}.")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, got {labels.dtype}.")
-    if labels.shape != hidden.shape[:-1] or labels.ndim < 1:
-        raise ValueError(
-            f"labels must have student_hidden's shape less its last axis, {list(hidden.shape[:-1])}, and one axis or "
-            f"more; got {list(labels.shape)}."
-        )
-    if labels.device not in (torch.device("cpu"), hidden.device):
-        raise ValueError(f"labels must be on the CPU or on {hidden.device}, got {labels.device}.")
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:

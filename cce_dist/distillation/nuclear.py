@@ -18,10 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cce_dist.distillation.selected import check_integers
 from cce_dist.distillation.settings import NuclearNormSettings
 from cce_dist.loss.call import begin_without_labels
-from cce_dist.loss.settings import takes_settings
+from cce_dist.loss.settings import check_integers, takes_settings
 from cce_dist.shard import VocabShard
 
 _ROWS = 4096

@@ -31,7 +31,7 @@ from cce_dist.distillation.settings import KeptSettings, SelectedSettings
 from cce_dist.kernels import chosen_pairs as torch_sums
 from cce_dist.loss.autograd import LinearCrossEntropy
 from cce_dist.loss.call import Head, begin, begin_without_labels
-from cce_dist.loss.settings import LogprobSettings, choose_backend, takes_settings
+from cce_dist.loss.settings import LogprobSettings, check_integers, choose_backend, takes_settings
 from cce_dist.loss.tokens import gather_values, in_reduce_dtype, start_sum
 from cce_dist.shard import VocabShard
 
@@ -136,16 +136,6 @@ def check_ids(ids: Any, hidden: Tensor, settings: KeptSettings, vocab_size: int,
         )
     if not ids.is_cuda:  # else the gathered ones, on every rank
         check_token_ids(ids, vocab_size, settings.padding_id, legal_ids(settings.padding_id, vocab_size, name))
-
-
-def check_integers(name: str, x: Any, device: torch.device) -> None:
-    """Raises TypeError or ValueError where that is no tensor of integers on the device."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, got {x.dtype}.")
-    if x.device != device:
-        raise ValueError(f"{name} must be on {device}, as hidden is; got {x.device}.")
 
 
 def legal_ids(padding_id: int, vocab_size: int, name: str = "ids") -> str:

@@ -26,10 +26,11 @@ from cce_dist.loss.settings import (
     at_temperature,
     check_adapter,
     check_head,
+    check_label_tensor,
     check_labels,
+    check_plain,
     check_settings,
     check_temperatures,
-    check_tensors,
     contract,
     contract_of_head,
     resolve,
@@ -82,7 +83,8 @@ def begin(
     try:
         settings = check_settings(given, kind)
         hidden, labels, in_parts = held(hidden, labels, shard)
-        check_tensors(hidden, weight_VD, labels, bias_V, shard)
+        check_head(hidden, weight_VD, bias_V, shard)
+        check_label_tensor(labels, hidden, hidden.device)
         if adapter is not None:
             check_adapter(adapter, hidden, weight_VD, settings)
         tokens = labels.numel()
@@ -173,6 +175,7 @@ def begin_without_labels(
     fault: Exception | None = None
     try:
         settings = check_settings(given, kind)
+        check_plain(f"{of}hidden", hidden)
         check_head(hidden, weight_VD, bias_V, shard, of)
         hidden = autocast(hidden)
         number, more = also(settings, shard) if also is not None else (hidden.shape[:-1].numel(), {})

@@ -350,7 +350,7 @@ def _check_kept(settings: TokenSettings, exact: bool, gradient: str, dtype: torc
 
 def _check_weights(name: str, given: Tensor | None, shape: torch.Size, what: str, device: torch.device) -> None:
     if given is not None:
-        _require(not isinstance(given, DTensor), f"{name} must be a plain tensor; pass its to_local()", "a DTensor")
+        check_plain(name, given)
         _require(
             given.device == device and given.shape == shape,
             f"{name} must be {list(shape)}, {what}, on {device}",
@@ -454,54 +454,54 @@ def check_head(hidden: Any, weight_VD: Any, bias_V: Any, shard: VocabShard, of: 
         of: how the arguments' names begin.
     """
     for name, x in (("hidden", hidden), ("weight", weight_VD), ("bias", bias_V)):
-        if not isinstance(x, Tensor | None) or (x is None and name != "bias"):
-            raise TypeError(f"{of}{name} must be a tensor, got {type(x).__name__}.")
-        _require(bool(x is None or x.is_floating_point()), f"{of}{name} must be a floating-point tensor", _dtype(x))
+        if name != "bias" or x is not None:
+            _check_dense(f"{of}{name}", x)
+            _require(x.is_floating_point(), f"{of}{name} must be a floating-point tensor", x.dtype)
     _require(hidden.dtype in _DTYPES, f"{of}hidden must be fp32, fp16, bf16 or fp64", hidden.dtype)
-    _require(not isinstance(hidden, DTensor), f"{of}hidden must be a plain tensor; pass its to_local()", "a DTensor")
     _require(
-        hidden.ndim >= 1 and list(weight_VD.shape) == [shard.num_rows, hidden.shape[-1]],
-        f"{of}weight must be [{shard.num_rows}, D], the shard's rows and {of}hidden's last dimension",
-        f"weight {list(weight_VD.shape)} and hidden {list(hidden.shape)}",
+        hidden.ndim >= 1 and weight_VD.ndim == 2 and weight_VD.shape[1] == hidden.shape[-1],
+        f"{of}hidden must be [..., D] and {of}weight [V, D] with the same D",
+        f"hidden {list(hidden.shape)} and weight {list(weight_VD.shape)}",
     )
+    rows = shard.num_rows
     _require(
-        bool(bias_V is None or list(bias_V.shape) == [shard.num_rows]),
-        f"{of}bias must be [{shard.num_rows}], one entry per local row",
-        bias_V,
+        weight_VD.shape[0] == rows,
+        f"{of}weight must hold the shard's {rows} rows {shard.runs} (pass this rank's rows, or build the VocabShard "
+        "from the split that was used)",
+        f"{weight_VD.shape[0]} rows",
     )
+    fits = bool(bias_V is None or list(bias_V.shape) == [rows])
+    _require(fits, f"{of}bias must be [{rows}], one entry per local row", bias_V)
     devices = {str(x.device) for x in (hidden, weight_VD, bias_V) if x is not None}
     _require(len(devices) == 1, f"{of}hidden, {of}weight and {of}bias must be on one device", sorted(devices))
 
 
-def check_tensors(hidden: Any, weight_VD: Any, labels: Any, bias_V: Any, shard: VocabShard) -> None:
-    """Raises TypeError or ValueError where shapes, dtypes or devices do not fit together or to the shard."""
-    for name, x in (("hidden", hidden), ("weight", weight_VD), ("labels", labels), ("bias", bias_V)):
-        if not isinstance(x, Tensor) and not (name == "bias" and x is None):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
-        _require(x is None or x.layout == torch.strided, f"{name} must be a dense tensor", x is not None and x.layout)
-    for name, x in (("hidden", hidden), ("weight", weight_VD), ("bias", bias_V)):
-        _require(bool(x is None or x.is_floating_point()), f"{name} must be a floating-point tensor", _dtype(x))
-    _require(hidden.dtype in _DTYPES, "hidden must be fp32, fp16, bf16 or fp64", hidden.dtype)
-    is_integral = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    _require(is_integral, "labels must be integers", labels.dtype)
-    _require(
-        hidden.ndim >= 1 and weight_VD.ndim == 2 and weight_VD.shape[1] == hidden.shape[-1],
-        "hidden must be [..., D] and weight [V, D] with the same D",
-        f"hidden {list(hidden.shape)} and weight {list(weight_VD.shape)}",
-    )
+def check_plain(name: str, x: Any) -> None:
+    """Raises ValueError for a DTensor."""
+    _require(not isinstance(x, DTensor), f"{name} must be a plain tensor; pass its to_local()", "a DTensor")
+
+
+def check_integers(name: str, x: Any, *devices: torch.device) -> None:
+    """Raises TypeError or ValueError where that is no tensor of integers on one of the devices."""
+    _check_dense(name, x)
+    is_integral = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+    _require(is_integral, f"{name} must be integers", x.dtype)
+    _require(x.device in devices, f"{name} must be on {' or '.join(map(str, dict.fromkeys(devices)))}", x.device)
+
+
+def check_label_tensor(labels: Any, hidden: Tensor, *devices: torch.device, of: str = "") -> None:
+    """Raises TypeError or ValueError where they are no integers on one of the devices, one for each of the tokens."""
+    check_integers("labels", labels, *devices)
     expected = list(hidden.shape[:-1])
-    _require(list(labels.shape) == expected, f"labels must have hidden's shape less its last axis, {expected}", labels)
     _require(
-        weight_VD.shape[0] == shard.num_rows,
-        f"weight must hold the shard's {shard.num_rows} rows {shard.runs} (pass this rank's rows, or build the "
-        "VocabShard from the split that was used)",
-        f"{weight_VD.shape[0]} rows",
+        list(labels.shape) == expected, f"labels must have {of}hidden's shape less its last axis, {expected}", labels
     )
-    if bias_V is not None:
-        rows = weight_VD.shape[0]
-        _require(list(bias_V.shape) == [rows], f"bias must be [{rows}], one entry per local row", bias_V)
-    devices = {str(x.device) for x in (hidden, weight_VD, labels, bias_V) if x is not None}
-    _require(len(devices) == 1, "hidden, weight, labels and bias must be on one device", sorted(devices))
+
+
+def _check_dense(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
+    _require(x.layout == torch.strided, f"{name} must be a dense tensor", x.layout)
 
 
 def check_adapter(given: Any, hidden: Tensor, weight_VD: Tensor, settings: TokenSettings) -> None:
@@ -678,10 +678,6 @@ def _size(group: ProcessGroup | None) -> str:
 
 def _shown(x: Tensor) -> str:
     return f"shape {list(x.shape)}" if x.ndim else f"a 0-d {x.dtype} tensor"
-
-
-def _dtype(x: Any) -> Any:
-    return getattr(x, "dtype", None)
 
 
 def _eps(gradient: Gradient, vocab_size: int, frequent_rows: int) -> float:

@@ -315,14 +315,14 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a softcap of 0": ({"teacher_softcap": 0.0}, "teacher_softcap must be a positive float or None; got 0.0"),
     "a temperature of 0": ({"temperature": 0.0}, "temperature must be a positive float; got 0.0"),
     "other tokens": ({"teacher_hidden": torch.zeros(5, 12)}, r"teacher_hidden must be \[6, E\] on cpu"),
-    "other rows": ({"teacher_weight": torch.zeros(5, 12)}, r"teacher_weight must be \[301, D\], the shard's rows"),
+    "other rows": ({"teacher_weight": torch.zeros(5, 12)}, "teacher_weight must hold the shard's 301 rows"),
     "another bias": ({"student_bias": torch.zeros(3)}, r"student_bias must be \[301\]"),
     "another vocabulary": (
         {"teacher_shard": VocabShard.whole(300), "teacher_weight": torch.zeros(300, 12)},
         r"teacher_shard must hold the rows of shard but for padding, \[\(0, 301\)\] of 301; got \[\(0, 300\)\] of 300",
     ),
     "labels of others": ({"labels": torch.zeros(5).long()}, "labels must have student_hidden's shape less its last"),
-    "labels that are floats": ({"labels": torch.zeros(6)}, "labels must be integers, got torch.float32"),
+    "labels that are floats": ({"labels": torch.zeros(6)}, "labels must be integers; got torch.float32"),
     "a shift of nothing": ({"shift": 1}, "shift goes with labels; got 1"),
     "no memory": ({"workspace_mb": 0}, "workspace_mb must be an int, 1 or more, or None; got 0"),
 }

@@ -76,9 +76,9 @@ def test_on_ranks_each_gets_those_of_its_own_sequences(
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a softcap": ({"softcap": 3.0}, "softcap must be None: the nuclear norm of capped logits"),
     "lengths of others": ({"lengths": torch.ones(3).long()}, r"hidden must be \[B, L, D\] and lengths \[B\]"),
-    "lengths that are floats": ({"lengths": torch.ones(4)}, "lengths must be integers, got torch.float32"),
+    "lengths that are floats": ({"lengths": torch.ones(4)}, "lengths must be integers; got torch.float32"),
     "no sequences": ({"hidden": torch.zeros(4, 16)}, r"hidden must be \[B, L, D\]"),
-    "other rows": ({"shard": VocabShard.whole(20)}, r"weight must be \[20, D\]"),
+    "other rows": ({"shard": VocabShard.whole(20)}, "weight must hold the shard's 20 rows"),
 }
 
 

@@ -137,7 +137,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a scale that is none": ({"logit_scale": float("nan")}, "logit_scale must be a finite float or None"),
     "a seed too large": ({"seed": 2**63}, "seed must be a 64-bit int, a 0-d int64 tensor or None"),
     "a seed of two": ({"seed": torch.zeros(2, dtype=torch.int64)}, "a tensor as seed must be int64, 0-d, on cpu"),
-    "other rows": ({"shard": VocabShard.whole(20)}, r"weight must be \[20, D\]"),
+    "other rows": ({"shard": VocabShard.whole(20)}, "weight must hold the shard's 20 rows"),
     "another bias": ({"bias": torch.zeros(3)}, r"bias must be \[300\]"),
 }
 
