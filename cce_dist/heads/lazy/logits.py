@@ -417,9 +417,7 @@ def _cross_entropy(
         settings["class_weights"] = source.own_entries(weight, logits._form)
     loss_N: Tensor = source.compute(linear_cross_entropy, logits._form, target, settings)
     count_N: Tensor = target != ignore_index
-    if (
-        weight is not None
-    ):  # of all rows, on every rank; after the loss, which has told all ranks of a label out of range
+    if weight is not None:  # of all rows; read after the loss, which tells every rank of a label out of range
         weights_N = weight.index_select(0, target.masked_fill(~count_N, 0).reshape(-1)).view(target.shape)
         count_N = weights_N.masked_fill(~count_N, 0.0)
         loss_N = loss_N if label_smoothing else loss_N * count_N
