@@ -947,6 +947,26 @@ def test_a_sharded_vocabulary_gives_the_same(ranks: RankPool, world: int, tokens
             _assert_same(outcome, wanted)
 
 
+def _faulty_class_weights(fault: str) -> str:
+    """What the rank is told where rank 0 alone has a label out of range, or weights that rank 1 has not."""
+    rank = dist.get_rank()
+    head, labels, weight = _head(None), _labels(), _vocab_vector().abs()
+    make_lazy(head, _Slices(head, tuple(RUNS[2][rank]), tokens=True), EXACT)
+    if rank == 0 and fault == "label":
+        labels[1, 1] = VOCAB + 3
+    try:
+        _flat(head(_hidden()), labels, weight=weight if rank == 0 or fault == "label" else None, label_smoothing=0.1)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(("fault", "told"), [("label", f"got [{VOCAB + 3}]"), ("weights", "with class_weights")])
+def test_every_rank_is_told_of_a_fault_beside_class_weights(ranks: RankPool, fault: str, told: str) -> None:
+    for text in ranks.run(2, _faulty_class_weights, fault):
+        assert told in text
+
+
 def _sharded_statistics(name: str, tokens: bool) -> tuple[list[Tensor], list[Tensor]]:
     """(sharded, whole); with ``tokens`` rank r has 7, 3, ... tokens of its own, and reads them in other pieces."""
     rank, world = dist.get_rank(), dist.get_world_size()

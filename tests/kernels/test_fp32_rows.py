@@ -16,7 +16,7 @@ from torch import Tensor
 from cce_dist.kernels import torch_backend
 from cce_dist.kernels.problem import TILE, Filter, GlobalTiles, Gradients, Logits, Summary
 from cce_dist.kernels.triton import backend as triton_backend
-from cce_dist.kernels.triton import summarise, tuning
+from cce_dist.kernels.triton import parts, summarise, tuning
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 EPS = 2.0**-4
@@ -52,10 +52,13 @@ def test_sums_and_targets_are_those_of_fp32_products(backend: ModuleType, hidden
 
 
 @pytest.mark.parametrize("entropy", [False, True])
-def test_copies_of_chunks_leave_each_tile_and_bias_in_its_place(monkeypatch: pytest.MonkeyPatch, entropy: bool) -> None:
+def test_copies_of_chunks_leave_each_tile_and_row_in_its_place(monkeypatch: pytest.MonkeyPatch, entropy: bool) -> None:
     monkeypatch.setattr(summarise, "_COPY_BYTES", 1)
-    logits = rows_in_fp32(rows=20, vocab=6 * TILE, hidden_size=45, softcap=9.0)
-    with tuning.forced(tuning.Tuning(block_n=32, block_v=TILE, splits=2, block_d=16)):  # three chunks
+    logits = rows_in_fp32(rows=20, vocab=5 * TILE - 40, hidden_size=45, softcap=9.0, adapter=3)
+    frequent_V = torch.full((5 * TILE - 40,), -1, dtype=torch.int32, device=DEVICE)
+    frequent_V[3 * TILE + 9 : 4 * TILE + 30] = torch.arange(TILE + 21, dtype=torch.int32, device=DEVICE)
+    logits = logits._replace(frequent_V=frequent_V)
+    with tuning.forced(tuning.Tuning(block_n=32, block_v=TILE, splits=2, block_d=16)):  # chunks of 2, 2, 1 tiles
         got = triton_backend.summarise(logits, True, 1 << 20, entropy)
     wanted = torch_backend.summarise(logits, True, 1 << 20, entropy)
     valid = slice(int(logits.n_valid))
@@ -75,6 +78,17 @@ def _tile_lse(summary: Summary) -> Tensor:
         return tiles.lse_TN
     split_T = torch.arange(tiles.lse_TN.shape[0], device=DEVICE) // tiles.tiles_per_split
     return (tiles.lse_TN.float() + tiles.reference_SN[split_T]) * summary.unit
+
+
+def test_the_parts_of_a_row_add_up_to_all_of_its_bits() -> None:
+    whole_VD = 64 * (1 + torch.rand(5, 48, device=DEVICE))
+    weight_VD = whole_VD[:, :45]  # rows that are apart
+    copy_VC = torch.full((5, parts.columns_of_a_copy(45, 16)), torch.nan, dtype=DTYPE, device=DEVICE)
+    parts.in_parts(weight_VD, copy_VC)
+    parts_V3D = copy_VC.view(5, 3, 48).double()
+    assert torch.equal(parts_V3D.sum(1)[:, :45], weight_VD.double())
+    assert not parts_V3D[:, :, 45:].any()
+    assert torch.equal(parts.high_part(copy_VC, 45), weight_VD.to(DTYPE))
 
 
 @every_backend
@@ -98,7 +112,8 @@ def test_gradients_are_no_worse_than_those_of_rows_in_16_bits(backend: ModuleTyp
     def errors(logits: Logits, truth: tuple[Tensor, ...]) -> list[float]:
         tiles = backend.summarise(logits, mode != "exact", 1 << 20).tiles
         of_softmax = normaliser(backend, logits, dense(logits))
-        got = backend.differentiate(logits, tiles, of_softmax, make_upstream(logits), filter_, EVERYTHING)
+        wanted = EVERYTHING._replace(workspace_bytes=1) if mode == "exact" else EVERYTHING  # a chunk for each tile
+        got = backend.differentiate(logits, tiles, of_softmax, make_upstream(logits), filter_, wanted)
         assert got.weight_VD.dtype == torch.float32
         return [relative_error(x, y) for x, y in zip(got[:3], truth, strict=True)]
 
@@ -114,12 +129,14 @@ def test_gradients_are_no_worse_than_those_of_rows_in_16_bits(backend: ModuleTyp
 @every_backend
 def test_rows_apart_are_those_of_all(backend: ModuleType) -> None:
     logits = rows_in_fp32(rows=30, vocab=2 * TILE)
-    row_K = torch.tensor([3, 130, 77, 200], dtype=torch.int32, device=DEVICE)
+    row_K = torch.randperm(2 * TILE, generator=torch.Generator().manual_seed(0))[: TILE + 5].to(DEVICE, torch.int32)
     d, upstream = dense(logits), make_upstream(logits)
     target_N = (logits.target_N[:, None] == row_K).int()
     slot_N = torch.where(target_N.any(1), target_N.argmax(1), -1).to(torch.int32)
     out = Gradients(*(torch.zeros(*shape, device=DEVICE) for shape in ((30, 16), (2 * TILE, 16), (2 * TILE,))))
-    backend.add_rows(logits._replace(target_N=slot_N), row_K, normaliser(backend, logits, d), upstream, out, 1 << 20)
+    backend.add_rows(
+        logits._replace(target_N=slot_N), row_K, normaliser(backend, logits, d), upstream, out, 1
+    )  # two chunks
     p_NV = d.softmax_NV * upstream.softmax_N[:, None] * float(upstream.scale) * logits.logit_scale
     p_NV -= (
         upstream.target_N[:, None]

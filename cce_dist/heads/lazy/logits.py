@@ -413,15 +413,14 @@ def _cross_entropy(
     # Always "none": the ranks of a shard agree on one reduction, and a caller may change between mean and sum.
     given = {"ignore_index": ignore_index, "reduction": "none", "label_smoothing": label_smoothing}
     settings = {**source.binding.config.loss_kwargs(), **given}
+    if weight is not None and label_smoothing:
+        settings["class_weights"] = source.own_entries(weight, logits._form)
+    loss_N: Tensor = source.compute(linear_cross_entropy, logits._form, target, settings)
     count_N: Tensor = target != ignore_index
-    if weight is not None:  # of all rows, on every rank
+    if weight is not None:  # of all rows; read after the loss, which tells every rank of a label out of range
         weights_N = weight.index_select(0, target.masked_fill(~count_N, 0).reshape(-1)).view(target.shape)
         count_N = weights_N.masked_fill(~count_N, 0.0)
-        if label_smoothing:
-            settings["class_weights"] = source.own_entries(weight, logits._form)
-    loss_N: Tensor = source.compute(linear_cross_entropy, logits._form, target, settings)
-    if weight is not None and not label_smoothing:
-        loss_N = loss_N * count_N
+        loss_N = loss_N if label_smoothing else loss_N * count_N
     if reduction == "none":
         return loss_N
     return loss_N.sum() if reduction == "sum" else loss_N.sum() / count_N.sum()
