@@ -483,9 +483,9 @@ _seeds: dict[tuple[int, torch.device], Tensor] = {}
 def _seed_of(seed: int | Tensor | None, nll_N: Tensor) -> Tensor:
     """int64 [1], of this call alone: backward, and a recomputed forward's backward, get it with the saved tensors.
 
-    Without a given one it is the bits of the tokens' losses, which no two calls of a training have in common, summed on
-    the device to the number of `torch.manual_seed`. So the loss takes no number of torch's generator, where dropout
-    would then draw others than without it, and there is no state that a resumed run would have to read.
+    Without a given one it is the bits of the tokens' losses, summed on the device to the number of `torch.manual_seed`:
+    other ones with other tokens or weights, the same for the same. So the loss takes no number of torch's generator,
+    where dropout would then draw others than without it, and a resumed run draws on without a state of its own.
     """
     device = nll_N.device
     if seed is None:

@@ -506,7 +506,10 @@ def _summarise_in_parts(logits: Logits, want_tiles: bool, want_entropy: bool) ->
     hidden_ND, vocab = compacted(logits), logits.weight_VD.shape[0]
     tuning = tuning_for(hidden_ND, hidden_ND)
     columns = columns_of_a_copy(hidden_ND.shape[1], tuning.block_d)
-    blocks_per_split, rows = chunks_for(logits, tuning, columns * hidden_ND.element_size(), _COPY_BYTES)
+    row_bytes = columns * hidden_ND.element_size()
+    blocks = _COPY_BYTES // (tuning.block_v * row_bytes)  # wide rows leave room for fewer splits
+    tuning = tuning._replace(splits=max(min(tuning.splits, blocks), 1))
+    blocks_per_split, rows = chunks_for(logits, tuning, row_bytes, _COPY_BYTES)
     splits = triton.cdiv(vocab, tuning.block_v * blocks_per_split)
     partials, lse_TN = empty_partials(logits, splits, want_tiles, want_entropy)
     copy_vC = hidden_ND.new_empty((min(rows, vocab), columns))
