@@ -14,6 +14,7 @@ Shapes: n tokens of this rank, N of the token group, D hidden of the student, E 
 a chunk, w of the chunks that are multiplied together.
 """
 
+import functools
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -25,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from cce_dist.kernels import two_heads as torch_chunks
 from cce_dist.kernels.problem import TILE, largest_scale
-from cce_dist.kernels.products import add_product, columns_at_once, product, rounds
+from cce_dist.kernels.products import ADDITION, add_product, columns_at_once, product, rounds
 from cce_dist.kernels.two_heads import Kind, Side
 from cce_dist.loss.tokens import gather_values, in_reduce_dtype, own, start_sum
 from cce_dist.shard import VocabShard
@@ -33,9 +34,6 @@ from cce_dist.shard import VocabShard
 _HEADROOM = {torch.float16: 2.0**8}
 """The gradient's factor is multiplied with it before it is rounded: fp16 has no range for small ones, and those of
 "reverse" may be some hundred times as large as a probability."""
-
-_AN_ADDITION = 1024
-"""To a sum in fp32: as long as a product of this depth takes (8 bytes and 2 FLOPs a number, on an H100)."""
 
 
 class Job(NamedTuple):
@@ -75,18 +73,12 @@ class _Heads(NamedTuple):
         return torch.promote_types(torch.promote_types(self.hidden_ND.dtype, self.teacher_NE.dtype), torch.float32)
 
     def sizes(self, job: Job) -> tuple[int, int]:
-        """(Rows of a chunk, and of the chunks whose gradients are multiplied together: half of the workspace each.)
-
-        Both so that products fill the GPU in whole rounds. For each of the latter dE is read and written in fp32.
-        """
-        tokens, hidden_size, device = *self.hidden_ND.shape, self.hidden_ND.device
-        depth, number, half = hidden_size + self.teacher_NE.shape[1], job.shard.num_real_rows, job.workspace_bytes // 2
+        """See `_sizes`: half of the workspace each."""
+        tokens, half = self.hidden_ND.shape[0], job.workspace_bytes // 2
         most = half // max(tokens * self.dtype.itemsize * job.kernels.ALIVE, 1)
-        size = columns_at_once(number, most, TILE, lambda v: rounds(tokens, v, device) * depth)
-        most = half // max(tokens * self.hidden_ND.element_size(), 1)
-        adds = rounds(tokens, hidden_size, device) * _AN_ADDITION
-        together = columns_at_once(number, most, size, lambda v: rounds(v, hidden_size, device) * tokens + adds)
-        return size, together
+        most_together = half // max(tokens * self.hidden_ND.element_size(), 1)
+        widths, device = (self.hidden_ND.shape[1], self.teacher_NE.shape[1]), self.hidden_ND.device
+        return _sizes(job.shard.num_real_rows, most, most_together, tokens, widths, device)
 
     def chunks(self, job: Job, rows: slice = slice(None)) -> Iterator[tuple[slice, Side, Side]]:
         """(v, the student's side, the teacher's) of some of the real rows at a time, by default of all: the same bits
@@ -106,6 +98,19 @@ class _Heads(NamedTuple):
     ) -> Side:
         products_Nv = product(hidden, weight[v].to(hidden.dtype).T).to(self.dtype)
         return Side(products_Nv, None if bias_V is None else bias_V[v].contiguous(), *form)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sizes(
+    rows: int, most: int, most_together: int, tokens: int, widths: tuple[int, int], device: torch.device
+) -> tuple[int, int]:
+    """(Rows of a chunk, and of the chunks whose gradients are multiplied together.)
+
+    Both so that products fill the GPU in whole rounds. For each of the latter dE is read and written in fp32.
+    """
+    size = columns_at_once(rows, most, TILE, lambda v: rounds(tokens, v, device) * sum(widths))
+    adds = rounds(tokens, widths[0], device) * ADDITION
+    return size, columns_at_once(rows, most_together, size, lambda v: rounds(v, widths[0], device) * tokens + adds)
 
 
 class Divergence(torch.autograd.Function):

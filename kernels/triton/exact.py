@@ -15,12 +15,14 @@ time.
 Shapes: N tokens, D hidden, V local rows, K kept columns, v the rows of a chunk.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from ..problem import KEPT_SUMS_BYTES, Exponentials, Gradients, Logits, Normaliser, Upstream
-from ..products import add_product, product, write_product
+from ..products import ADDITION, add_product, columns_at_once, product, rounds, write_product
 from .blocks import (
     LN_2,
     add_adapter,
@@ -488,16 +490,16 @@ def _chunk_size(logits: Logits, columns: int, workspace_bytes: int) -> int:
     hidden_ND = logits.hidden_ND
     row_bytes = (logits.num_tokens + _columns_of_a_copy(logits)) * hidden_ND.element_size()
     row_bytes = max(row_bytes, 4 * hidden_ND.shape[1])
-    most = max(workspace_bytes // row_bytes // logits.tile, 1)
-    # The product that makes dC has few blocks of 128 x 256 where D is short: fewer than fill the multiprocessors a
-    # second time take as long as two rounds.
-    blocks, programs = triton.cdiv(hidden_ND.shape[1], 256), num_programs(hidden_ND)
-    rounds = most * blocks // programs
-    if hidden_ND.is_cuda and rounds >= 1 and most * blocks < 0.85 * (rounds + 1) * programs:
-        most = max(rounds * programs // blocks, 1)
-    # Chunks of equal size: the last product would otherwise be a thin one.
-    tiles = triton.cdiv(columns, logits.tile)
-    return triton.cdiv(tiles, triton.cdiv(tiles, most)) * logits.tile
+    return _columns_at_once(columns, workspace_bytes // row_bytes, logits.tile, *hidden_ND.shape, hidden_ND.device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _columns_at_once(columns: int, most: int, step: int, tokens: int, hidden_size: int, device: torch.device) -> int:
+    def time(v: int) -> int:  # of P, dE and dC, but for what all columns take alike
+        in_depth = rounds(tokens, v, device) * hidden_size + rounds(v, hidden_size, device) * tokens
+        return in_depth + rounds(tokens, hidden_size, device) * ADDITION
+
+    return columns_at_once(columns, most, step, time)
 
 
 def differentiate_exactly(
