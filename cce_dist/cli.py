@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cce_dist import __version__
+from cce_dist.missing import named
 
 _USAGE = """usage: cce-dist [--version] COMMAND ...
 
@@ -17,7 +18,7 @@ commands:
   report RUN [...]                      draw loss, speed and memory of output folders: report.png and report.html
 """
 
-_OPTIONAL = {"accelerate", "matplotlib", "numpy", "rich", "tokenizers", "transformers", "yaml"}
+_OPTIONAL = {"accelerate", "matplotlib", "tokenizers", "transformers", "yaml"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,12 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {"train": train, "compare": compare, "doctor": doctor, "plan": plan, "report": report}
     if arguments and arguments[0] in commands:
         try:
-            return commands[arguments[0]](arguments[1:])
+            with named(f"cce-dist {arguments[0]}", *_OPTIONAL, extra="train"):
+                return commands[arguments[0]](arguments[1:])
         except ModuleNotFoundError as error:
             if error.name not in _OPTIONAL:
                 raise
-            needs = f"cce-dist {arguments[0]} needs the package {error.name}: pip install 'cce_dist[train]'"
-            print(needs, file=sys.stderr)
+            print(error, file=sys.stderr)
             return 2
     if list(arguments) == ["--version"]:
         print(__version__)

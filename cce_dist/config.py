@@ -58,6 +58,25 @@ class CCEConfig(LossSettings):
             raise ValueError(f"{where} is not valid:\n{faults}\nKnown keys: {known}.") from None
 
 
+def choose_config(config: CCEConfig | None, settings: Mapping[str, Any], where: str) -> CCEConfig:
+    """Settings given as a config or by keyword.
+
+    Raises:
+        TypeError: a config of another type.
+        ValueError: both, or a bad setting.
+    """
+    if not isinstance(config, CCEConfig | None):
+        raise TypeError(
+            f"config of {where} must be a CCEConfig or None, got {type(config).__name__}: {config!r}. Settings also go "
+            f'by keyword, as in {where}(..., gradient="exact").'
+        )
+    if config is not None and settings:
+        raise ValueError(
+            f"{where} takes config or settings by keyword, not both; got config and {', '.join(settings)}."
+        )
+    return config or CCEConfig.from_mapping(settings, where=f"{where}(...)")
+
+
 def _describe(key: str, fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         return f"{key}: unknown key (value {fault['input']!r}); remove it or correct its name."

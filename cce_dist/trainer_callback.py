@@ -7,14 +7,17 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cce_dist.config import CCEConfig
+from cce_dist.config import CCEConfig, choose_config
 from cce_dist.heads.announce import unannounced
 from cce_dist.heads.find import output_layer
 from cce_dist.heads.lazy import fuse_evaluation_where, is_lazy, report, shard_of
 from cce_dist.heads.liger import refuse_liger_arguments, refuse_liger_forward
-from cce_dist.transformers import choose_config, patch
+from cce_dist.missing import named
+from cce_dist.transformers import patch
+
+with named("cce_dist.trainer_callback", "transformers", "accelerate", extra="train"):
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class CCECallback(TrainerCallback):

@@ -5,7 +5,7 @@ loss code runs on it as it is. A model may be given another output layer afterwa
 wraps the layer, another adapter's copy becomes active): the next forward in training notices.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 from weakref import ref
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cce_dist.config import CCEConfig
+from cce_dist.config import CCEConfig, choose_config
 from cce_dist.fsdp import adopt
 from cce_dist.heads import find, hooks, lazy
 from cce_dist.heads.announce import announce_active
@@ -120,19 +120,6 @@ def fused_evaluation(model: nn.Module) -> Iterator[None]:
     head = find.running_layer(model)
     with lazy.fused_evaluation(output_layer(model) if head is None or not is_lazy(head) else head):
         yield
-
-
-def choose_config(config: CCEConfig | None, settings: Mapping[str, Any], where: str) -> CCEConfig:
-    """Settings given as a config or by keyword.
-
-    Raises:
-        ValueError: both, or a bad setting.
-    """
-    if config is not None and settings:
-        raise ValueError(
-            f"{where} takes config or settings by keyword, not both; got config and {', '.join(settings)}."
-        )
-    return config or CCEConfig.from_mapping(settings, where=f"{where}(...)")
 
 
 class _Hook:

@@ -94,13 +94,10 @@ for extras in "$@"; do
         cce-dist compare plain cce
         cce-dist report cce
         rm -r plain cce
-    elif has rich; then # some other package has brought it
+    else
         cce-dist doctor
         "${plan[@]}" >/dev/null
-    else
-        asks_for_train cce-dist doctor
-        asks_for_train "${plan[@]}"
-        asks_for_train cce-dist train --config configs/train/tiny-cpu.yaml
+        has transformers || asks_for_train cce-dist train --config configs/train/tiny-cpu.yaml
     fi
     if [[ ,$extras, == *,test,* ]]; then
         echo "$consumer" >consumer.py

@@ -319,6 +319,12 @@ def test_what_was_never_tested_is_refused_by_name(changes: dict[str, Any], refus
         cce_deepspeed.initialize(model=make_model(Case()), config=config)
 
 
+@pytest.mark.parametrize("name", ["cce-dist", "CCE_dist", "cce"])
+def test_a_section_that_is_misspelt_is_not_ignored(name: str) -> None:
+    with pytest.raises(ValueError, match=f'has the section "{name}", which nothing reads: its name is "cce_dist"'):
+        cce_deepspeed.initialize(model=nn.Linear(2, 2), config={"train_batch_size": 1, name: {}})
+
+
 def test_a_model_without_a_classifier_is_refused() -> None:
     with pytest.raises(ValueError, match="get_output_embeddings"):
         cce_deepspeed.initialize(model=nn.Linear(2, 2), config=make_config(Case()))

@@ -18,7 +18,7 @@ PACKAGE = TESTS.parent / "cce_dist"
 
 LAYERS = (
     ("kernels",),
-    ("device_check",),
+    ("device_check", "missing"),
     ("collectives", "shard"),
     ("loss",),
     ("distillation",),

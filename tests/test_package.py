@@ -91,6 +91,23 @@ def test_the_import_brings_in_no_optional_framework(installed: dict[str, Any]) -
     assert optional & set(installed["brought"]) == set()
 
 
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [("deepspeed", "deepspeed", "deepspeed"), ("trainer_callback", "transformers", "train")],
+)
+def test_an_import_without_its_package_says_what_to_install(module: str, package: str, extra: str) -> None:
+    code = f"""
+import sys
+sys.modules["{package}"] = None  # as if it were not installed
+try:
+    import cce_dist.{module}
+except ModuleNotFoundError as error:
+    print(error.name, error)
+"""
+    said = f"{package} cce_dist.{module} needs the package {package}: pip install 'cce_dist[{extra}]'"
+    assert _python(code) == said
+
+
 TYPED = """from typing import Any
 
 from cce_dist import CCEConfig, VocabShard, linear_cross_entropy

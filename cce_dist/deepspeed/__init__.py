@@ -11,6 +11,9 @@ section, so that accelerate, the Hugging Face Trainer and existing scripts need 
 `sharded`, for a classifier that `experts` or `tensor_parallel` cuts. What is private to DeepSpeed `guard` checks.
 """
 
-from cce_dist.deepspeed.engine import initialize, install, installed, uninstall
+from cce_dist.missing import named
+
+with named("cce_dist.deepspeed", "deepspeed", extra="deepspeed"):
+    from cce_dist.deepspeed.engine import initialize, install, installed, uninstall
 
 __all__ = ["initialize", "install", "installed", "uninstall"]

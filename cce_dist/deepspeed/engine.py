@@ -64,6 +64,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     arguments = inspect.signature(_stock_initialize).bind_partial(*args, **kwargs).arguments
     config, source = _config(arguments)
     if SECTION not in config:
+        _refuse_misspelt(config, source)
         return _stock_initialize(*args, **kwargs)
     settings = CCEConfig.from_mapping(config[SECTION], where=f'the section "{SECTION}" of {source}')
     if not settings.enabled:
@@ -125,6 +126,13 @@ def _stock_initialize_that_warns(*args: Any, **kwargs: Any) -> Any:
 
 if deepspeed.initialize is _stock_initialize:
     deepspeed.initialize = _stock_initialize_that_warns
+
+
+def _refuse_misspelt(config: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError for a section that is meant: DeepSpeed ignores what it does not know."""
+    for key in config:
+        if str(key).lower().replace("-", "").replace("_", "") in ("ccedist", "cce"):
+            raise ValueError(f'{source} has the section "{key}", which nothing reads: its name is "{SECTION}".')
 
 
 def _config(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:

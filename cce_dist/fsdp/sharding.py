@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from cce_dist.config import CCEConfig
+from cce_dist.config import CCEConfig, choose_config
 from cce_dist.fsdp.in_full import in_full_in_forward
 from cce_dist.fsdp.owner import FSDPOwner
 from cce_dist.fsdp.private import check_torch, fsdp_mesh, holding_group, is_of_tensor_parallelism, release, reshard
@@ -33,6 +33,7 @@ def shard_head(
     sequence_parallel: bool = False,
     head: nn.Module | None = None,
     config: CCEConfig | None = None,
+    **settings: Any,
 ) -> None:
     """Makes the model's classifier a vocabulary shard, in place, beside the user's own `fully_shard` calls.
 
@@ -55,15 +56,20 @@ def shard_head(
             layer in PEFT's ``modules_to_save``, the active adapter's copy.
         config: settings of the loss; with ``enabled=False`` nothing is done. ``vocab_parallel_size`` counts the ranks
             that share one copy of the rows: a multiple of tp's size, and a divisor of shards x tp.
+        settings: the same by keyword, as in ``shard_head(model, mesh, gradient="exact")``.
 
     Raises:
-        TypeError: no head was found, or it is no plain nn.Linear.
-        ValueError: a mesh, a sharding or a use of the weight that is not supported.
+        TypeError: no head was found, or it is no plain nn.Linear; a mesh or a config of another type.
+        ValueError: a bad setting, both config and settings, or a mesh, a sharding or a use of the weight that is not
+            supported.
         RuntimeError: a torch whose FSDP2 this version does not know, or ranks with unequal settings.
     """
-    config = CCEConfig() if config is None else config
+    config = choose_config(config, settings, where="shard_head")
     if not config.enabled:
         return
+    for name, given in {"mesh": mesh, "tp": tp}.items():
+        if not isinstance(given, DeviceMesh | None) or (given is None and name == "mesh"):
+            raise TypeError(f"{name} of shard_head must be a DeviceMesh, got {type(given).__name__}: {given!r}.")
     head = _find_head(model, head)
     if mesh.ndim not in (1, 2):
         raise ValueError(f"mesh must be 1-D, or 2-D (replicas, shards) for HSDP, got {mesh.ndim} dimensions.")
@@ -98,6 +104,7 @@ def adopt(
     sequence_parallel: bool = False,
     head: nn.Module | None = None,
     config: CCEConfig | None = None,
+    **settings: Any,
 ) -> None:
     """`shard_head` for a model that a framework has sharded with FSDP2: accelerate, the HF Trainer, torchtitan.
 
@@ -105,12 +112,12 @@ def adopt(
     built before works on. Best called before the first forward; never between a forward and its backward.
 
     Args:
-        model, sequence_parallel, head, config: as in `shard_head`. The meshes are found on the head.
+        model, sequence_parallel, head, config, settings: as in `shard_head`. The meshes are found on the head.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `shard_head`.
     """
-    config = CCEConfig() if config is None else config
+    config = choose_config(config, settings, where="adopt")
     if not config.enabled:
         return
     head = _find_head(model, head)
@@ -226,9 +233,11 @@ def _check_sizes(mesh: DeviceMesh, tp: DeviceMesh | None, sequence_parallel: boo
     shards, parts = mesh.size(mesh.ndim - 1), 1 if tp is None else tp.size()
     size = config.vocab_parallel_size
     if size is not None and (size % parts or (shards * parts) % size):
+        allowed = [n for n in range(parts, shards * parts + 1, parts) if (shards * parts) % n == 0]
         raise ValueError(
-            f"vocab_parallel_size must be a multiple of the {parts} tensor-parallel ranks and divide the {shards} x "
-            f"{parts} ranks that the classifier's rows are sharded over, got {size}."
+            f"vocab_parallel_size must be {' or '.join(map(str, allowed))}, got {size}: a divisor of the {shards} x "
+            f"{parts} ranks that the classifier's rows are sharded over, and a multiple of the {parts} tensor-parallel "
+            "ones."
         )
 
 
