@@ -140,13 +140,15 @@ LOSSES = {
 
 
 def train_summary(result: dict[str, Any]) -> str:
-    """The same in README's words, with the number of sequences that all methods have."""
-    lines = ["| | tokens/s | peak memory | loss |", "|---|---|---|---|"]
-    common = set.intersection(*(set(method["sequences"]) for method in result["methods"].values()))
+    """The same in README's words, beside the engine's stock head, with the number of sequences that all methods have."""
+    lines = ["| | tokens/s, all GPUs | memory of a GPU | loss |", "|---|---|---|---|"]
+    number = min(set.intersection(*(set(method["sequences"]) for method in result["methods"].values())), key=int)
     for name, method in result["methods"].items():
         engine, loss = name.split("-")
-        row = method["sequences"][min(common, key=int)]
-        cells = [f"{row['tokens_per_s']:,.0f}", f"{row['peak_gb']:.1f} GB", f"{row['last_loss']:.2f}"]
+        row, stock = (x["sequences"][number] for x in (method, result["methods"][f"{engine}-stock"]))
+        keys = "tokens_per_s", "peak_gb"
+        speed, memory = ("" if row is stock else f" ({row[key] / stock[key]:.2f}x)" for key in keys)
+        cells = [f"{row['tokens_per_s']:,.0f}{speed}", f"{row['peak_gb']:.1f} GB{memory}", f"{row['last_loss']:.2f}"]
         lines.append(f"| {ENGINES[engine]}, {LOSSES[loss]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

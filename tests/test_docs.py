@@ -71,7 +71,6 @@ def _plain() -> None:
 def _fsdp2() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     loss = _run_example("fsdp2", model=_llama(), ids=_ids(), mesh=mesh)["loss"]
-    loss.backward()
     torch.testing.assert_close(loss.detach(), _llama()(input_ids=_ids(), labels=_ids()).loss.detach())
 
 
@@ -348,10 +347,8 @@ def test_the_settings_table_has_every_key_with_its_default() -> None:
 
 
 def test_the_json_sections_are_valid() -> None:
-    blocks = re.findall(r"```json\n(.*?)```", README, re.S)
-    assert blocks
-    for block in blocks:
-        CCEConfig.from_mapping(json.loads(block)["cce_dist"], "README")
+    (section,) = re.findall(r'`("cce_dist": {.*?})`', README)
+    CCEConfig.from_mapping(json.loads("{" + section + "}")["cce_dist"], "README")
 
 
 def test_the_output_of_the_planner_is_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
