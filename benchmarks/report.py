@@ -140,7 +140,7 @@ LOSSES = {
 
 
 def train_summary(result: dict[str, Any]) -> str:
-    """The same in README's words, beside the engine's stock head, with the number of sequences that all methods have."""
+    """The same in README's words, beside the engine's stock head, at the number of sequences that all methods have."""
     lines = ["| | tokens/s, all GPUs | memory of a GPU | loss |", "|---|---|---|---|"]
     number = min(set.intersection(*(set(method["sequences"]) for method in result["methods"].values())), key=int)
     for name, method in result["methods"].items():
