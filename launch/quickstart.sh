@@ -43,7 +43,8 @@ train() {
 explain() {
     local own
     own=$(sed '/ failed (exitcode: /,$d' "$1")
-    grep -E '^(cce-dist train: |[A-Za-z_.]+(Error|Exception|Interrupt)(: |$))' <<<"$own" | awk '!seen[$0]++' || true
+    sed -E 's/^\[rank[0-9]+\]: //' <<<"$own" | grep -E '^(cce-dist train: |[A-Za-z_.]+(Error|Exception): )' |
+        awk '!seen[$0]++' || true
     echo "== the end of $1, without torchrun's own lines:"
     tail -n 40 <<<"$own"
 }

@@ -133,7 +133,7 @@ exec python -m cce_dist.cli "$@"
 FAILS = """#!/bin/bash
 # Instead of torchrun: two ranks with one error, and torchrun's own lines about it.
 for rank in 0 1; do
-    printf '%s\\n' 'Traceback (most recent call last):' "  frame of $rank" 'ValueError: the reason' >&2
+    printf "[rank$rank]: %s\\n" 'Traceback (most recent call last):' "  frame of $rank" 'ValueError: the reason' >&2
 done
 echo 'E1127 torch/distributed/elastic/multiprocessing/api.py:984] failed (exitcode: 1) local_rank: 0 (pid: 7)' >&2
 for line in {1..50}; do echo "  torchrun $line" >&2; done
@@ -175,7 +175,7 @@ def test_quickstart_shows_the_ranks_errors_first_and_nothing_of_torchruns_own(tm
     first, second, *rest = done.stderr.splitlines()
     assert first == "ValueError: the reason"
     assert second.startswith(f"== the end of {tmp_path}/out/deepspeed-plain.log")
-    assert rest[:2] == ["Traceback (most recent call last):", "  frame of 0"]
+    assert rest[:2] == ["[rank0]: Traceback (most recent call last):", "[rank0]:   frame of 0"]
     assert "torchrun 1" not in done.stderr
 
 
