@@ -44,18 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(arguments: Sequence[str]) -> int:
-    """``train``: 0 when all steps are done, 130 when Ctrl-C stopped it, 2 when the settings are wrong."""
+    """``train``: 0 when all steps are done, 130 when Ctrl-C stopped it, 2 when the settings are wrong. With --check 0
+    when they are right."""
     parser = argparse.ArgumentParser("cce-dist train", description="Train a causal language model.")
     parser.add_argument("--config", required=True, type=Path, help="YAML; the keys are in cce_dist/train/settings.py")
+    parser.add_argument("--check", action="store_true", help="only tell whether the settings are valid")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     parsed = parser.parse_intermixed_args(arguments)
 
-    from cce_dist.train.loop import run
+    from cce_dist.train.loop import check, run
     from cce_dist.train.settings import load
 
     try:
         settings = load(parsed.config, parsed.overrides)
-    except ValueError as error:
+        if parsed.check:
+            check(settings)
+            return 0
+    except (OSError, ValueError) as error:
         print(f"cce-dist train: {error}", file=sys.stderr)
         return 2
     try:

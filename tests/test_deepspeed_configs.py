@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import cce_dist.deepspeed as cce_deepspeed
 from cce_dist.cli import main
-from cce_dist.train import settings
+from cce_dist.train import engines, settings
 from cce_dist.train.engines import DeepSpeedEngine
 from cce_dist.train.metrics import read
 
@@ -197,6 +197,10 @@ def test_a_precision_that_the_trainer_would_not_keep_is_refused(tmp_path: Path) 
         words = ["engine=deepspeed", f"deepspeed={FOLDER / name}.json", f"output={tmp_path}"]
         with pytest.raises(ValueError, match=f"{name}.json has the model compute in {precision}, .* dtype is fp32"):
             DeepSpeedEngine(nn.Linear(1, 1), settings.load(ROOT / "configs/train/tiny-cpu.yaml", words))
+    for dtype in ("fp32", "bf16"):  # neither of them is the remedy
+        with pytest.raises(ValueError, match=r"fp16\. Name another file, or take fp16 out of the file\.$") as caught:
+            engines.check(settings.load(ROOT / "configs/train/tiny-cpu.yaml", [*words, f"dtype={dtype}"]))
+        assert "set dtype" not in str(caught.value)
 
 
 def test_configs_tested_elsewhere_are_in_the_tests_named() -> None:

@@ -143,6 +143,57 @@ STAND_IN = """#!/bin/bash
 # Instead of a program of this name: leaves its arguments in a file.
 printf '%s\\n' "$@" >"$OUTPUT/${0##*/}$(find "$OUTPUT" | wc -l)"
 """
+CHECKS = """#!/bin/bash
+exec python -m cce_dist.cli "$@"
+"""
+
+FAILS = """#!/bin/bash
+# Instead of torchrun: two ranks with one error, and torchrun's own lines about it.
+for rank in 0 1; do
+    printf "[rank$rank]: %s\\n" 'Traceback (most recent call last):' "  frame of $rank" 'ValueError: the reason' >&2
+done
+echo 'E1127 torch/distributed/elastic/multiprocessing/api.py:984] failed (exitcode: 1) local_rank: 0 (pid: 7)' >&2
+for line in {1..50}; do echo "  torchrun $line" >&2; done
+exit 1
+"""
+
+
+def _quickstart(tmp_path: Path, programs: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """Its end with these programs in place of those that it installs; the output folder is ``tmp_path``/out."""
+    folder, project = tmp_path / "venv/bin", (ROOT / "pyproject.toml").read_text()
+    folder.mkdir(parents=True)
+    checksum = subprocess.run(["cksum"], input=project, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "venv/.cce_dist_installed").write_text(f"{ROOT} deepspeed,train {checksum}")  # up to date
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    command = ["bash", ROOT / "launch/quickstart.sh", *words]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "VENV": str(tmp_path / "venv"), "OUTPUT": str(tmp_path / "out"), "PATH": path}
+    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_quickstart_says_what_is_wrong_with_its_settings_and_keeps_earlier_runs(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    earlier = tmp_path / "out/deepspeed-plain/metrics.jsonl"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
+    done = _quickstart(tmp_path, {"torchrun": FAILS, "cce-dist": CHECKS}, "stps=3")
+    assert done.returncode == 2
+    assert done.stderr.startswith("cce-dist train: the command line is not valid")
+    assert "stps: unknown key" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+    assert earlier.exists()
+
+
+def test_quickstart_shows_the_ranks_errors_first_and_nothing_of_torchruns_own(tmp_path: Path) -> None:
+    done = _quickstart(tmp_path, {"torchrun": FAILS, "cce-dist": STAND_IN})
+    assert done.returncode == 1
+    first, second, *rest = done.stderr.splitlines()
+    assert first == "ValueError: the reason"
+    assert second.startswith(f"== the end of {tmp_path}/out/deepspeed-plain.log")
+    assert rest[:2] == ["[rank0]: Traceback (most recent call last):", "[rank0]:   frame of 0"]
+    assert "torchrun 1" not in done.stderr
 
 
 def test_quickstart_makes_five_runs_of_valid_settings_and_compares_them(tmp_path: Path) -> None:
@@ -150,17 +201,8 @@ def test_quickstart_makes_five_runs_of_valid_settings_and_compares_them(tmp_path
     pytest.importorskip("yaml")
     from cce_dist.train import settings
 
-    programs, output = tmp_path / "venv/bin", tmp_path / "out"
-    programs.mkdir(parents=True)
-    project = (ROOT / "pyproject.toml").read_text()
-    checksum = subprocess.run(["cksum"], input=project, capture_output=True, text=True, check=True).stdout
-    (tmp_path / "venv/.cce_dist_installed").write_text(f"{ROOT} deepspeed,train {checksum}")  # up to date
-    for name in ("torchrun", "cce-dist"):
-        (programs / name).write_text(STAND_IN)
-        (programs / name).chmod(0o755)
-    quickstart = ["bash", ROOT / "launch/quickstart.sh", "steps=3"]
-    environment = {**os.environ, "VENV": str(tmp_path / "venv"), "OUTPUT": str(output)}
-    done = subprocess.run(quickstart, cwd="/", env=environment, capture_output=True, text=True, timeout=60)
+    output = tmp_path / "out"
+    done = _quickstart(tmp_path, {"torchrun": STAND_IN, "cce-dist": STAND_IN}, "steps=3")
     assert done.returncode == 0, done.stderr
     asked = [file.read_text().splitlines() for file in output.glob("torchrun*")]
     words = [[word for word in run[run.index("--config") + 2 :] if "=" in word] for run in asked]
@@ -173,8 +215,12 @@ def test_quickstart_makes_five_runs_of_valid_settings_and_compares_them(tmp_path
         ("fsdp2-exact", "fsdp2", "cce", True),
         ("fsdp2-default", "fsdp2", "cce", False),
     }
-    (compared,) = output.glob("cce-dist*")
-    assert sorted(compared.read_text().splitlines()) == sorted(["compare", *(str(run.output) for run in runs)])
+    given = [file.read_text().splitlines() for file in output.glob("cce-dist*")]
+    checks = [words for words in given if words[:2] == ["train", "--check"]]
+    assert len(checks) == 2
+    assert all("steps=3" in words for words in checks)
+    (compared,) = [words for words in given if words not in checks]
+    assert sorted(compared) == sorted(["compare", *(str(run.output) for run in runs)])
 
 
 def test_the_version_is_that_of_the_project_file() -> None:

@@ -1,6 +1,7 @@
 """Compares finished runs by what they left in their output folders: run.json and metrics.jsonl."""
 
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ class _Run(NamedTuple):
 
 
 def compare_runs(folders: Sequence[Path], tolerance: float) -> bool:
-    """Prints a table of runs, each beside the plain run of its engine.
+    """Prints a table of runs, each beside the plain run of its engine. Runs of one engine and head are told apart by
+    their folders.
 
     Args:
         folders: outputs of the trainer, among them one run with a plain head for each engine.
@@ -42,15 +44,17 @@ def compare_runs(folders: Sequence[Path], tolerance: float) -> bool:
     table.add_column("run", no_wrap=True)
     for column in ("final\nloss", "held-out\nloss", "largest\ndiff.", "head\nMB", "tokens/s", ""):
         table.add_column(column, justify="right", no_wrap=True)
+    names = [f"{run.engine} {run.head if run.head == 'plain' else f'cce {run.head}'}" for run in runs]
+    above = os.path.commonpath([run.folder.resolve() for run in runs])
     agreed = True
-    for run in runs:
+    for run, name in zip(runs, names, strict=True):
         plain = _plain(run, runs)
         difference = max(abs(a - b) for a, b in zip(run.losses, plain.losses, strict=True))
         close = abs(run.losses[-1] - plain.losses[-1]) <= tolerance * abs(plain.losses[-1])
         checked = run.head == "exact"
         agreed &= close or not checked
         table.add_row(
-            f"{run.engine} {'plain' if run is plain else f'cce {run.head}'}",
+            name if names.count(name) == 1 else f"{name}\n  {os.path.relpath(run.folder.resolve(), above)}",
             f"{run.losses[-1]:.4f}",
             f"{run.eval_loss:.4f}",
             "" if run is plain else f"{difference:.1e}",

@@ -308,11 +308,12 @@ def _deepspeed_config(settings: Settings) -> dict[str, Any]:
     config = _read_json(settings.deepspeed)
     if shared := [name for name in ("tensor_parallel", "sequence_parallel_size") if name in config]:
         raise ValueError(f"{settings.deepspeed} has {shared[0]}, but the trainer gives each rank a batch of its own.")
-    precision = _precision(config)
+    precision, section = _precision(config)
     if precision not in ("fp32", settings.dtype):
+        remedy = "set dtype: bf16" if precision == "bf16" else "the trainer does not do fp16. Name another file"
         raise ValueError(
-            f"{settings.deepspeed} has the model compute in {precision}, the trainer's dtype is {settings.dtype}: set "
-            "dtype: bf16, or take the precision out of the file. The trainer does not do fp16."
+            f"{settings.deepspeed} has the model compute in {precision}, the trainer's dtype is {settings.dtype}: "
+            f"{remedy}, or take {section} out of the file."
         )
     for replaced in ("optimizer", "scheduler", "train_batch_size"):
         config.pop(replaced, None)
@@ -326,15 +327,26 @@ def _deepspeed_config(settings: Settings) -> dict[str, Any]:
     return config
 
 
-def _precision(config: dict[str, Any]) -> str:
-    """What DeepSpeed's JSON has the model compute in."""
+def _precision(config: dict[str, Any]) -> tuple[str, str]:
+    """What DeepSpeed's JSON has the model compute in, and the section that says so."""
     for section in ("bf16", "fp16"):
         if config.get(section, {}).get("enabled"):
-            return section
+            return section, section
     autocast = config.get("torch_autocast", {})
     if autocast.get("enabled"):
-        return "bf16" if "bf" in str(autocast.get("dtype")) else "fp16"
-    return "fp32"
+        return ("bf16" if "bf" in str(autocast.get("dtype")) else "fp16"), "torch_autocast"
+    return "fp32", ""
+
+
+def check(settings: Settings) -> None:
+    """What is wrong in DeepSpeed's JSON can be told before anything is built from it.
+
+    Raises:
+        ValueError: naming the file and the section.
+    """
+    head_settings(settings)
+    if settings.engine == "deepspeed":
+        _deepspeed_config(settings)
 
 
 def head_settings(settings: Settings) -> CCEConfig:

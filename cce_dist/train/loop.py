@@ -60,6 +60,16 @@ class _Run(NamedTuple):
         return self.place.rank // self.settings.mesh.tensor_parallel
 
 
+def check(settings: Settings) -> None:
+    """What can be told without other ranks, and before text and model are there.
+
+    Raises:
+        ValueError: a model.config or a DeepSpeed JSON that is not valid.
+    """
+    model.check(settings.model)
+    engines.check(settings)
+
+
 def run(settings: Settings) -> bool:
     """Trains as the settings say; every rank makes the call. True when all steps are done, False after Ctrl-C.
 
@@ -78,6 +88,7 @@ def run(settings: Settings) -> bool:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     waiting = process_group(timedelta(seconds=settings.timeout))
     with insistence(), waiting as place, _lost_ranks_explained(settings, place), _output(settings, place):
+        together(partial(check, settings))
         corpus = _corpus(settings, place)
         network = together(lambda: model.build(settings.model, corpus.vocab_size, settings.seed))
         this = _Run(settings, place, corpus, network, engines.build(network, settings, place))

@@ -1,37 +1,71 @@
 """The model: any Hugging Face causal language model, new from a config or from a folder."""
 
-import difflib
 import json
+from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cce_dist.train.data import IGNORED, Batch
 from cce_dist.train.settings import ModelSettings
 
 
-def build(settings: ModelSettings, vocab_size: int, seed: int) -> PreTrainedModel:
-    """The model in fp32 on the CPU, the same on every rank.
+def check(settings: ModelSettings) -> None:
+    """What can be told of the model's config before there is a tokenizer.
 
     Raises:
-        ValueError: transformers has no causal language model of this type; the tokenizer has more tokens than the
-            model.
+        ValueError: transformers has no causal language model of this type, or ``model.config`` has keys that mean
+            nothing to it.
+    """
+    if settings.path is not None:
+        found = AutoConfig.from_pretrained(settings.path, local_files_only=True, trust_remote_code=False)
+        _check_type(found.model_type, f"the model_type of {settings.path / 'config.json'}")
+        return
+    assert settings.config is not None
+    given = settings.config
+    _check_type(given["model_type"], "model.config.model_type")
+    config, default = AutoConfig.for_model(**given), AutoConfig.for_model(given["model_type"])
+    if unknown := _unknown(given, config, default, "model.config"):
+        raise ValueError(
+            f"{', '.join(unknown)}: unknown to model_type {given['model_type']} of transformers "
+            f"{transformers.__version__}, which would drop it without a word; correct the name, or remove it."
+        )
+
+
+def _unknown(given: Mapping[str, Any], config: PretrainedConfig, default: PretrainedConfig, where: str) -> list[str]:
+    """The keys that transformers only kept, as an attribute that no config of this type has; what it has taken in, such
+    as an older name of another key, is not there under that name. Each with those close to it."""
+    unknown = []
+    known = {name for name in (*vars(default), *default.to_dict(), *default.attribute_map) if not name.startswith("_")}
+    for key, value in given.items():
+        part, stock = vars(config).get(key), vars(default).get(key)
+        if key in vars(config) and key not in known and not hasattr(default, key):
+            close = get_close_matches(key, sorted(known), n=3)
+            unknown.append(f"{where}.{key}" + (f" (close to it: {', '.join(close)})" if close else ""))
+        elif isinstance(value, Mapping) and isinstance(part, PretrainedConfig) and isinstance(stock, PretrainedConfig):
+            unknown += _unknown(value, part, stock, f"{where}.{key}")
+    return unknown
+
+
+def build(settings: ModelSettings, vocab_size: int, seed: int) -> PreTrainedModel:
+    """The model in fp32 on the CPU, the same on every rank; of settings that `check` has passed.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model.
     """
     torch.manual_seed(seed)
     if settings.path is not None:
-        config = AutoConfig.from_pretrained(settings.path, local_files_only=True, trust_remote_code=False)
-        _check_type(config.model_type, f"the model_type of {settings.path / 'config.json'}")
         model = AutoModelForCausalLM.from_pretrained(
             settings.path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
     else:
         assert settings.config is not None
-        _check_type(settings.config["model_type"], "model.config.model_type")
         config = AutoConfig.for_model(**{"vocab_size": vocab_size, **settings.config})
         model = AutoModelForCausalLM.from_config(config)
     if model.config.vocab_size < vocab_size:
@@ -55,7 +89,7 @@ _NOT_OF_THE_MODEL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "
 def _check_type(model_type: Any, name: str) -> None:
     known = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     if model_type not in known:
-        close = difflib.get_close_matches(str(model_type), known, n=5, cutoff=0.5)
+        close = get_close_matches(str(model_type), known, n=5, cutoff=0.5)
         others = f"close to it are {', '.join(close)}" if close else f"it has {len(known)}, such as llama and qwen2"
         raise ValueError(
             f"{name} = {model_type!r}: transformers {transformers.__version__} has no causal language model of this "

@@ -129,7 +129,15 @@ class Settings(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
         if (self.engine == "deepspeed") != (self.deepspeed is not None):
-            raise ValueError("a path in deepspeed and engine: deepspeed go together; give both or neither")
+            if self.deepspeed is None:
+                raise ValueError(
+                    "engine: deepspeed needs a path in deepspeed, got null; add "
+                    "deepspeed=configs/deepspeed/zero3.json or another file, or choose engine: fsdp2"
+                )
+            raise ValueError(
+                f"engine: {self.engine} and deepspeed: {self.deepspeed} exclude each other; add deepspeed=null (in "
+                "YAML deepspeed: null), or choose engine: deepspeed"
+            )
         if self.engine != "fsdp2" and self.mesh != MeshSettings():
             raise ValueError(f"mesh is for engine: fsdp2; leave it out with engine: {self.engine}")
         if self.cce is not None and not self.cce.enabled:
@@ -161,7 +169,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
 
     Raises:
         ValueError: a file that is not there or no YAML mapping, an unknown key, a value that is not allowed; the text
-            names all of them and what is allowed.
+            names all of them, what is allowed, and whether they come from the file or from the overrides.
     """
     try:
         raw = yaml.safe_load(path.read_text())
@@ -169,13 +177,26 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a mapping of settings, got {type(raw).__name__}.")
+    changed = dict(raw)
     for override in overrides:
-        _override(raw, override)
+        _override(changed, override)
+    valid, faults = _validate(changed)
+    if valid is not None:
+        return valid
+    _, of_file = _validate(raw)
+    told = {
+        f"{path} is not valid": [fault for fault in faults if fault in of_file],
+        f"the command line is not valid, on top of {path}": [fault for fault in faults if fault not in of_file],
+    }
+    raise ValueError("\n".join("\n  ".join([f"{where}:", *found]) for where, found in told.items() if found))
+
+
+def _validate(raw: dict[str, Any]) -> tuple[Settings | None, list[str]]:
+    """The settings, or what is wrong."""
     try:
-        return Settings.model_validate(raw)
+        return Settings.model_validate(raw), []
     except ValidationError as error:
-        faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
-        raise ValueError(f"{path} is not valid:\n{faults}") from None
+        return None, [_describe(fault) for fault in error.errors()]
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

@@ -126,7 +126,8 @@ class TestRanks:
         config.write_text(json.dumps({"zero_optimization": {"stage": 3}, "cce_dist": section}))
         said = flat(visit(ranks, 4, [config] * 4))
         assert f"{_CASES} cases over 2 group(s) of 2" in said
-        assert "WARNING config: ranks 0-3: DeepSpeed's own initialize ignores the section" in said
+        assert "NOTE config: ranks 0-3: DeepSpeed's own initialize ignores the section" in said
+        assert "WARNING config" not in said  # a right config cannot mend it
 
     def test_a_bad_config_is_a_fault_on_the_ranks_that_read_it(self, ranks: RankPool, tmp_path: Path) -> None:
         good, bad = tmp_path / "good.json", tmp_path / "bad.json"
@@ -150,9 +151,9 @@ class TestConfig:
             assert check_config(file, 2, CPU).faults == []
 
     def test_a_section_that_stock_deepspeed_would_ignore_is_said_with_the_remedy(self) -> None:
-        (warning,) = check_config(ZERO3, 2, CPU).warnings
-        assert "without a word" in warning
-        assert "cce_dist.deepspeed.install()" in warning
+        (note,) = check_config(ZERO3, 2, CPU).notes
+        assert "without a word" in note
+        assert "cce_dist.deepspeed.install()" in note
 
     @pytest.mark.parametrize(
         ("content", "said"),
@@ -174,7 +175,7 @@ class TestConfig:
 
     def test_without_a_section_the_stock_head_is_no_fault(self, tmp_path: Path) -> None:
         checked = self.check(tmp_path, {"zero_optimization": {"stage": 3}})
-        assert (checked.faults, checked.warnings) == ([], [])
+        assert (checked.faults, checked.notes) == ([], [])
         assert "the stock head" in checked.summary
 
     def test_what_is_wrong_in_the_trainers_yaml_is_named(self, tmp_path: Path) -> None:
@@ -187,6 +188,8 @@ class TestConfig:
         assert check_config(file, 1, CPU).faults == []
         file.write_text(f"{model}engine: fsdp2\ncce: {{vocab_parallel_size: 3}}\n")
         assert "does not divide the 4 ranks" in check_config(file, 4, CPU).faults[0]
+        file.write_text("output: out\nmodel: {config: {model_type: llama, hiden_size: 3}}\nengine: fsdp2\n")
+        assert "model.config.hiden_size (close to it: hidden_size" in check_config(file, 4, CPU).faults[0]
 
     def test_a_file_that_is_not_there_is_named(self) -> None:
         assert check_config(Path("/nowhere.yaml"), 2, CPU).faults == [

@@ -21,12 +21,12 @@ from runs import ENGINES, RENDEZVOUS, ROOT, SMALL, TINY, losses, overrides, rows
 
 from cce_dist import linear_cross_entropy
 from cce_dist.cli import main
-from cce_dist.train import data, settings
+from cce_dist.train import data, model, settings
 from cce_dist.train.data import IGNORED, Corpus
 from cce_dist.train.head_memory import HeadMemory
 from cce_dist.train.lock import locked
 from cce_dist.train.metrics import read
-from cce_dist.train.settings import DataSettings, Settings
+from cce_dist.train.settings import DataSettings, ModelSettings, Settings
 
 
 def _train_and_interrupt(words: list[str], rows: int) -> bool:
@@ -76,6 +76,29 @@ class TestSettings:
         with pytest.raises(ValueError, match=r"cce\.mode: unknown key; allowed here: gradient, tail"):
             settings.load(TINY, overrides(tmp_path, **ENGINES["fsdp2"], **{"cce.mode": "1"}))
 
+    def test_a_fault_stands_where_it_comes_from(self, tmp_path: Path) -> None:
+        file = tmp_path / "run.yaml"
+        file.write_text(TINY.read_text() + "stepz: 3\n")
+        with pytest.raises(ValueError, match=r"unknown key") as caught:
+            settings.load(TINY, overrides(tmp_path, **ENGINES["fsdp2"], stps="2"))
+        assert str(caught.value).startswith(f"the command line is not valid, on top of {TINY}:\n  stps: unknown key")
+        with pytest.raises(ValueError, match=r"unknown key") as caught:
+            settings.load(file, overrides(tmp_path, **ENGINES["fsdp2"]))
+        assert str(caught.value).startswith(f"{file} is not valid:\n  stepz: unknown key")
+        assert "command line" not in str(caught.value)
+        with pytest.raises(ValueError, match=r"unknown key") as caught:
+            settings.load(file, overrides(tmp_path, **ENGINES["fsdp2"], stps="2"))
+        of_file, of_command_line = str(caught.value).split("the command line")
+        assert "stepz: unknown key" in of_file
+        assert "stps: unknown key" in of_command_line
+
+    def test_an_engine_and_a_deepspeed_json_that_do_not_fit_are_named_with_the_remedy(self, tmp_path: Path) -> None:
+        json = ENGINES["deepspeed"]["deepspeed"]
+        with pytest.raises(ValueError, match=f"engine: fsdp2 and deepspeed: {json} exclude .* add deepspeed=null"):
+            settings.load(TINY, overrides(tmp_path, engine="fsdp2", deepspeed=json))
+        with pytest.raises(ValueError, match="engine: deepspeed needs a path in deepspeed, got null; add deepspeed="):
+            settings.load(TINY, overrides(tmp_path, engine="deepspeed", deepspeed="null"))
+
     def test_a_bad_value_is_named_with_what_is_allowed(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"engine = 'megatron': Input should be 'deepspeed', 'fsdp2' or 'none'"):
             settings.load(TINY, overrides(tmp_path, engine="megatron"))
@@ -115,6 +138,48 @@ class TestSettings:
     def test_the_command_prints_a_readable_error(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["train", "--config", str(TINY), *overrides(tmp_path, typo="1")]) == 2
         assert "typo: unknown key" in capsys.readouterr().err
+
+    def test_check_tells_whether_settings_are_valid_and_starts_nothing(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = overrides(tmp_path / "run", **ENGINES["fsdp2"])
+        fp16 = f"deepspeed={ROOT / 'configs/deepspeed/zero3-fp16.json'}"
+        for change, said in (
+            (["steps=1"], ""),
+            (["stps=1"], "stps: unknown key"),
+            (["model.config.hiden_size=3"], "model.config.hiden_size (close to it: hidden_size"),
+            (["engine=deepspeed", fp16], "zero3-fp16.json has the model compute in fp16"),
+        ):
+            assert main(["train", "--check", "--config", str(TINY), *words, *change]) == (2 if said else 0)
+            assert said in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestModelConfig:
+    """What `ModelSettings.config` may hold; transformers itself takes any keyword."""
+
+    def test_keys_that_transformers_would_only_keep_are_refused_with_the_closest(self) -> None:
+        for given, said in (
+            (
+                {"model_type": "llama", "hiden_size": 3},
+                r"model\.config\.hiden_size \(close to it: hidden_size, .*llama",
+            ),
+            ({"model_type": "llama", "qqqq": 1, "n_layer": 1}, r"model\.config\.qqqq, model\.config\.n_layer"),
+            ({"model_type": "gpt2", "n_layers": 1}, r"model\.config\.n_layers \(close to it: n_layer"),
+            ({"model_type": "gemma3", "text_config": {"hiden_size": 8}}, r"model\.config\.text_config\.hiden_size"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                model.check(ModelSettings(config=given))
+
+    def test_older_names_aliases_and_a_config_as_it_is_saved_are_taken(self) -> None:
+        from transformers import AutoConfig
+
+        for given in (
+            {"model_type": "llama", "rope_theta": 500.0, "attn_implementation": "eager", "torch_dtype": "float32"},
+            {"model_type": "gpt2", "hidden_size": 16, "n_layer": 1},
+            *(AutoConfig.for_model(name).to_dict() for name in ("llama", "qwen3_moe", "gemma3")),
+        ):
+            model.check(ModelSettings(config=given))
 
 
 class TestData:
@@ -259,19 +324,21 @@ class TestRuns:
         with pytest.raises(ValueError, match="its seed is 0, this run's is 1"):
             ranks.run(2, train, [*words, "checkpoint.resume=true", "seed=1"], timeout=120)
 
-    def test_a_model_type_that_does_not_exist_is_refused_with_the_closest(
+    def test_a_model_type_or_key_that_does_not_exist_is_refused_with_the_closest(
         self, ranks: RankPool, tmp_path: Path
     ) -> None:
         words = overrides(tmp_path / "run", **ENGINES["fsdp2"], timeout="100")
         attempts = {
             "model.config.model_type = 'lama': transformers ": "model.config.model_type=lama",
             "has no causal language model of this type; it has ": "model.config.model_type=vit_mae",
+            "model.config.hiden_size (close to it: hidden_size": "model.config.hiden_size=3",
         }
         for texts in ranks.run(2, _refusals, [[*words, change] for change in attempts.values()], timeout=120):
             for part, text in zip(attempts, texts, strict=True):
                 assert part in text
                 assert len(text) < 300
             assert "close to it are llama" in texts[0]
+        assert not (tmp_path / "data").exists()  # told before the text is read
 
     def test_metrics_that_cannot_be_written_end_every_rank(self, ranks: RankPool, tmp_path: Path) -> None:
         words = overrides(tmp_path / "run", **ENGINES["fsdp2"], timeout="100", steps="100000")
@@ -434,6 +501,20 @@ class TestComparison:
         assert main(["compare", plain, near, sampled]) == 0
         assert main(["compare", plain, near, far]) == 1
         assert main(["compare", plain, far, "--tolerance", "1e-3"]) == 0
+
+    def test_rows_of_one_engine_and_head_are_told_apart_by_their_folders(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "again").mkdir()
+        runs = [
+            self._write(tmp_path / "plain", "plain", 5.0),
+            *(self._write(tmp_path / name, "cce", 5.0, "exact") for name in ("exact", "again/exact")),
+            self._write(tmp_path / "sampled", "cce", 5.0, "unbiased"),
+        ]
+        assert main(["compare", *runs]) == 0
+        said = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [words for words in said if len(words) == 1 and "exact" in words[0]] == [["exact"], ["again/exact"]]
+        assert not any("plain" in words[:1] or "sampled" in words[:1] for words in said)
 
     def test_a_loss_that_is_not_a_number_does_not_agree(self, tmp_path: Path) -> None:
         plain = self._write(tmp_path / "plain", "plain", 5.0)

@@ -16,12 +16,13 @@ from cce_dist.config import CCEConfig
 
 
 class Checked(NamedTuple):
-    """A config file, judged. ``vocab_parallel_size``: ranks that share the classifier's rows, None for all."""
+    """A config file, judged. ``notes``: what no change of the file would mend. ``vocab_parallel_size``: ranks that
+    share the classifier's rows, None for all."""
 
     summary: str
     digest: str
     faults: list[str]
-    warnings: list[str]
+    notes: list[str]
     vocab_parallel_size: int | None = None
 
 
@@ -44,7 +45,7 @@ def _check_deepspeed(file: Path, world: int) -> Checked:
     except ValueError as error:
         return Checked("", "", [f"{file} is no DeepSpeed config: {error}."], [])
     faults: list[str] = []
-    warnings: list[str] = []
+    notes: list[str] = []
     zero = config.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
     if find_spec("deepspeed") is None:
@@ -62,11 +63,11 @@ def _check_deepspeed(file: Path, world: int) -> Checked:
         meant = get_close_matches("cce_dist", [key for key in config if isinstance(key, str)], cutoff=0.7)
         if meant:
             faults.append(f'{file} has no section "cce_dist", but "{meant[0]}", which nothing reads: rename it.')
-        return Checked(f"{file}: ZeRO stage {stage}, the stock head", "", faults, warnings)
+        return Checked(f"{file}: ZeRO stage {stage}, the stock head", "", faults, notes)
     try:
         settings = CCEConfig.from_mapping(config["cce_dist"], f'the section "cce_dist" of {file}')
     except ValueError as error:
-        return Checked(f"{file}: ZeRO stage {stage}", "", [*faults, str(error)], warnings)
+        return Checked(f"{file}: ZeRO stage {stage}", "", [*faults, str(error)], notes)
     size = settings.vocab_parallel_size
     if size is not None and world % size:
         faults.append(f"vocab_parallel_size {size} does not divide the {world} ranks; choose a divisor.")
@@ -82,23 +83,25 @@ def _check_deepspeed(file: Path, world: int) -> Checked:
         except (NotImplementedError, RuntimeError) as error:
             faults.append(str(error))
     if settings.enabled and "sequence_parallel_size" in config:
-        warnings.append(f"sequence_parallel_size in {file} needs an mpu: pass it to cce_dist.deepspeed.initialize.")
+        notes.append(f"sequence_parallel_size in {file} needs an mpu: pass it to cce_dist.deepspeed.initialize.")
     if settings.enabled:
-        warnings.append(
+        notes.append(
             f'DeepSpeed\'s own initialize ignores the section "cce_dist" of {file} and trains the plain head, without '
             "a word where cce_dist.deepspeed was never imported. Call cce_dist.deepspeed.initialize in its place, or "
             "cce_dist.deepspeed.install() before it, for accelerate and the Hugging Face Trainer too (installed() "
             "tells whether that was done). cce_dist.train needs nothing."
         )
-    return Checked(f"{file}: ZeRO stage {stage}, {_summary(settings)}", "", faults, warnings, size)
+    return Checked(f"{file}: ZeRO stage {stage}, {_summary(settings)}", "", faults, notes, size)
 
 
 def _check_trainer(file: Path, world: int, device: torch.device) -> Checked:
     from cce_dist.train.engines import head_settings
+    from cce_dist.train.loop import check
     from cce_dist.train.settings import load
 
     try:
         settings = load(file)
+        check(settings)
         head = head_settings(settings)
     except ValueError as error:
         return Checked("", "", [str(error)], [])

@@ -37,6 +37,7 @@ class Council:
         self._rows: list[tuple[str, str]] = []
         self._faults: Faults = []
         self._warnings: Faults = []
+        self._notes: Faults = []
         self._hurry = float("inf")
 
     def __enter__(self) -> "Council":
@@ -75,7 +76,7 @@ class Council:
         except Exception as error:  # whatever it is, it is what this rank has to report
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(where.filename).name}:{where.lineno}"
-            report = Report({}, [(stage.name, f"{type(error).__name__} at {place}: {first_line(error)}")], [])
+            report = Report({}, [(stage.name, f"{type(error).__name__} at {place}: {first_line(error)}")], [], [])
         if not self._claim(stage):
             threading.Event().wait()  # the other thread reports, and ends this process
         timer.cancel()
@@ -93,7 +94,7 @@ class Council:
         if not self._claim(stage):
             return
         remedy = "a rank died, or the network between the ranks does not pass the traffic of their process group"
-        self._settle(stage, Report({}, [(stage.name, f"{why}: {remedy}")], []), GRACE)
+        self._settle(stage, Report({}, [(stage.name, f"{why}: {remedy}")], [], []), GRACE)
         self._end()
         os._exit(1)
 
@@ -127,6 +128,7 @@ class Council:
         between, doubts = stage.compare(complete) if len(complete) > 1 else ([], [])
         self._faults += faults + between
         self._warnings += by_text({rank: r.warnings for rank, r in reports.items()}) + doubts
+        self._notes += by_text({rank: r.notes for rank, r in reports.items()})
         self._rows += stage.describe(complete) if complete else []
         sound = not self._faults
         self._store.set(verdict, "sound" if sound else "faults")
@@ -138,8 +140,7 @@ class Council:
             said = self._hear(f"{stage.name}/{rank}", deadline)
             if said is not None:
                 facts, *lists = json.loads(said)
-                faults, warnings = ([(check, text) for check, text in entries] for entries in lists)
-                found[rank] = Report(facts, faults, warnings)
+                found[rank] = Report(facts, *([(check, text) for check, text in entries] for entries in lists))
         return found
 
     def _hear(self, key: str, deadline: float) -> bytes | None:
@@ -170,14 +171,15 @@ class Council:
         table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
         for column in ("check", "result", ""):
             table.add_column(column, overflow="fold")
-        states = {check: "WARNING" for check, _ in self._warnings} | {check: "FAULT" for check, _ in self._faults}
+        kinds = (("NOTE", self._notes), ("WARNING", self._warnings), ("FAULT", self._faults))
+        states = {check: kind for kind, found in kinds for check, _ in found}
         checks = [check for check, _ in self._rows]
         for check, result in self._rows:
             table.add_row(check, _plain(result), states.get(check, "ok"))
         for check in dict.fromkeys(check for check, _ in self._faults if check not in checks):
             table.add_row(check, "", "FAULT")
         console.print(table)
-        for kind, found in (("WARNING", self._warnings), ("FAULT", self._faults)):
+        for kind, found in kinds:
             for check, text in found:
                 console.print(f"{kind} {check}: {text}", markup=False, soft_wrap=True)
         count = len(self._faults)

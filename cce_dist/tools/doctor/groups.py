@@ -44,7 +44,7 @@ def examine(store: dist.Store, rank: int, world: int, device: torch.device, back
         "flops": 2 * side**3 / product,
         "gemm": f"{side} x {side} {str(dtype).removeprefix('torch.')}",
     }
-    return Report(facts, faults, [])
+    return Report(facts, faults, [], [])
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, rounds: int) -> float:

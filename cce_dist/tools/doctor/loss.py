@@ -64,7 +64,7 @@ def examine(size: int, device: torch.device) -> Report:
                     "links to the other ranks.",
                 )
             )
-    return Report({"cases": len(cases), "worst": worst, "size": size, "world": world}, faults, [])
+    return Report({"cases": len(cases), "worst": worst, "size": size, "world": world}, faults, [], [])
 
 
 def _compile(cases: Sequence[Case], group: ProcessGroup, device: torch.device) -> None:

@@ -41,6 +41,7 @@ def versions() -> dict[str, str]:
 def examine(config: Path | None, world: int, device: torch.device) -> Report:
     faults: Faults = []
     warnings: Faults = []
+    notes: Faults = []
     facts: dict[str, Any] = {"host": socket.gethostname(), "versions": versions(), "device": "cpu", "place": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -60,8 +61,8 @@ def examine(config: Path | None, world: int, device: torch.device) -> Report:
         checked = check_config(config, world, device)
         facts["config"], facts["digest"] = checked.summary, checked.digest
         faults += [("config", text) for text in checked.faults]
-        warnings += [("config", text) for text in checked.warnings]
-    return Report(facts, faults, warnings)
+        notes += [("config", text) for text in checked.notes]
+    return Report(facts, faults, warnings, notes)
 
 
 def compare(reports: Mapping[int, Report]) -> tuple[Faults, Faults]:

@@ -17,6 +17,8 @@ class Report(NamedTuple):
     facts: dict[str, Any]
     faults: Faults
     warnings: Faults
+    notes: Faults
+    """What is worth knowing and nothing to mend."""
 
 
 class Stage(NamedTuple):
