@@ -93,7 +93,10 @@ def test_the_import_brings_in_no_optional_framework(installed: dict[str, Any]) -
 
 @pytest.mark.parametrize(
     ("module", "package", "extra"),
-    [("deepspeed", "deepspeed", "deepspeed"), ("trainer_callback", "transformers", "train")],
+    [
+        ("deepspeed", "deepspeed", "deepspeed"),
+        pytest.param("trainer_callback", "transformers", "train", marks=pytest.mark.full),
+    ],
 )
 def test_an_import_without_its_package_says_what_to_install(module: str, package: str, extra: str) -> None:
     code = f"""
@@ -173,6 +176,7 @@ def _quickstart(tmp_path: Path, programs: dict[str, str], *words: str) -> subpro
     return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.full
 def test_quickstart_says_what_is_wrong_with_its_settings_and_keeps_earlier_runs(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     earlier = tmp_path / "out/deepspeed-plain/metrics.jsonl"

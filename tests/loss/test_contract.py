@@ -422,7 +422,7 @@ def test_seeds_decide_the_draws(backend: str) -> None:
     assert_repeats(seeded[0], seeded[1])
 
 
-@every_backend
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.full)])
 def test_without_a_seed_averages_over_training_tend_to_the_exact_gradient(backend: str) -> None:
     """Losses that a step has changed by a rounding are draws of their own."""
     problem = peaked()
@@ -439,7 +439,7 @@ def test_without_a_seed_averages_over_training_tend_to_the_exact_gradient(backen
     assert relative_error(torch.stack(grads).mean(0), truth) < 2.5 * alone / 24**0.5
 
 
-@every_backend
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.full)])
 def test_an_int_as_seed_gives_other_draws_at_each_call(backend: str) -> None:
     """Averaged over calls the gradient tends to the exact one, which it would not if the draws were the same."""
     problem = peaked()
