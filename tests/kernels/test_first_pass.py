@@ -275,6 +275,7 @@ def test_loss_and_gradients_are_near_those_of_the_full_pass(
             assert relative_error(near, exact) < 1.3 * relative_error(plain, exact) + 1e-2
 
 
+@pytest.mark.full
 def test_a_filter_that_leaves_out_much_costs_the_loss_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = peaked()
     truth = plain_outcome(problem, torch.float64)
