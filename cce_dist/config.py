@@ -1,6 +1,7 @@
 """One validated settings object, filled by the DeepSpeed JSON section, by YAML and by keyword arguments alike."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
@@ -56,6 +57,13 @@ class CCEConfig(LossSettings):
             faults = "\n".join(f"  {_describe(key, fault)}" for key, fault in reversed(by_key.items()))
             known = ", ".join(cls.model_fields)
             raise ValueError(f"{where} is not valid:\n{faults}\nKnown keys: {known}.") from None
+
+
+def misspelt_section(config: Mapping[Any, Any]) -> str | None:
+    """The key of a DeepSpeed config without the section "cce_dist" that is meant for it, if one is."""
+    keys = [key for key in config if isinstance(key, str)]
+    meant = [key for key in keys if key.lower().replace("-", "").replace("_", "") in ("ccedist", "cce")]
+    return next(iter(meant or get_close_matches("cce_dist", keys, cutoff=0.7)), None)
 
 
 def choose_config(config: CCEConfig | None, settings: Mapping[str, Any], where: str) -> CCEConfig:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ADDITION = 1024
+_ADDITION = 1024
 """How deep a product is that takes as long as it takes to add it to a sum in fp32 (8 bytes and 2 FLOPs a number and a
 step along its depth, on an H100)."""
 
@@ -44,6 +44,13 @@ def rounds(rows: int, columns: int, device: torch.device) -> int:
     A last round that is nearly empty takes as long as a full one. The library's blocks are 128 x 256 on Hopper.
     """
     return -(-(-(-rows // 128) * -(-columns // 256)) // _processors(device))
+
+
+def time_of_gradients(tokens: int, columns: int, hidden_size: int, device: torch.device) -> int:
+    """Of dC of so many rows and of the addition to dE in fp32, in steps along the depth of blocks; not of dE's product,
+    which takes all columns alike."""
+    of_rows = rounds(columns, hidden_size, device) * tokens
+    return of_rows + rounds(tokens, hidden_size, device) * _ADDITION
 
 
 @functools.cache

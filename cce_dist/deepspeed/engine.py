@@ -13,7 +13,7 @@ from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
-from cce_dist.config import CCEConfig
+from cce_dist.config import CCEConfig, misspelt_section
 from cce_dist.deepspeed import experts, tensor_parallel
 from cce_dist.deepspeed.guard import (
     autotp_size,
@@ -64,7 +64,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     arguments = inspect.signature(_stock_initialize).bind_partial(*args, **kwargs).arguments
     config, source = _config(arguments)
     if SECTION not in config:
-        _refuse_misspelt(config, source)
+        if (key := misspelt_section(config)) is not None:  # DeepSpeed ignores what it does not know
+            raise ValueError(f'{source} has the section "{key}", which nothing reads: its name is "{SECTION}".')
         return _stock_initialize(*args, **kwargs)
     settings = CCEConfig.from_mapping(config[SECTION], where=f'the section "{SECTION}" of {source}')
     if not settings.enabled:
@@ -126,13 +127,6 @@ def _stock_initialize_that_warns(*args: Any, **kwargs: Any) -> Any:
 
 if deepspeed.initialize is _stock_initialize:
     deepspeed.initialize = _stock_initialize_that_warns
-
-
-def _refuse_misspelt(config: Mapping[str, Any], source: str) -> None:
-    """Raises ValueError for a section that is meant: DeepSpeed ignores what it does not know."""
-    for key in config:
-        if str(key).lower().replace("-", "").replace("_", "") in ("ccedist", "cce"):
-            raise ValueError(f'{source} has the section "{key}", which nothing reads: its name is "{SECTION}".')
 
 
 def _config(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:

@@ -104,6 +104,8 @@ def linear_kl_div(
         else:
             check_plain("labels", labels)
             check_label_tensor(labels, student_hidden, torch.device("cpu"), student_hidden.device, of="student_")
+            if labels.ndim < 1:
+                raise ValueError("labels must have one axis or more; got one label without an axis.")
             valid_n = shifted(labels.long(), chosen.shift, chosen.ignore_index).reshape(-1) != chosen.ignore_index
             if not valid_n.is_cuda:
                 place_n = valid_n.nonzero()[:, 0]

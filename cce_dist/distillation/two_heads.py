@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from cce_dist.kernels import two_heads as torch_chunks
 from cce_dist.kernels.problem import TILE, largest_scale
-from cce_dist.kernels.products import ADDITION, add_product, columns_at_once, product, rounds
+from cce_dist.kernels.products import add_product, columns_at_once, product, rounds, time_of_gradients
 from cce_dist.kernels.two_heads import Kind, Side
 from cce_dist.loss.tokens import gather_values, in_reduce_dtype, own, start_sum
 from cce_dist.shard import VocabShard
@@ -109,8 +109,7 @@ def _sizes(
     Both so that products fill the GPU in whole rounds. For each of the latter dE is read and written in fp32.
     """
     size = columns_at_once(rows, most, TILE, lambda v: rounds(tokens, v, device) * sum(widths))
-    adds = rounds(tokens, widths[0], device) * ADDITION
-    return size, columns_at_once(rows, most_together, size, lambda v: rounds(v, widths[0], device) * tokens + adds)
+    return size, columns_at_once(rows, most_together, size, lambda v: time_of_gradients(tokens, v, widths[0], device))
 
 
 class Divergence(torch.autograd.Function):

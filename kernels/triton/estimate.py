@@ -8,11 +8,10 @@ Shapes: N tokens, D hidden, V local rows, v rows of a chunk, T tiles, S splits.
 """
 
 import torch
-import triton
 
-from ..problem import Estimate, Logits, Tiles
+from ..problem import Estimate, Logits
 from .quantise import Common, InEightBits, moments, quantise_hidden, quantise_weight, storage_dtype
-from .summarise import chunks_for, chunks_of, empty_partials, finish, launch
+from .summarise import begin_chunks, each_chunk, finish, launch
 from .tuning import tuning_for
 
 _COPY_BYTES = 128 << 20  # of the classifier's 8-bit copy: enough columns to fill the GPU several times over
@@ -22,12 +21,8 @@ def estimate(logits: Logits) -> Estimate:
     """`summarise` with tiles, its logits off by about 4 % of their standard deviation, and sums of their exponentials
     right in the mean; target logits in full."""
     hidden_ND, weight_VD = logits.hidden_ND, logits.weight_VD
-    vocab, hidden_size = weight_VD.shape
     tuning = tuning_for(hidden_ND, weight_VD).for_8_bits()
-    blocks_per_split, rows_per_chunk = chunks_for(logits, tuning, hidden_size, _COPY_BYTES)
-    splits = triton.cdiv(vocab, tuning.block_v * blocks_per_split)
-    partials, lse_TN = empty_partials(logits, splits, want_tiles=True, want_entropy=False)
-    assert lse_TN is not None
+    chunks = begin_chunks(logits, tuning, weight_VD.shape[1], _COPY_BYTES, want_tiles=True)
     has_softcap = logits.softcap is not None
     of_weight, of_hidden = moments(weight_VD), moments(hidden_ND, logits.token_N, logits.n_valid)
     form = (logits.logit_scale, has_softcap)
@@ -35,11 +30,11 @@ def estimate(logits: Logits) -> Estimate:
     common = Common(of_weight.mean_D, of_hidden.mean_D, hidden.column_variance)
     largest_norm = torch.zeros(1, dtype=torch.float32, device=hidden_ND.device)
     copy_vD = torch.empty(
-        (min(rows_per_chunk, vocab), hidden_size),
+        (chunks.rows, weight_VD.shape[1]),
         dtype=storage_dtype(hidden_ND),
         device=hidden_ND.device,
     )
-    for part, own_partials, own_lse_tN in chunks_of(logits, partials, lse_TN, rows_per_chunk, blocks_per_split, tuning):
+    for part, partials, lse_tN in each_chunk(logits, chunks):
         memory_vD = copy_vD[: part.weight_VD.shape[0]]
         weight = quantise_weight(part.weight_VD, part.bias_V, part.frequent_V, common, *form, largest_norm, memory_vD)
         launch(
@@ -57,10 +52,9 @@ def estimate(logits: Logits) -> Estimate:
                 hidden.hopeless_N,
                 largest_norm,
             ),
-            own_partials,
-            own_lse_tN,
-            blocks_per_split,
+            partials,
+            lse_tN,
+            chunks.blocks_per_split,
             tuning,
         )
-    tiles = Tiles(lse_TN, partials.reference_SN, blocks_per_split * tuning.block_v // logits.tile)
-    return Estimate(finish(logits, partials, tiles), hidden.margin(largest_norm))
+    return Estimate(finish(logits, chunks.partials, chunks.tiles), hidden.margin(largest_norm))

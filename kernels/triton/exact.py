@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ..problem import KEPT_SUMS_BYTES, Exponentials, Gradients, Logits, Normaliser, Upstream
-from ..products import ADDITION, add_product, columns_at_once, product, rounds, write_product
+from ..products import add_product, columns_at_once, product, rounds, time_of_gradients, write_product
 from .blocks import (
     LN_2,
     add_adapter,
@@ -495,9 +495,8 @@ def _chunk_size(logits: Logits, columns: int, workspace_bytes: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _columns_at_once(columns: int, most: int, step: int, tokens: int, hidden_size: int, device: torch.device) -> int:
-    def time(v: int) -> int:  # of P, dE and dC, but for what all columns take alike
-        in_depth = rounds(tokens, v, device) * hidden_size + rounds(v, hidden_size, device) * tokens
-        return in_depth + rounds(tokens, hidden_size, device) * ADDITION
+    def time(v: int) -> int:
+        return rounds(tokens, v, device) * hidden_size + time_of_gradients(tokens, v, hidden_size, device)
 
     return columns_at_once(columns, most, step, time)
 

@@ -485,13 +485,12 @@ def summarise(logits: Logits, want_tiles: bool, want_entropy: bool = False, keep
     num_blocks = triton.cdiv(logits.weight_VD.shape[0], tuning.block_v)
     blocks_per_split = triton.cdiv(num_blocks, tuning.splits)
     splits = triton.cdiv(num_blocks, blocks_per_split)
-    partials, lse_TN = empty_partials(logits, splits, want_tiles, want_entropy)
+    partials, lse_TN = _empty_partials(logits, splits, want_tiles, want_entropy)
     dense = logits._replace(hidden_ND=compacted(logits))
     stored = None if keep is None else _begin_storing(dense, keep)
     sloped = keep is not None and keep.sloped and logits.softcap is not None
     launch(dense, None, partials, lse_TN, blocks_per_split, tuning, stored, sloped=sloped)
-    tiles_per_split = blocks_per_split * tuning.block_v // logits.tile
-    tiles = None if lse_TN is None else Tiles(lse_TN, partials.reference_SN, tiles_per_split)
+    tiles = _tiles_of(lse_TN, partials, blocks_per_split * tuning.block_v, logits)
     summary = finish(logits, partials, tiles, stored)
     if stored is None or keep is None or summary.exponentials is None:
         return summary
@@ -503,55 +502,68 @@ def summarise(logits: Logits, want_tiles: bool, want_entropy: bool = False, keep
 
 def _summarise_in_parts(logits: Logits, want_tiles: bool, want_entropy: bool) -> Summary:
     """`summarise` of rows in fp32, by copies of chunks of them."""
-    hidden_ND, vocab = compacted(logits), logits.weight_VD.shape[0]
+    hidden_ND = compacted(logits)
     tuning = tuning_for(hidden_ND, hidden_ND)
     columns = columns_of_a_copy(hidden_ND.shape[1], tuning.block_d)
     row_bytes = columns * hidden_ND.element_size()
     blocks = _COPY_BYTES // (tuning.block_v * row_bytes)  # wide rows leave room for fewer splits
     tuning = tuning._replace(splits=max(min(tuning.splits, blocks), 1))
-    blocks_per_split, rows = chunks_for(logits, tuning, row_bytes, _COPY_BYTES)
-    splits = triton.cdiv(vocab, tuning.block_v * blocks_per_split)
-    partials, lse_TN = empty_partials(logits, splits, want_tiles, want_entropy)
-    copy_vC = hidden_ND.new_empty((min(rows, vocab), columns))
-    for part, own_partials, own_lse_tN in chunks_of(logits, partials, lse_TN, rows, blocks_per_split, tuning):
+    chunks = begin_chunks(logits, tuning, row_bytes, _COPY_BYTES, want_tiles, want_entropy)
+    copy_vC = hidden_ND.new_empty((chunks.rows, columns))
+    for part, partials, lse_tN in each_chunk(logits, chunks):
         rows_vC = in_parts(part.weight_VD, copy_vC[: part.weight_VD.shape[0]])
         copied = part._replace(hidden_ND=hidden_ND, weight_VD=rows_vC)
-        launch(copied, None, own_partials, own_lse_tN, blocks_per_split, tuning, parts=PARTS)
-    tiles_per_split = blocks_per_split * tuning.block_v // logits.tile
-    tiles = None if lse_TN is None else Tiles(lse_TN, partials.reference_SN, tiles_per_split)
-    return finish(logits, partials, tiles)
+        launch(copied, None, partials, lse_tN, chunks.blocks_per_split, tuning, parts=PARTS)
+    return finish(logits, chunks.partials, chunks.tiles)
 
 
-def chunks_for(logits: Logits, tuning: Tuning, row_bytes: int, most_bytes: int) -> tuple[int, int]:
-    """(Blocks of columns of a split, rows of a chunk whose copy takes about ``most_bytes``).
+class Chunks(NamedTuple):
+    """A summary by copies of chunks of the classifier: all but the last hold ``rows`` rows, and the same number of
+    splits, so that a tile's number tells its split."""
 
-    All chunks but the last hold the same number of splits, so that a tile's number tells its split.
-    """
-    num_blocks = triton.cdiv(logits.weight_VD.shape[0], tuning.block_v)
-    chunks = triton.cdiv(num_blocks, max(most_bytes // (tuning.block_v * row_bytes), tuning.splits))
-    blocks_per_split = triton.cdiv(num_blocks, chunks * tuning.splits)
-    return blocks_per_split, blocks_per_split * tuning.splits * tuning.block_v
+    rows: int
+    rows_per_split: int
+    blocks_per_split: int
+    partials: Partials
+    tiles: Tiles | None
 
 
-def chunks_of(
-    logits: Logits, partials: Partials, lse_TN: torch.Tensor | None, rows: int, blocks_per_split: int, tuning: Tuning
-) -> Iterator[tuple[Logits, Partials, torch.Tensor | None]]:
-    """Of each chunk its logits, and where its partials and its tiles' log-sum-exps go."""
-    for first in range(0, logits.weight_VD.shape[0], rows):
-        v, split = slice(first, first + rows), first // (blocks_per_split * tuning.block_v)
+def begin_chunks(
+    logits: Logits, tuning: Tuning, row_bytes: int, most_bytes: int, want_tiles: bool, want_entropy: bool = False
+) -> Chunks:
+    """Chunks whose copies take about ``most_bytes``, and memory for what they give."""
+    vocab = logits.weight_VD.shape[0]
+    num_blocks = triton.cdiv(vocab, tuning.block_v)
+    number = triton.cdiv(num_blocks, max(most_bytes // (tuning.block_v * row_bytes), tuning.splits))
+    blocks_per_split = triton.cdiv(num_blocks, number * tuning.splits)
+    rows_per_split = blocks_per_split * tuning.block_v
+    partials, lse_TN = _empty_partials(logits, triton.cdiv(vocab, rows_per_split), want_tiles, want_entropy)
+    tiles = _tiles_of(lse_TN, partials, rows_per_split, logits)
+    return Chunks(min(rows_per_split * tuning.splits, vocab), rows_per_split, blocks_per_split, partials, tiles)
+
+
+def each_chunk(logits: Logits, chunks: Chunks) -> Iterator[tuple[Logits, Partials, torch.Tensor | None]]:
+    """Its logits, and where its partials and its tiles' log-sum-exps go."""
+    for first in range(0, logits.weight_VD.shape[0], chunks.rows):
+        v, split = slice(first, first + chunks.rows), first // chunks.rows_per_split
         part = logits._replace(
             weight_VD=logits.weight_VD[v],
             bias_V=None if logits.bias_V is None else logits.bias_V[v],
             frequent_V=None if logits.frequent_V is None else logits.frequent_V[v],
             adapter_VR=None if logits.adapter_VR is None else logits.adapter_VR[v],
         )
-        own_partials = Partials(
-            partials.max_SN[split:],
-            partials.sumexp_SN[split:],
-            partials.reference_SN[split:],
-            None if partials.weighted_SN is None else partials.weighted_SN[split:],
+        max_SN, sumexp_SN, reference_SN, weighted_SN = chunks.partials
+        own = Partials(
+            max_SN[split:],
+            sumexp_SN[split:],
+            reference_SN[split:],
+            None if weighted_SN is None else weighted_SN[split:],
         )
-        yield part, own_partials, None if lse_TN is None else lse_TN[first // logits.tile :]
+        yield part, own, None if chunks.tiles is None else chunks.tiles.lse_TN[first // logits.tile :]
+
+
+def _tiles_of(lse_TN: torch.Tensor | None, partials: Partials, rows_per_split: int, logits: Logits) -> Tiles | None:
+    return None if lse_TN is None else Tiles(lse_TN, partials.reference_SN, rows_per_split // logits.tile)
 
 
 def _begin_storing(logits: Logits, keep: Keep) -> Stored:
@@ -579,7 +591,7 @@ def _begin_storing(logits: Logits, keep: Keep) -> Stored:
     return stored
 
 
-def empty_partials(
+def _empty_partials(
     logits: Logits, splits: int, want_tiles: bool, want_entropy: bool
 ) -> tuple[Partials, torch.Tensor | None]:
     """(Those of each split; the tiles' log-sum-exps [T, N] if wanted)."""

@@ -264,6 +264,12 @@ def test_neither_logits_nor_ignored_tokens_exist() -> None:
         assert seen.largest <= 1 << 19 < valid * vocab * 4  # half of the workspace
 
 
+def test_one_label_without_an_axis_is_refused() -> None:
+    hidden, weight = torch.randn(8), torch.randn(VOCAB, 8)
+    with pytest.raises(ValueError, match="labels must have one axis or more"):
+        linear_kl_div(hidden, weight, hidden, weight, labels=torch.tensor(3))
+
+
 def test_sums_counts_and_shifted_labels_are_those_of_the_losses() -> None:
     hidden, weight = torch.randn(2, 5, 8), torch.randn(VOCAB, 8)
     teacher = torch.randn(2, 5, 12), torch.randn(VOCAB, 12)

@@ -3,6 +3,7 @@
 Shapes of the cases: a few dozen tokens, two or three tiles of the vocabulary.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -422,38 +423,36 @@ def test_seeds_decide_the_draws(backend: str) -> None:
     assert_repeats(seeded[0], seeded[1])
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.full)])
+def assert_averages_tend_to_exact(backend: str, hiddens: Iterable[Tensor], problem: Problem, **seed: int) -> None:
+    """Those of the gradients at ``hiddens``, which are the problem's but for a rounding."""
+    truth, grads = plain_outcome(problem, torch.float64).dweight[0], []
+    for hidden in hiddens:
+        weight = leaf(problem.weight)
+        loss = linear_cross_entropy(
+            hidden, weight, problem.labels[0], backend=backend, filter_eps=0.2, **seed, **problem.options
+        )
+        (loss * problem.upstream[0]).sum().backward()
+        grads.append(grad_of(weight).double())
+    assert len(grads) == 24
+    alone = max(relative_error(grad, truth) for grad in grads)
+    assert relative_error(torch.stack(grads).mean(0), truth) < 2.5 * alone / 24**0.5
+
+
+in_triton_full = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.full)])
+
+
+@in_triton_full
 def test_without_a_seed_averages_over_training_tend_to_the_exact_gradient(backend: str) -> None:
     """Losses that a step has changed by a rounding are draws of their own."""
     problem = peaked()
-    truth = plain_outcome(problem, torch.float64).dweight[0]
-    grads = []
-    for step in range(24):
-        hidden, weight = problem.hidden[0] * (1 + step * 2**-22), leaf(problem.weight)
-        loss = linear_cross_entropy(
-            hidden, weight, problem.labels[0], backend=backend, filter_eps=0.2, **problem.options
-        )
-        (loss * problem.upstream[0]).sum().backward()
-        grads.append(grad_of(weight).double())
-    alone = max(relative_error(grad, truth) for grad in grads)
-    assert relative_error(torch.stack(grads).mean(0), truth) < 2.5 * alone / 24**0.5
+    assert_averages_tend_to_exact(backend, [problem.hidden[0] * (1 + step * 2**-22) for step in range(24)], problem)
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.full)])
+@in_triton_full
 def test_an_int_as_seed_gives_other_draws_at_each_call(backend: str) -> None:
     """Averaged over calls the gradient tends to the exact one, which it would not if the draws were the same."""
     problem = peaked()
-    truth = plain_outcome(problem, torch.float64).dweight[0]
-    grads = []
-    for _ in range(24):
-        hidden, weight = problem.hidden[0], leaf(problem.weight)
-        loss = linear_cross_entropy(
-            hidden, weight, problem.labels[0], backend=backend, filter_eps=0.2, seed=2_000_003, **problem.options
-        )
-        (loss * problem.upstream[0]).sum().backward()
-        grads.append(grad_of(weight).double())
-    alone = max(relative_error(grad, truth) for grad in grads)
-    assert relative_error(torch.stack(grads).mean(0), truth) < 2.5 * alone / 24**0.5
+    assert_averages_tend_to_exact(backend, 24 * [problem.hidden[0]], problem, seed=2_000_003)
 
 
 @every_backend

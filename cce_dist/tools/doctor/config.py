@@ -5,14 +5,13 @@ In: the file, the number of ranks, the device. Out: `Checked`: a line about it, 
 
 import hashlib
 import json
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from cce_dist.config import CCEConfig
+from cce_dist.config import CCEConfig, misspelt_section
 
 
 class Checked(NamedTuple):
@@ -60,9 +59,8 @@ def _check_deepspeed(file: Path, world: int) -> Checked:
             "train_batch_size out."
         )
     if "cce_dist" not in config:
-        meant = get_close_matches("cce_dist", [key for key in config if isinstance(key, str)], cutoff=0.7)
-        if meant:
-            faults.append(f'{file} has no section "cce_dist", but "{meant[0]}", which nothing reads: rename it.')
+        if (key := misspelt_section(config)) is not None:
+            faults.append(f'{file} has no section "cce_dist", but "{key}", which nothing reads: rename it.')
         return Checked(f"{file}: ZeRO stage {stage}, the stock head", "", faults, notes)
     try:
         settings = CCEConfig.from_mapping(config["cce_dist"], f'the section "cce_dist" of {file}')
